@@ -1,0 +1,226 @@
+# %% [markdown]
+# ## 2. Parameters
+#
+# One screen holds everything you can change. The defaults are meant for Kaggle's two T4 GPUs and a dataset such
+# as FaceForensics++. A value that cannot work stops the run here, with a message that says what is allowed.
+#
+# Papermill sets them with `-p NAME VALUE` or `-f FILE.yaml`, the scripts read `DEEPFAKE_<NAME>` from the
+# environment.
+
+# %% tags=["parameters"]
+# Where things are
+DATA_DIR: str = "auto"  # dataset folder; auto = below /kaggle/input, else ./data, else a demo set made here
+WORK_DIR: str = "."  # models/, results/ and data/ are written below it
+CACHE_DIR: str = ""  # clip cache; empty = /tmp/clip_cache on Kaggle, WORK_DIR/cache elsewhere
+CHECKPOINT: str = ""  # start from this best_model.pth; with EPOCHS=0 it is only evaluated and used
+PREDICT_DIR: str = ""  # score every video below this folder into results/predictions.csv
+# Which videos, and what becomes of them
+MAX_VIDEOS_PER_CLASS: int = 120  # sampled evenly over manipulations; 0 = all
+METHODS: list = []  # manipulations to use; empty = all, except DeepFakeDetection, which has no originals
+HOLDOUT_METHODS: list = []  # manipulations kept out of training and validation, and part of the test set
+VAL_FRACTION: float = 0.15  # share of the videos for validation, where the dataset has no split of its own
+TEST_FRACTION: float = 0.2  # share of the videos for the test, likewise
+FRAMES_PER_VIDEO: int = 16  # frames of a clip; more cost memory and time in proportion
+CLIP_SECONDS: float = 8.0  # they are spread over this much of the middle of the video
+IMAGE_SIZE: int = 160  # side of the square crops, in pixels
+FACE_CROP: bool = True  # follow the face; False = the middle of the frame
+FACE_MARGIN: float = 0.25  # share of the face box added on each side
+# The model
+BACKBONE: str = "resnet50"  # any classification model of torchvision, by name
+PRETRAINED: bool = True  # start from ImageNet weights, downloaded if internet is on
+WEIGHTS_PATH: str = ""  # a local .pth with backbone weights, for offline use
+LSTM_HIDDEN: int = 256  # units of the LSTM in each direction
+LSTM_LAYERS: int = 1  # layers of the LSTM
+ATTENTION_HEADS: int = 8  # heads of the self-attention; must divide 2 * LSTM_HIDDEN
+DROPOUT: float = 0.5  # before the classifier
+GRADIENT_CHECKPOINTING: bool = False  # recompute the backbone's blocks: less memory, about a third slower
+# Training
+EPOCHS: int = 25  # upper bound; early stopping usually ends sooner
+BATCH_SIZE: int = 0  # clips a step; 0 = up to 8 for each GPU, less where memory is short
+LEARNING_RATE: float = 1e-4  # of AdamW; 3e-4 suits training without pretrained weights
+WEIGHT_DECAY: float = 1e-2  # of AdamW
+LOSS: str = "focal"  # focal or bce
+FOCAL_GAMMA: float = 2.0  # how much the focal loss favours hard clips; 0 = bce
+FRAME_LOSS_WEIGHT: float = 0.5  # weight of the same loss on single frames
+GRADIENT_CLIP: float = 1.0  # largest gradient norm; 0 = no limit
+LR_PATIENCE: int = 3  # epochs without a better validation loss before the learning rate is halved
+PATIENCE: int = 8  # epochs without a better validation AUC before training stops
+EMA_DECAY: float = 0.0  # average the weights over the steps, 0.99 or 0.999 say; 0 = off
+AMP: str = "auto"  # auto = bf16 or fp16, as the GPU likes, and fp32 on the CPU; or off, fp16, bf16
+TIME_BUDGET_HOURS: float = 11.0  # training ends before this much has passed; Kaggle stops a session at 12
+RESUME: bool = True  # go on from models/last_checkpoint.pth of an interrupted run
+NUM_WORKERS: int = 2  # threads that prepare videos and read clips
+SEED: int = 42  # of splits, weights, sampling and augmentation
+
+# %% [markdown]
+# The parameters become one frozen object, `CONFIG`, which checks them first.
+
+# %%
+import contextlib
+import dataclasses
+import difflib
+import os
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from cell_01_imports_and_setup import IN_NOTEBOOK, ON_KAGGLE
+
+
+def between(low: float, high: float) -> dataclasses.Field:
+    """A parameter with a number from `low` to `high`, both allowed."""
+    return field(metadata={"low": low, "high": high})
+
+
+def one_of(*choices: str) -> dataclasses.Field:
+    """A parameter with one of these values."""
+    return field(metadata={"choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every parameter of a run, checked: TypeError and ValueError name the parameter and what is allowed."""
+
+    DATA_DIR: str
+    WORK_DIR: str
+    CACHE_DIR: str
+    CHECKPOINT: str
+    PREDICT_DIR: str
+    MAX_VIDEOS_PER_CLASS: int = between(0, 10**6)
+    METHODS: list
+    HOLDOUT_METHODS: list
+    VAL_FRACTION: float = between(0.01, 0.9)
+    TEST_FRACTION: float = between(0.01, 0.9)
+    FRAMES_PER_VIDEO: int = between(1, 256)
+    CLIP_SECONDS: float = between(0.1, 3600)
+    IMAGE_SIZE: int = between(32, 1024)
+    FACE_CROP: bool
+    FACE_MARGIN: float = between(0, 2)
+    BACKBONE: str
+    PRETRAINED: bool
+    WEIGHTS_PATH: str
+    LSTM_HIDDEN: int = between(1, 4096)
+    LSTM_LAYERS: int = between(1, 8)
+    ATTENTION_HEADS: int = between(1, 64)
+    DROPOUT: float = between(0, 0.95)
+    GRADIENT_CHECKPOINTING: bool
+    EPOCHS: int = between(0, 10**4)
+    BATCH_SIZE: int = between(0, 4096)
+    LEARNING_RATE: float = between(1e-8, 1)
+    WEIGHT_DECAY: float = between(0, 1)
+    LOSS: str = one_of("focal", "bce")
+    FOCAL_GAMMA: float = between(0, 10)
+    FRAME_LOSS_WEIGHT: float = between(0, 10)
+    GRADIENT_CLIP: float = between(0, 10**3)
+    LR_PATIENCE: int = between(0, 10**4)
+    PATIENCE: int = between(1, 10**4)
+    EMA_DECAY: float = between(0, 0.99999)
+    AMP: str = one_of("auto", "off", "fp16", "bf16")
+    TIME_BUDGET_HOURS: float = between(0.001, 10**4)
+    RESUME: bool
+    NUM_WORKERS: int = between(1, 64)
+    SEED: int = between(0, 2**31 - 1)
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            self._check(item, getattr(self, item.name))
+        if self.VAL_FRACTION + self.TEST_FRACTION > 0.9:
+            raise ValueError(
+                f"VAL_FRACTION {self.VAL_FRACTION} and TEST_FRACTION {self.TEST_FRACTION} leave too little for "
+                "training: together at most 0.9"
+            )
+        if 2 * self.LSTM_HIDDEN % self.ATTENTION_HEADS:
+            raise ValueError(
+                f"ATTENTION_HEADS = {self.ATTENTION_HEADS} does not divide 2 * LSTM_HIDDEN = {2 * self.LSTM_HIDDEN}"
+            )
+        for name in ("CHECKPOINT", "WEIGHTS_PATH", "PREDICT_DIR"):
+            if getattr(self, name) and not Path(getattr(self, name)).exists():
+                raise ValueError(f"{name} = {getattr(self, name)!r} does not exist (seen from {Path.cwd()})")
+        if self.EPOCHS == 0 and not self.CHECKPOINT:
+            raise ValueError("EPOCHS = 0 trains nothing: name a trained model with CHECKPOINT, or train")
+
+    def _check(self, item: dataclasses.Field, value: object) -> None:
+        if item.type is float and type(value) in (int, str):  # YAML reads 1e-4 as text
+            with contextlib.suppress(ValueError):
+                value = float(value)
+        if item.type is list and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+            value = list(value)
+        elif type(value) is not item.type:
+            wanted = "list of str" if item.type is list else item.type.__name__
+            raise TypeError(f"{item.name} = {value!r} is {type(value).__name__}, not {wanted}")
+        object.__setattr__(self, item.name, value)
+        low, high = item.metadata.get("low"), item.metadata.get("high")
+        if low is not None and not low <= value <= high:
+            raise ValueError(f"{item.name} = {value!r} is out of range: from {low} to {high}")
+        choices = item.metadata.get("choices")
+        if choices and value not in choices:
+            raise ValueError(f"{item.name} = {value!r} is unknown: one of {', '.join(choices)}")
+
+    @property
+    def work_dir(self) -> Path:
+        return Path(self.WORK_DIR)
+
+    @property
+    def cache_dir(self) -> Path:
+        return Path(self.CACHE_DIR or ("/tmp/clip_cache" if ON_KAGGLE else self.work_dir / "cache"))
+
+
+PARAMETERS = [item.name for item in dataclasses.fields(Config)]
+
+
+def parameters_from_environment(environ: dict[str, str]) -> dict[str, object]:
+    """The parameters that DEEPFAKE_<NAME> variables set, read as YAML values (`25`, `false`, `[FaceSwap]`).
+
+    Raises ValueError for a name that is no parameter, with the nearest one.
+    """
+    found = {}
+    for variable, text in environ.items():
+        if not variable.startswith("DEEPFAKE_"):
+            continue
+        name = variable.removeprefix("DEEPFAKE_")
+        if name not in PARAMETERS:
+            near = difflib.get_close_matches(name, PARAMETERS, n=1)
+            raise ValueError(f"{variable} sets no parameter" + (f"; is it DEEPFAKE_{near[0]}?" if near else ""))
+        is_text = Config.__dataclass_fields__[name].type is str
+        found[name] = text if is_text else yaml.safe_load(text)
+    return found
+
+
+# %% [markdown]
+# A trained model must see new videos as it saw its training videos. So with CHECKPOINT, whatever shapes clips
+# and network comes from that file.
+
+# %%
+TRAVELS_WITH_MODEL = (
+    *("FRAMES_PER_VIDEO", "CLIP_SECONDS", "IMAGE_SIZE", "FACE_CROP", "FACE_MARGIN"),
+    *("BACKBONE", "LSTM_HIDDEN", "LSTM_LAYERS", "ATTENTION_HEADS"),
+)
+
+
+def adopt_checkpoint(config: Config) -> Config:
+    """`config` with the settings of its CHECKPOINT for everything that shapes clips and network."""
+    if not config.CHECKPOINT:
+        return config
+    saved = torch.load(config.CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)["config"]
+    changed = {name: saved[name] for name in TRAVELS_WITH_MODEL if saved[name] != getattr(config, name)}
+    if changed:
+        print(f"From {config.CHECKPOINT}:", ", ".join(f"{name} = {value}" for name, value in changed.items()))
+    return dataclasses.replace(config, **changed)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch, on every device."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+_given = {name: globals()[name] for name in PARAMETERS}
+if not IN_NOTEBOOK:
+    _given |= parameters_from_environment(dict(os.environ))
+CONFIG = adopt_checkpoint(Config(**_given))
+seed_everything(CONFIG.SEED)

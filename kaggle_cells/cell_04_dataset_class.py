@@ -1,0 +1,124 @@
+# %% [markdown]
+# ## 4. Clips as tensors, and what happens to them on the way
+#
+# The loader hands out `uint8` clips just as they lie in the cache. Everything else, conversion, augmentation and
+# normalisation, runs on whole batches on the device: the GPU has time for it, four CPU cores have not.
+
+# %%
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset, Sampler
+
+
+class ClipDataset(Dataset):
+    """Cached clips by row of a table with `clip_file` and `label`.
+
+    An item is (clip (T, S, S, 3) uint8, label float, row number). Batches are read by `workers` threads: reading
+    a cached file needs no process of its own, so nothing is copied between processes and no worker ever has to
+    import a notebook.
+    """
+
+    def __init__(self, table: pd.DataFrame, workers: int = 1) -> None:
+        self.files = list(table.clip_file)
+        self.labels = torch.tensor(table.label.to_numpy(), dtype=torch.float32)
+        self.pool = ThreadPoolExecutor(workers)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        with np.load(self.files[row]) as saved:
+            return torch.from_numpy(saved["frames"]), self.labels[row], row
+
+    def __getitems__(self, rows: list[int]) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+        return list(self.pool.map(self.__getitem__, rows))
+
+
+# %% [markdown]
+# **Pairs.** An epoch shows every real video of the training set once, and beside each one a fake of the same
+# recording where there is one. Both classes are then equally frequent, whatever the dataset's ratio, and the
+# difference between the two neighbours is the manipulation, not the person. The next epoch draws other fakes.
+
+
+# %%
+class PairSampler(Sampler[int]):
+    """Rows of a table with `label` and `group`: a real one, a fake one, a real one, ...
+
+    The order depends on the seed and the epoch alone. A real video's partner is drawn from the fakes of its group
+    that had the fewest turns in this epoch; without such a fake, from all of them.
+    """
+
+    def __init__(self, table: pd.DataFrame, seed: int) -> None:
+        table = table.reset_index(drop=True)
+        self.reals = table.index[table.label == 0].to_numpy()
+        self.fakes = table.index[table.label == 1].to_numpy()
+        self.groups = table.group.to_numpy()
+        self.fakes_of = table[table.label == 1].groupby("group").indices
+        self.fakes_of = {group: self.fakes[rows] for group, rows in self.fakes_of.items()}
+        self.seed, self.epoch = seed, 0
+
+    def __len__(self) -> int:
+        return 2 * max(len(self.reals), 1)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        turns = np.zeros(len(self.groups)) + rng.random(len(self.groups))
+        for real in rng.permutation(self.reals):
+            candidates = self.fakes_of.get(self.groups[real], self.fakes)
+            fake = candidates[turns[candidates].argmin()]
+            turns[fake] += 1
+            yield int(real)
+            yield int(fake)
+
+
+# %% [markdown]
+# **Augmentation** changes a clip as another camera or another seat in the room would: the same crop, mirroring
+# and colours for all its frames. What differs between frames is evidence, and stays.
+
+# %%
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def to_float(clips: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, T, S, S, 3) as float (B, T, 3, S, S) in 0..1."""
+    return clips.permute(0, 1, 4, 2, 3).float() / 255
+
+
+def normalize(clips: torch.Tensor) -> torch.Tensor:
+    """Clips (B, T, 3, S, S) in 0..1 with ImageNet's mean and deviation taken out, as the backbones expect."""
+    mean, std = (torch.tensor(v, device=clips.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (clips - mean) / std
+
+
+def random_crop_and_flip(clips: torch.Tensor, smallest: float = 0.8) -> torch.Tensor:
+    """Crop each clip (B, T, 3, S, S) to a random square of `smallest`..1 of its side, resize it back, mirror half."""
+    batch, frames, channels, height, width = clips.shape
+    scale = torch.empty(batch, device=clips.device).uniform_(smallest, 1)
+    mirror = torch.where(torch.rand(batch, device=clips.device) < 0.5, -1.0, 1.0)
+    shift = (torch.rand(batch, 2, device=clips.device) * 2 - 1) * (1 - scale[:, None])
+    theta = torch.zeros(batch, 2, 3, device=clips.device)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = scale * mirror, scale, shift
+    grid = F.affine_grid(theta, [batch, 1, height, width], align_corners=False)
+    moved = F.grid_sample(clips.flatten(1, 2), grid, padding_mode="reflection", align_corners=False)
+    return moved.view(batch, frames, channels, height, width)
+
+
+def random_colour(clips: torch.Tensor, strength: float = 0.2) -> torch.Tensor:
+    """Change brightness, contrast and saturation of each clip (B, T, 3, S, S) by up to `strength`."""
+    brightness, contrast, saturation = 1 + strength * (
+        2 * torch.rand(3, len(clips), 1, 1, 1, 1, device=clips.device) - 1
+    )
+    clips = clips * brightness
+    clips = clips.mean(dim=(1, 2, 3, 4), keepdim=True).lerp(clips, contrast)
+    clips = clips.mean(dim=2, keepdim=True).lerp(clips, saturation)
+    return clips.clamp(0, 1)
+
+
+def augment(clips: torch.Tensor) -> torch.Tensor:
+    """Training augmentation of clips (B, T, 3, S, S) in 0..1."""
+    return random_colour(random_crop_and_flip(clips))

@@ -1,0 +1,222 @@
+# %% [markdown]
+# ## 5. The model
+#
+# A backbone describes each frame. A bidirectional LSTM reads the descriptions in order, so that each one is seen
+# in the light of what came before and after. Self-attention lets the frames compare themselves with each other,
+# however far apart. Their mean goes to a classifier, and a second, smaller voice comes straight from the frames:
+# many manipulations show in a single one, and a network that is told so learns faster.
+#
+# ```
+# clip (B, T, 3, S, S)
+#   └─ backbone ─▶ (B, T, C) ─┬─▶ BiLSTM ─▶ self-attention ─▶ mean over T ─▶ dropout ─▶ linear ─┐
+#                             └─▶ linear: a logit a frame ─▶ mean over T ────────────────────────┴─▶ logit (B)
+# ```
+
+# %%
+import contextlib
+import socket
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torchvision
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from cell_02_global_config import Config
+
+
+class Output(NamedTuple):
+    """What the network says of clips: positive logits mean fake."""
+
+    logit: torch.Tensor  # (B,)
+    frame_logits: torch.Tensor  # (B, T)
+    attention: torch.Tensor  # (B, T), how much the clip looks at each frame; sums to 1
+
+
+class DeepfakeDetector(nn.Module):
+    """Frames -> backbone -> BiLSTM -> multi-head self-attention -> one logit a clip.
+
+    Args:
+        backbone: takes (N, 3, S, S) and gives (N, `features`).
+        features: size of a frame's description.
+        lstm_hidden, lstm_layers: units in each direction, and layers.
+        attention_heads: must divide 2 * lstm_hidden.
+        dropout: before each classifier.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        features: int,
+        lstm_hidden: int = 256,
+        lstm_layers: int = 1,
+        attention_heads: int = 8,
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        width = 2 * lstm_hidden
+        self.backbone = backbone
+        self.frame_head = nn.Sequential(nn.Dropout(dropout), nn.Linear(features, 1))
+        self.lstm = nn.LSTM(features, lstm_hidden, lstm_layers, batch_first=True, bidirectional=True)
+        self.attention = nn.MultiheadAttention(width, attention_heads, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, 1))
+
+    def forward(self, clips: torch.Tensor) -> Output:
+        """Normalised clips (B, T, 3, S, S), float."""
+        batch, frames = clips.shape[:2]
+        described = self.backbone(clips.flatten(0, 1)).unflatten(0, (batch, frames))
+        frame_logits = self.frame_head(described).squeeze(-1)
+        in_order, _ = self.lstm(described)
+        attended, weights = self.attention(in_order, in_order, in_order)
+        pooled = self.norm(in_order + attended).mean(dim=1)
+        logit = self.head(pooled).squeeze(-1) + frame_logits.mean(dim=1)
+        return Output(logit, frame_logits, weights.mean(dim=1))
+
+
+# %% [markdown]
+# **The backbone** is any classification model of torchvision. Its last linear layer, which would name one of
+# ImageNet's classes, is taken off.
+
+
+# %%
+def build_backbone(name: str, image_size: int) -> tuple[nn.Module, int]:
+    """A torchvision classification model without its last layer, with random weights, and its feature count.
+
+    Raises ValueError for an unknown name, or one that cannot work on `image_size` pixels.
+    """
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        near = [other for other in known if other[:4] == name[:4]]
+        raise ValueError(f"BACKBONE = {name!r} is no torchvision classification model; try {', '.join(near or known)}")
+    extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    model = torchvision.models.get_model(name, weights=None, **extra)
+    for auxiliary in ("aux1", "aux2", "AuxLogits"):  # the side classifiers of GoogLeNet and Inception
+        if hasattr(model, auxiliary):
+            setattr(model, auxiliary, None)
+            model.aux_logits = False
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(f"BACKBONE = {name!r} has no linear classifier to replace; choose another, resnet50 say")
+    parent, _, last = linear[-1].rpartition(".")
+    setattr(model.get_submodule(parent), last, nn.Identity())
+    try:
+        with torch.no_grad():
+            features = model.eval()(torch.zeros(1, 3, image_size, image_size)).shape[1]
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"BACKBONE = {name!r} cannot take IMAGE_SIZE = {image_size}: {error}") from error
+    return model.train(), features
+
+
+class Recomputed:
+    """Mixed into a block: its activations are not kept for the backward pass but computed a second time."""
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        if not (self.training and torch.is_grad_enabled()):
+            return super().forward(*inputs)
+        modes = contextlib.nullcontext, lambda: frozen_statistics(self)
+        return checkpoint(super().forward, *inputs, use_reentrant=False, context_fn=lambda: [make() for make in modes])
+
+
+@contextlib.contextmanager
+def frozen_statistics(block: nn.Module) -> Iterator[None]:
+    """The second computation must not count the same batch twice in the running statistics."""
+    norms = [(module, module.momentum) for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    try:
+        for module, _ in norms:
+            module.momentum = 0.0
+        yield
+    finally:
+        for module, momentum in norms:
+            module.momentum = momentum
+
+
+def recompute_blocks(backbone: nn.Module) -> None:
+    """Turn on gradient checkpointing for the blocks of the outermost sequences of a backbone."""
+    for child in backbone.children():
+        if not isinstance(child, nn.Sequential):
+            recompute_blocks(child)
+            continue
+        for block in child:
+            if any(True for _ in block.parameters()):
+                block.__class__ = type("Recomputed" + type(block).__name__, (Recomputed, type(block)), {})
+
+
+# %% [markdown]
+# **Weights.** ImageNet's are the better start by far. They come from a local file, from PyTorch's cache, or from
+# the internet. If none of these has them the run goes on with random ones, says so, and its results say so too.
+
+
+# %%
+def local_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights in a file: a plain state dict, or one under `state_dict` or `model`, with or without `module.`"""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("state_dict", "model"):
+        saved = saved.get(key, saved)
+    return {name.removeprefix("module."): value for name, value in saved.items()}
+
+
+def imagenet_weights(name: str) -> dict[str, torch.Tensor]:
+    """torchvision's default weights of a model. Raises OSError within seconds where they cannot be had."""
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(5)
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True)
+    finally:
+        socket.setdefaulttimeout(patience)
+
+
+def load_backbone_weights(backbone: nn.Module, name: str, pretrained: bool, path: str) -> str:
+    """Put weights into the backbone and say in a few words where they came from.
+
+    Raises ValueError if a local file does not fit the backbone. A failed download is a warning.
+    """
+    if path:
+        weights, origin = local_weights(Path(path)), f"file {path}"
+    elif not pretrained:
+        return "random"
+    else:
+        try:
+            weights, origin = imagenet_weights(name), "ImageNet (torchvision)"
+        except OSError as error:
+            origin = f"random: the ImageNet weights of {name} could not be downloaded ({error})"
+            warnings.warn(
+                f"{origin}. Accuracy will be far lower. Turn the internet on, or attach the .pth file and name it "
+                "in WEIGHTS_PATH.",
+                stacklevel=2,
+            )
+            return origin
+    own = backbone.state_dict()
+    fitting = {key: value for key, value in weights.items() if key in own and value.shape == own[key].shape}
+    missing = [key for key in own if key not in fitting and not key.endswith("num_batches_tracked")]
+    if missing:
+        raise ValueError(f"{origin} does not fit BACKBONE = {name!r}: {len(missing)} tensors such as {missing[0]!r} lack")
+    backbone.load_state_dict(fitting, strict=False)
+    return origin
+
+
+def build_model(config: Config | SimpleNamespace) -> DeepfakeDetector:
+    """The network of a configuration, with random weights."""
+    backbone, features = build_backbone(config.BACKBONE, config.IMAGE_SIZE)
+    if config.GRADIENT_CHECKPOINTING:
+        recompute_blocks(backbone)
+    model = DeepfakeDetector(
+        backbone, features, config.LSTM_HIDDEN, config.LSTM_LAYERS, config.ATTENTION_HEADS, config.DROPOUT
+    )
+    return model.to(memory_format=torch.channels_last)
+
+
+def load_detector(path: Path, device: str = "cpu") -> tuple[DeepfakeDetector, dict]:
+    """A trained model, ready to score, and everything else its file holds: config, threshold, temperature, ...
+
+    The probability of a clip is `sigmoid(model(normalize(to_float(clips))).logit / temperature)`.
+    """
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    model = build_model(SimpleNamespace(**saved["config"]))
+    model.load_state_dict(saved["model"])
+    return model.to(device).eval(), saved
