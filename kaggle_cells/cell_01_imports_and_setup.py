@@ -16,10 +16,10 @@
 #
 # | Sections | |
 # |---|---|
-# | 1 – 2 | the environment and the parameters |
-# | 3 – 8 | definitions: data, model, training, evaluation. Nothing is read or written there |
-# | 9 – 11 | the videos become clips and splits; loaders; the model |
-# | 12 – 14 | training, evaluation on the test set, results |
+# | 1, 2 | the environment and the parameters |
+# | 3 to 8 | definitions: data, model, training, evaluation. Nothing is read or written there |
+# | 9 to 11 | the videos become clips and splits; loaders; the model |
+# | 12 to 14 | training, evaluation on the test set, results |
 
 # %% [markdown]
 # ## 1. Imports and environment
@@ -43,6 +43,9 @@ from pathlib import Path
 
 # FFmpeg's own messages about damaged videos go nowhere useful: each such video is reported in skipped.csv.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+# A saved Kaggle version keeps every progress bar as it first appeared, at 0 %.
+if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch":
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pandas as pd
 import psutil

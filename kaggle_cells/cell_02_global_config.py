@@ -9,21 +9,21 @@
 
 # %% tags=["parameters"]
 # Where things are
-DATA_DIR: str = "auto"  # dataset folder; auto = below /kaggle/input, else ./data, else a demo set made here
+DATA_DIR: str = "auto"  # dataset folder; auto: below /kaggle/input, else ./data, else a demo set made here
 WORK_DIR: str = "."  # models/, results/ and data/ are written below it
-CACHE_DIR: str = ""  # clip cache; empty = /tmp/clip_cache on Kaggle, WORK_DIR/cache elsewhere
-CHECKPOINT: str = ""  # start from this best_model.pth; with EPOCHS=0 it is only evaluated and used
+CACHE_DIR: str = ""  # clip cache; empty: /tmp/clip_cache on Kaggle, WORK_DIR/cache elsewhere
+CHECKPOINT: str = ""  # start from this best_model.pth; with 0 EPOCHS it is only evaluated and used
 PREDICT_DIR: str = ""  # score every video below this folder into results/predictions.csv
 # Which videos, and what becomes of them
-MAX_VIDEOS_PER_CLASS: int = 120  # sampled evenly over manipulations; 0 = all
-METHODS: list = []  # manipulations to use; empty = all, except DeepFakeDetection, which has no originals
+MAX_VIDEOS_PER_CLASS: int = 120  # sampled evenly over manipulations; 0: all
+METHODS: list = []  # manipulations to use; empty: all, except DeepFakeDetection, which has no originals
 HOLDOUT_METHODS: list = []  # manipulations kept out of training and validation, and part of the test set
 VAL_FRACTION: float = 0.15  # share of the videos for validation, where the dataset has no split of its own
 TEST_FRACTION: float = 0.2  # share of the videos for the test, likewise
 FRAMES_PER_VIDEO: int = 16  # frames of a clip; more cost memory and time in proportion
 CLIP_SECONDS: float = 8.0  # they are spread over this much of the middle of the video
 IMAGE_SIZE: int = 160  # side of the square crops, in pixels
-FACE_CROP: bool = True  # follow the face; False = the middle of the frame
+FACE_CROP: bool = True  # follow the face; False: take the middle of the frame
 FACE_MARGIN: float = 0.25  # share of the face box added on each side
 # The model
 BACKBONE: str = "resnet50"  # any classification model of torchvision, by name
@@ -36,17 +36,17 @@ DROPOUT: float = 0.5  # before the classifier
 GRADIENT_CHECKPOINTING: bool = False  # recompute the backbone's blocks: less memory, about a third slower
 # Training
 EPOCHS: int = 25  # upper bound; early stopping usually ends sooner
-BATCH_SIZE: int = 0  # clips a step; 0 = up to 8 for each GPU, less where memory is short
+BATCH_SIZE: int = 0  # clips a step; 0: up to 8 for each GPU, fewer where memory is short
 LEARNING_RATE: float = 1e-4  # of AdamW; 3e-4 suits training without pretrained weights
-WEIGHT_DECAY: float = 1e-2  # of AdamW
+WEIGHT_DECAY: float = 1e-2  # of AdamW, on all weights
 LOSS: str = "focal"  # focal or bce
-FOCAL_GAMMA: float = 2.0  # how much the focal loss favours hard clips; 0 = bce
+FOCAL_GAMMA: float = 2.0  # how much the focal loss favours hard clips; 0 is bce
 FRAME_LOSS_WEIGHT: float = 0.5  # weight of the same loss on single frames
-GRADIENT_CLIP: float = 1.0  # largest gradient norm; 0 = no limit
+GRADIENT_CLIP: float = 1.0  # largest gradient norm; 0: no limit
 LR_PATIENCE: int = 3  # epochs without a better validation loss before the learning rate is halved
 PATIENCE: int = 8  # epochs without a better validation AUC before training stops
-EMA_DECAY: float = 0.0  # average the weights over the steps, 0.99 or 0.999 say; 0 = off
-AMP: str = "auto"  # auto = bf16 or fp16, as the GPU likes, and fp32 on the CPU; or off, fp16, bf16
+EMA_DECAY: float = 0.0  # average the weights over the steps, 0.99 or 0.999 say; 0: off
+AMP: str = "auto"  # auto: bf16 or fp16, as the GPU likes, fp32 on the CPU; or off, fp16, bf16
 TIME_BUDGET_HOURS: float = 11.0  # training ends before this much has passed; Kaggle stops a session at 12
 RESUME: bool = True  # go on from models/last_checkpoint.pth of an interrupted run
 NUM_WORKERS: int = 2  # threads that prepare videos and read clips
@@ -147,9 +147,7 @@ class Config:
         if item.type is float and type(value) in (int, str):  # YAML reads 1e-4 as text
             with contextlib.suppress(ValueError):
                 value = float(value)
-        if item.type is list and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
-            value = list(value)
-        elif type(value) is not item.type:
+        if type(value) is not item.type or (item.type is list and not all(isinstance(part, str) for part in value)):
             wanted = "list of str" if item.type is list else item.type.__name__
             raise TypeError(f"{item.name} = {value!r} is {type(value).__name__}, not {wanted}")
         object.__setattr__(self, item.name, value)

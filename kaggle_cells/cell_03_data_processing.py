@@ -185,9 +185,7 @@ def limit_videos(videos: pd.DataFrame, per_class: int, seed: int) -> pd.DataFram
     return videos.loc[sorted(kept)].reset_index(drop=True)
 
 
-def split_videos(
-    videos: pd.DataFrame, val: float, test: float, seed: int, holdout: Iterable[str] = ()
-) -> pd.DataFrame:
+def split_videos(videos: pd.DataFrame, val: float, test: float, seed: int, holdout: Iterable[str] = ()) -> pd.DataFrame:
     """Fill in `split`, so that no group crosses a split and each split has its share of each method.
 
     Groups are dealt out in random order, each to the split that lacks most of what the group has (after the
@@ -217,11 +215,14 @@ def split_videos(
     assigned = pool.group.map(chosen)
     videos = videos.assign(split=assigned.reindex(videos.index).fillna(videos.split))
     videos = videos[~videos.method.isin(list(holdout)) | (videos.split == "test")].reset_index(drop=True)
-    table = pd.crosstab(videos.split, videos.label).reindex(index=["train", "val", "test"], columns=[0, 1], fill_value=0)
+    table = pd.crosstab(videos.split, videos.label).reindex(
+        index=["train", "val", "test"], columns=[0, 1], fill_value=0
+    )
     if (table == 0).any(axis=None):
         raise ValueError(
             f"a split lacks a class: {len(videos)} usable videos in {videos.group.nunique()} groups became\n"
-            f"{table.rename(columns={0: 'real', 1: 'fake'})}\nMore groups, or other VAL_FRACTION and TEST_FRACTION, help."
+            f"{table.rename(columns={0: 'real', 1: 'fake'})}\n"
+            "More recordings, or other VAL_FRACTION and TEST_FRACTION, help."
         )
     return videos
 
@@ -384,6 +385,12 @@ def replacing(file: Path) -> Iterator[Path]:
         partial_file.unlink(missing_ok=True)
 
 
+def save_csv(table: pd.DataFrame, file: Path) -> None:
+    """Write a table without its index, all of it or nothing."""
+    with replacing(file) as partial_file:
+        table.to_csv(partial_file, index=False)
+
+
 @dataclass(frozen=True)
 class ClipSettings:
     """What shapes a clip; see the parameters of the same names."""
@@ -403,9 +410,15 @@ class ClipSettings:
 
 @dataclass
 class Clip:
-    """Face crops (T, S, S, 3) uint8 RGB, landmarks (T, 5, 2) in their pixels, share of frames with a face."""
+    """A video as the network sees it.
+
+    `frames` (T, S, S, 3) uint8 RGB; `squares` (T, 3), the left, top and side of the crops in the video's pixels;
+    `landmarks` (T, 5, 2), eyes, nose and corners of the mouth in the crops' pixels, NaN without a face;
+    `face_share`, the share of the frames looked at that show the face.
+    """
 
     frames: np.ndarray
+    squares: np.ndarray
     landmarks: np.ndarray
     face_share: float
 
@@ -428,7 +441,7 @@ def make_clip(path: Path, settings: ClipSettings, detector: torch.nn.Module | No
         for frame, (left, top, side) in zip(frames, squares, strict=True)
     ]
     landmarks = (landmarks - squares[:, None, :2]) * (settings.size / squares[0, 2])
-    return Clip(np.stack(crops), landmarks.astype(np.float32), share)
+    return Clip(np.stack(crops), squares, landmarks.astype(np.float32), share)
 
 
 def clip_file(path: Path, settings: ClipSettings, cache_dir: Path) -> Path:
@@ -449,7 +462,7 @@ def cached_clip(path: Path, settings: ClipSettings, cache_dir: Path, detector: t
             file.unlink()  # damaged on disk: made again
     clip = make_clip(path, settings, detector)
     with replacing(file) as partial_file, open(partial_file, "wb") as stream:
-        np.savez(stream, frames=clip.frames, landmarks=clip.landmarks, face_share=clip.face_share)
+        np.savez(stream, **vars(clip))
     return dict(clip_file=str(file), face_share=clip.face_share)
 
 
@@ -519,7 +532,9 @@ def load_portrait() -> np.ndarray:
 def reshaped(portrait: np.ndarray, rng: np.random.Generator, strength: float = 9) -> np.ndarray:
     """The portrait (H, W, C) with smooth random displacements of about `strength` pixels: another person."""
     height, width = portrait.shape[:2]
-    shift = cv2.resize(rng.normal(0, strength, (7, 6, 2)).astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    shift = cv2.resize(
+        rng.normal(0, strength, (7, 6, 2)).astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC
+    )
     x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
     return cv2.remap(portrait, x + shift[..., 0], y + shift[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
 
@@ -532,11 +547,15 @@ def face_mask(rng: np.random.Generator, feather: float) -> np.ndarray:
     return cv2.GaussianBlur(mask, (0, 0), feather)[..., None]
 
 
-def manipulated(person: np.ndarray, portrait: np.ndarray, method: str, frames: int, rng: np.random.Generator) -> list[np.ndarray]:
+def manipulated(
+    person: np.ndarray, portrait: np.ndarray, method: str, frames: int, rng: np.random.Generator
+) -> list[np.ndarray]:
     """The person's picture for each frame of a fake, manipulated inside the face only."""
     height, width = person.shape[:2]
     if method == "blend":
-        donor = reshaped(portrait, rng) * rng.uniform(0.8, 1.2, 3).astype(np.float32) + np.float32(rng.uniform(-0.06, 0.06))
+        donor = reshaped(portrait, rng) * rng.uniform(0.8, 1.2, 3).astype(np.float32) + np.float32(
+            rng.uniform(-0.06, 0.06)
+        )
         mask = face_mask(rng, rng.uniform(2, 4))
         return [person + mask * (donor - person)] * frames
     mask = face_mask(rng, rng.uniform(4, 8))
@@ -548,7 +567,7 @@ def manipulated(person: np.ndarray, portrait: np.ndarray, method: str, frames: i
     pictures = []
     for _ in range(frames):
         turn = cv2.getRotationMatrix2D(FACE_CENTRE, rng.normal(0, 4), rng.normal(1, 0.03))
-        turn[:, 2] += rng.normal(0, 9, 2)
+        turn[:, 2] += rng.normal(0, 11, 2)
         moved = cv2.warpAffine(person, turn, (width, height), borderMode=cv2.BORDER_REFLECT)
         pictures.append(person + mask * (moved - person))
     return pictures
@@ -586,7 +605,9 @@ def demo_frames(portrait: np.ndarray, number: int, method: str, seed: int) -> li
     for t, picture in enumerate(pictures):
         pose = cv2.getRotationMatrix2D(FACE_CENTRE, angle[t], zoom[t])
         pose[:, 2] += (x[t] - FACE_CENTRE[0], y[t] - FACE_CENTRE[1])
-        picture = cv2.warpAffine(np.concatenate([picture, outline], axis=2), pose, (width, height), flags=cv2.INTER_LINEAR)
+        picture = cv2.warpAffine(
+            np.concatenate([picture, outline], axis=2), pose, (width, height), flags=cv2.INTER_LINEAR
+        )
         frame = backdrop + picture[..., 3:] * (picture[..., :3] - backdrop)
         frame = cv2.GaussianBlur(frame * light[t].astype(np.float32), (0, 0), blur)
         frame = frame + own.standard_normal(frame.shape, np.float32) * noise

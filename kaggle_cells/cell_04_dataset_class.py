@@ -78,7 +78,8 @@ class PairSampler(Sampler[int]):
 
 # %% [markdown]
 # **Augmentation** changes a clip as another camera or another seat in the room would: the same crop, mirroring
-# and colours for all its frames. What differs between frames is evidence, and stays.
+# and colours for all its frames. What differs between frames is evidence, and stays. The two clips of a pair get
+# the same draw, so that here too the manipulation alone tells them apart.
 
 # %%
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -95,23 +96,26 @@ def normalize(clips: torch.Tensor) -> torch.Tensor:
     return (clips - mean) / std
 
 
+def draw(clips: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """A uniform number for each clip of a batch (B,), the same for both clips of a pair (rows 2i and 2i + 1)."""
+    pairs = torch.empty((len(clips) + 1) // 2, device=clips.device).uniform_(low, high)
+    return pairs.repeat_interleave(2)[: len(clips)]
+
+
 def random_crop_and_flip(clips: torch.Tensor, smallest: float = 0.8) -> torch.Tensor:
     """Crop each clip (B, T, 3, S, S) to a random square of `smallest`..1 of its side, resize it back, mirror half."""
-    batch, frames, channels, height, width = clips.shape
-    scale = torch.empty(batch, device=clips.device).uniform_(smallest, 1)
-    mirror = torch.where(torch.rand(batch, device=clips.device) < 0.5, -1.0, 1.0)
-    shift = (torch.rand(batch, 2, device=clips.device) * 2 - 1) * (1 - scale[:, None])
-    theta = torch.zeros(batch, 2, 3, device=clips.device)
+    scale, mirror = draw(clips, smallest, 1), draw(clips, -1, 1).sign()
+    shift = torch.stack([draw(clips, -1, 1), draw(clips, -1, 1)], dim=1) * (1 - scale)[:, None]
+    theta = torch.zeros(len(clips), 2, 3, device=clips.device)
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = scale * mirror, scale, shift
-    grid = F.affine_grid(theta, [batch, 1, height, width], align_corners=False)
-    moved = F.grid_sample(clips.flatten(1, 2), grid, padding_mode="reflection", align_corners=False)
-    return moved.view(batch, frames, channels, height, width)
+    grid = F.affine_grid(theta, [len(clips), 1, *clips.shape[-2:]], align_corners=False)
+    return F.grid_sample(clips.flatten(1, 2), grid, padding_mode="reflection", align_corners=False).view_as(clips)
 
 
 def random_colour(clips: torch.Tensor, strength: float = 0.2) -> torch.Tensor:
     """Change brightness, contrast and saturation of each clip (B, T, 3, S, S) by up to `strength`."""
-    brightness, contrast, saturation = 1 + strength * (
-        2 * torch.rand(3, len(clips), 1, 1, 1, 1, device=clips.device) - 1
+    brightness, contrast, saturation = (
+        draw(clips, 1 - strength, 1 + strength)[:, None, None, None, None] for _ in range(3)
     )
     clips = clips * brightness
     clips = clips.mean(dim=(1, 2, 3, 4), keepdim=True).lerp(clips, contrast)
@@ -120,5 +124,5 @@ def random_colour(clips: torch.Tensor, strength: float = 0.2) -> torch.Tensor:
 
 
 def augment(clips: torch.Tensor) -> torch.Tensor:
-    """Training augmentation of clips (B, T, 3, S, S) in 0..1."""
+    """Training augmentation of clips (B, T, 3, S, S) in 0..1, ordered in pairs."""
     return random_colour(random_crop_and_flip(clips))

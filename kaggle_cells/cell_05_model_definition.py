@@ -195,7 +195,9 @@ def load_backbone_weights(backbone: nn.Module, name: str, pretrained: bool, path
     fitting = {key: value for key, value in weights.items() if key in own and value.shape == own[key].shape}
     missing = [key for key in own if key not in fitting and not key.endswith("num_batches_tracked")]
     if missing:
-        raise ValueError(f"{origin} does not fit BACKBONE = {name!r}: {len(missing)} tensors such as {missing[0]!r} lack")
+        raise ValueError(
+            f"{origin} does not fit BACKBONE = {name!r}: {len(missing)} tensors such as {missing[0]!r} lack"
+        )
     backbone.load_state_dict(fitting, strict=False)
     return origin
 

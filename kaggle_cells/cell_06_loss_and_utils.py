@@ -5,10 +5,13 @@
 # drown the few hard ones.
 
 # %%
+import dataclasses
 import gc
+import hashlib
 import math
 from pathlib import Path
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -79,7 +82,7 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel | None:
 
 # %%
 DOES_NOT_SHAPE_TRAINING = {
-    *("WORK_DIR", "CACHE_DIR", "PREDICT_DIR", "RESUME", "NUM_WORKERS", "TIME_BUDGET_HOURS"),
+    *("DATA_DIR", "WORK_DIR", "CACHE_DIR", "PREDICT_DIR", "RESUME", "NUM_WORKERS", "TIME_BUDGET_HOURS"),
     *("EPOCHS", "PATIENCE", "GRADIENT_CHECKPOINTING"),
 }
 
@@ -94,6 +97,26 @@ def settings_changed(saved: dict, config: dict) -> list[str]:
     """Where two configurations differ in something that shapes training, a line for each parameter."""
     names = [name for name in config if name not in DOES_NOT_SHAPE_TRAINING]
     return [f"{n}: {saved.get(n)!r} then, {config[n]!r} now" for n in names if saved.get(n) != config[n]]
+
+
+def data_fingerprint(videos: pd.DataFrame) -> str:
+    """Tells whether two runs have the same videos in the same splits, wherever these are mounted."""
+    rows = sorted(f"{Path(row.path).name} {row.label} {row.group} {row.split}" for row in videos.itertuples())
+    return f"{len(rows)} videos, {hashlib.sha256(chr(10).join(rows).encode()).hexdigest()[:12]}"
+
+
+def model_file(model: nn.Module, config: Config, temperature: float, threshold: float, history_row: dict) -> dict:
+    """What best_model.pth holds: all that is needed to score videos as in training, on any machine."""
+    paths = dict.fromkeys(("DATA_DIR", "WORK_DIR", "CACHE_DIR", "CHECKPOINT", "PREDICT_DIR", "WEIGHTS_PATH"), "")
+    return {
+        "format": 1,
+        "model": model.state_dict(),
+        "config": {**dataclasses.asdict(config), **paths},
+        "classes": ["real", "fake"],
+        "temperature": temperature,
+        "threshold": threshold,
+        **{name: history_row[name] for name in ("epoch", "val_auc", "val_loss")},
+    }
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

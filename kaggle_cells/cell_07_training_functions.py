@@ -19,7 +19,10 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from cell_02_global_config import Config
 from cell_04_dataset_class import augment, normalize, to_float
+from cell_05_model_definition import build_model
+from cell_06_loss_and_utils import free_memory
 
 
 def device_batches(loader: DataLoader, device: torch.device) -> Iterator[list[torch.Tensor]]:
@@ -48,6 +51,35 @@ def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     if choice == "auto":
         choice = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[choice]
+
+
+def step_fits(config: Config, device: torch.device, precision: torch.dtype | None, batch: int) -> bool:
+    """Whether the device has the memory for one training step on `batch` clips: it tries one on blank clips."""
+    clips = torch.zeros(batch, config.FRAMES_PER_VIDEO, config.IMAGE_SIZE, config.IMAGE_SIZE, 3, dtype=torch.uint8)
+    try:
+        model = build_model(config).to(device)
+        with torch.autocast(device.type, precision, enabled=precision is not None):
+            output = model(normalize(augment(to_float(clips.to(device)))))
+        (output.logit.float().sum() + output.frame_logits.float().sum()).backward()
+        torch.optim.AdamW(model.parameters()).step()  # its two averages of each weight need memory too
+    except torch.cuda.OutOfMemoryError:
+        return False
+    return True
+
+
+def choose_batch_size(config: Config, device: torch.device, precision: torch.dtype | None) -> int:
+    """The most clips, 8 at most, that a training step can take on one GPU; on the CPU simply 8.
+
+    Raises RuntimeError with advice if not even a single clip fits.
+    """
+    for batch in (8, 4, 2, 1):
+        if device.type == "cpu" or step_fits(config, device, precision, batch):
+            return batch
+        free_memory()
+    raise RuntimeError(
+        f"one clip of {config.FRAMES_PER_VIDEO} frames of {config.IMAGE_SIZE} pixels does not fit into the GPU's "
+        "memory: lower FRAMES_PER_VIDEO or IMAGE_SIZE, set GRADIENT_CHECKPOINTING=True, or choose a smaller BACKBONE"
+    )
 
 
 @dataclass

@@ -1,0 +1,106 @@
+import json
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from conftest import ROOT, run_notebook
+
+import build_notebook as builder
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A copy of the sources that a test may change."""
+    for folder in ("kaggle_cells", "notebooks"):
+        (tmp_path / folder).mkdir()
+    for file in (ROOT / "kaggle_cells").glob("*.py"):
+        (tmp_path / "kaggle_cells" / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(builder, "ROOT", tmp_path)
+    monkeypatch.setattr(builder, "CELLS", tmp_path / "kaggle_cells")
+    monkeypatch.setattr(builder, "NOTEBOOK", tmp_path / "notebooks" / "deepfake_detection.ipynb")
+    builder.build()
+    return tmp_path
+
+
+def test_the_committed_notebook_is_what_the_scripts_give():
+    done = subprocess.run([sys.executable, "build_notebook.py", "check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_building_twice_gives_the_same_bytes(project):
+    first = builder.NOTEBOOK.read_bytes()
+    builder.build()
+    assert builder.NOTEBOOK.read_bytes() == first
+
+
+def test_one_changed_character_makes_the_notebook_stale_and_the_difference_is_shown(project):
+    builder.check()
+    file = project / "kaggle_cells" / "cell_06_loss_and_utils.py"
+    file.write_text(file.read_text().replace("gamma: float = 2.0", "gamma: float = 3.0"))
+    with pytest.raises(builder.Failure, match=r"(?s)-.*gamma: float = 2\.0.*\+.*gamma: float = 3\.0"):
+        builder.check()
+    builder.NOTEBOOK.unlink()
+    with pytest.raises(builder.Failure, match="is missing"):
+        builder.check()
+
+
+def test_the_notebook_is_valid_clean_and_every_cell_knows_its_file(project):
+    notebook = nbformat.read(builder.NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    files = [cell.metadata[builder.SOURCE_KEY] for cell in notebook.cells]
+    assert list(dict.fromkeys(files)) == sorted(
+        {f"kaggle_cells/{p.name}" for p in (ROOT / "kaggle_cells").glob("*.py")}
+    )
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    parameters = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assert len(parameters) == 1 and parameters[0].source.count("EPOCHS: int = 25") == 1
+
+
+def test_the_first_code_of_cell_2_are_the_parameters():
+    notebook = builder.assemble()
+    second = [c for c in notebook.cells if "cell_02" in c.metadata[builder.SOURCE_KEY] and c.cell_type == "code"]
+    assert second[0].metadata.tags == ["parameters"]
+
+
+@pytest.mark.parametrize("name", ["ci", "demo", "t4x2"])
+def test_the_parameter_sets_name_real_parameters_with_valid_values(name):
+    import dataclasses
+
+    from cell_02_global_config import CONFIG
+
+    known = builder.known_parameters(builder.assemble())
+    dataclasses.replace(CONFIG, **builder.read_parameters(name, [], known))
+
+
+def test_overrides_are_typed_and_unknown_names_are_errors(tmp_path):
+    (empty := tmp_path / "empty.yaml").touch()
+    known = ["EPOCHS", "FACE_CROP", "METHODS"]
+    found = builder.read_parameters(str(empty), [["EPOCHS", "3"], ["METHODS", "[a, b]"]], known)
+    assert found == {"EPOCHS": 3, "METHODS": ["a", "b"]}
+    with pytest.raises(builder.Failure, match="EPOCH is no parameter; did you mean EPOCHS"):
+        builder.read_parameters(str(empty), [["EPOCH", "3"]], known)
+    with pytest.raises(builder.Failure, match="neither a parameter set .*ci, demo, t4x2"):
+        builder.read_parameters("dmeo", [], known)
+
+
+def test_a_failing_cell_ends_the_run_with_its_error_and_its_file(tmp_path):
+    failed = run_notebook(tmp_path / "run", "ci", "-p", "DATA_DIR", str(tmp_path / "nowhere"), expect=1)
+    assert (
+        "FileNotFoundError: DATA_DIR" in failed.output and "kaggle_cells/cell_09_data_preparation.py" in failed.output
+    )
+    kept = nbformat.read(tmp_path / "run" / "deepfake_detection.ipynb", as_version=4)
+    assert any(cell.get("outputs") for cell in kept.cells)
+    assert failed.output.rstrip().endswith("deepfake_detection.ipynb")
+
+
+def test_kernel_metadata_is_ready_for_kaggle():
+    metadata = json.loads((ROOT / "notebooks" / "kernel-metadata.json").read_text())
+    assert (ROOT / "notebooks" / metadata["code_file"]).exists()
+    assert metadata["enable_gpu"] is True and metadata["enable_internet"] is True
+    assert metadata["machine_shape"] == "NvidiaTeslaT4" and metadata["dataset_sources"] == ["xdxd003/ff-c23"]
+    assert re.fullmatch(r"[^/]+/[a-z0-9-]+", metadata["id"]) and metadata["kernel_type"] == "notebook"

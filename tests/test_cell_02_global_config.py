@@ -1,0 +1,85 @@
+import dataclasses
+
+import papermill
+import pytest
+import torch
+from conftest import ROOT
+
+import cell_02_global_config as cell
+from cell_02_global_config import CONFIG, Config
+
+
+def changed(**parameters) -> Config:
+    return dataclasses.replace(CONFIG, **parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("EPOCHS", -1, "from 0 to"),
+        ("EPOCHS", 2.5, "float, not int"),
+        ("EPOCHS", True, "bool, not int"),
+        ("DROPOUT", 1.5, "from 0 to 0.95"),
+        ("DROPOUT", float("nan"), "out of range"),
+        ("LEARNING_RATE", "fast", "str, not float"),
+        ("FACE_CROP", 1, "int, not bool"),
+        ("LOSS", "hinge", "one of focal, bce"),
+        ("AMP", "fp8", "one of auto"),
+        ("METHODS", "FaceSwap", "str, not list of str"),
+        ("METHODS", [1], "list, not list of str"),
+        ("ATTENTION_HEADS", 7, "does not divide"),
+        ("TEST_FRACTION", 0.85, "VAL_FRACTION"),
+        ("WEIGHTS_PATH", "no/such/file.pth", "does not exist"),
+        ("CHECKPOINT", "no/such/file.pth", "does not exist"),
+        ("EPOCHS", 0, "CHECKPOINT"),
+    ],
+)
+def test_a_value_that_cannot_work_is_one_error_that_names_the_parameter(name, value, says):
+    with pytest.raises((TypeError, ValueError), match=says) as caught:
+        changed(**{name: value})
+    assert name in str(caught.value)
+
+
+def test_whole_numbers_and_yaml_texts_do_for_fractional_parameters():
+    assert changed(LEARNING_RATE="1e-4").LEARNING_RATE == 1e-4
+    assert type(changed(CLIP_SECONDS=5).CLIP_SECONDS) is float
+
+
+def test_the_configuration_cannot_be_changed_afterwards():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        CONFIG.EPOCHS = 3
+
+
+def test_the_environment_overrides_parameters_by_type():
+    found = cell.parameters_from_environment(
+        {"DEEPFAKE_EPOCHS": "3", "DEEPFAKE_FACE_CROP": "false", "DEEPFAKE_METHODS": "[FaceSwap]", "HOME": "/root"}
+    )
+    assert found == {"EPOCHS": 3, "FACE_CROP": False, "METHODS": ["FaceSwap"]}
+    assert cell.parameters_from_environment({"DEEPFAKE_DATA_DIR": "2024"}) == {"DATA_DIR": "2024"}
+
+
+def test_an_unknown_override_stops_the_run_and_suggests_the_nearest():
+    with pytest.raises(ValueError, match="DEEPFAKE_EPOCH sets no parameter; is it DEEPFAKE_EPOCHS"):
+        cell.parameters_from_environment({"DEEPFAKE_EPOCH": "3"})
+
+
+def test_with_a_checkpoint_the_clip_and_model_settings_come_from_it(tmp_path):
+    file = tmp_path / "best_model.pth"
+    torch.save({"config": dataclasses.asdict(changed(IMAGE_SIZE=96, LSTM_HIDDEN=64, EPOCHS=7))}, file)
+    adopted = cell.adopt_checkpoint(changed(CHECKPOINT=str(file), EPOCHS=0))
+    assert (adopted.IMAGE_SIZE, adopted.LSTM_HIDDEN, adopted.EPOCHS) == (96, 64, 0)
+
+
+def test_seeding_repeats_the_draws():
+    cell.seed_everything(5)
+    first = torch.rand(3)
+    cell.seed_everything(5)
+    assert torch.equal(first, torch.rand(3))
+
+
+def test_papermill_lists_every_parameter_with_type_and_meaning():
+    listed = papermill.inspect_notebook(str(ROOT / "notebooks" / "deepfake_detection.ipynb"))
+    assert list(listed) == [field.name for field in dataclasses.fields(Config)]
+    for name, entry in listed.items():
+        assert entry["inferred_type_name"] == Config.__dataclass_fields__[name].type.__name__
+        assert len(entry["help"]) > 10, name

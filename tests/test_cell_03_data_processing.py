@@ -1,0 +1,389 @@
+import collections
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import SMALL
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import cell_03_data_processing as cell
+from cell_03_data_processing import VideoError, find_videos, read_frames, split_videos
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    return root
+
+
+def counting_video(file, frames=60, size=(96, 64), fps=10.0):
+    """A video whose frame i is a grey of 4 * i."""
+    cell.write_video(file, [np.full((size[1], size[0], 3), 4 * i, np.uint8) for i in range(frames)], fps)
+    return file
+
+
+# Finding
+
+
+def test_the_users_layout_gives_labels_and_its_own_splits(tmp_path):
+    names = [f"{s}/{c}/video{i}.mp4" for s in ("train", "val", "test") for c in ("real", "fake") for i in (1, 2)]
+    videos = find_videos(touch(tmp_path / "mine", *names))
+    assert len(videos) == 12 and set(videos.dataset) == {"mine"}
+    assert all(row.split in row.path.parts for row in videos.itertuples())
+    assert all(("fake" in row.path.parts) == bool(row.label) for row in videos.itertuples())
+    assert cell.crossing_groups(videos) == []  # video1 of train and video1 of test are two recordings
+
+
+def test_one_recording_number_on_both_sides_of_a_given_split_is_found(tmp_path):
+    touch(tmp_path, "train/real/004.mp4", "train/fake/001_002.mp4", "test/real/009.mp4", "test/fake/004_982.mp4")
+    assert len(cell.crossing_groups(find_videos(tmp_path))) == 1
+
+
+def test_plain_folders_take_method_and_group_from_names_and_subfolders(tmp_path):
+    touch(tmp_path, "real/ann.mp4", "fake/ann__swap.MP4", "fake/lipsync/bob.mov", "fake/.hidden.mp4", "fake/notes.txt")
+    videos = find_videos(tmp_path).set_index(find_videos(tmp_path).path.map(lambda p: p.name))
+    assert set(videos.index) == {"ann.mp4", "ann__swap.MP4", "bob.mov"}
+    assert videos.group["ann.mp4"] == videos.group["ann__swap.MP4"] != videos.group["bob.mov"]
+    assert videos.method.to_dict() == {"ann.mp4": "real", "ann__swap.MP4": "swap", "bob.mov": "lipsync"}
+
+
+@pytest.mark.parametrize("mount", ["datasets/xdxd003/ff-c23", "ff-c23"])
+def test_faceforensics_on_kaggle_is_found_in_both_mount_layouts_and_grouped_by_source(tmp_path, mount):
+    root = tmp_path / mount / "FaceForensics++_C23"
+    touch(root, "original/004.mp4", "original/982.mp4", "original/100.mp4", "csv/original.csv")
+    for method in ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures"):
+        touch(root, f"{method}/004_982.mp4", f"{method}/100_101.mp4")
+    touch(root, "DeepFakeDetection/01_02__outside_talking__YVGY8LOK.mp4")
+    videos = find_videos(tmp_path)
+    assert len(videos) == 11 and "DeepFakeDetection" not in set(videos.method)
+    sources = videos[videos.path.map(lambda p: p.stem in ("004", "982", "004_982"))]
+    assert len(sources) == 6 and sources.group.nunique() == 1 and videos.group.nunique() == 2
+    asked = find_videos(tmp_path, ["DeepFakeDetection"])
+    assert sorted(asked.method) == ["DeepFakeDetection", "real", "real", "real"]
+
+
+def test_two_datasets_below_one_root_are_both_found_and_their_numbers_kept_apart(tmp_path):
+    touch(tmp_path, "a/real/001.mp4", "a/fake/001_002.mp4", "b/real/001.mp4", "b/fake/001_002.mp4")
+    videos = find_videos(tmp_path)
+    assert set(videos.dataset) == {"a", "b"} and videos.group.nunique() == 2
+
+
+def test_an_unknown_folder_is_an_error_that_says_what_is_there(tmp_path):
+    touch(tmp_path, "clips/one.mp4", "readme.md")
+    with pytest.raises(FileNotFoundError, match=r"2 entries \(clips/, readme.md\) and 1 videos"):
+        find_videos(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        find_videos(tmp_path / "nowhere")
+
+
+def test_an_unknown_method_is_an_error_that_names_the_known_ones(tmp_path):
+    touch(tmp_path, "real/a.mp4", "fake/x/a.mp4")
+    with pytest.raises(ValueError, match="Faceswap not found.*there are x"):
+        find_videos(tmp_path, ["Faceswap"])
+
+
+# Groups, limits and splits
+
+
+def table_of(groups: list[list[tuple[int, str]]]) -> pd.DataFrame:
+    rows = [
+        {"path": f"{g}-{i}", "label": label, "method": method, "group": f"g{g:04}", "split": "", "dataset": "d"}
+        for g, group in enumerate(groups)
+        for i, (label, method) in enumerate(group)
+    ]
+    return pd.DataFrame(rows)
+
+
+def pairs(count: int, methods=("x", "y")) -> pd.DataFrame:
+    return table_of([[(0, "real"), (1, methods[i % len(methods)])] for i in range(count)])
+
+
+@given(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=3), max_size=40))
+def test_videos_share_a_group_exactly_if_a_chain_of_sources_links_them(sources):
+    groups = cell.connected_groups([[str(s) for s in names] for names in sources])
+    reach = {s: {s} for names in sources for s in names}
+    for _ in range(len(reach)):
+        for names in sources:
+            together = set().union(*(reach[s] for s in names))
+            for s in together:
+                reach[s] |= together
+    for i, first in enumerate(sources):
+        for j, second in enumerate(sources):
+            assert (groups[i] == groups[j]) == (second[0] in reach[first[0]])
+
+
+KINDS = st.sampled_from([(0, "real"), (1, "x"), (1, "y")])
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.lists(KINDS, min_size=1, max_size=5), min_size=5, max_size=40), st.integers(0, 99))
+def test_no_group_crosses_a_split_and_the_seed_alone_decides(extra, seed):
+    videos = table_of([[(0, "real"), (1, "x"), (1, "y")]] * 12 + extra)
+    split = split_videos(videos, 0.2, 0.2, seed)
+    assert sorted(split.path) == sorted(videos.path)
+    assert cell.crossing_groups(split) == []
+    again = split_videos(videos.sample(frac=1, random_state=1), 0.2, 0.2, seed)
+    assert split.set_index("path").split.to_dict() == again.set_index("path").split.to_dict()
+
+
+def test_each_split_gets_its_share_of_every_method():
+    split = split_videos(pairs(100), 0.15, 0.2, 7)
+    counts = pd.crosstab(split.split, split.method)
+    assert counts.loc["train"].tolist() == pytest.approx([65, 33, 33], abs=2)
+    assert counts.loc["val"].tolist() == pytest.approx([15, 8, 8], abs=2)
+    assert counts.loc["test"].tolist() == pytest.approx([20, 10, 10], abs=2)
+
+
+def test_a_given_split_is_kept_and_a_missing_one_is_taken_from_training():
+    given_split = pairs(40).assign(split=["train"] * 60 + ["test"] * 20)
+    split = split_videos(given_split, 0.25, 0.2, 1)
+    assert (split.split[60:] == "test").all() and set(split.split[:60]) == {"train", "val"}
+    assert (split.split == "val").sum() == pytest.approx(0.25 / 0.8 * 60, abs=4)
+
+
+def test_held_out_methods_are_only_ever_tested():
+    split = split_videos(pairs(60), 0.15, 0.25, 3, holdout=["y"])
+    assert set(split.split[split.method == "y"]) == {"test"} and (split.method == "y").sum() >= 5
+    with pytest.raises(ValueError, match="HOLDOUT_METHODS: z not among real, x, y"):
+        split_videos(pairs(60), 0.15, 0.25, 3, holdout=["z"])
+
+
+def test_too_few_recordings_are_an_error_with_the_counts():
+    with pytest.raises(ValueError, match=r"(?s)a split lacks a class: 4 usable videos in 2 groups.*real +fake"):
+        split_videos(pairs(2), 0.2, 0.2, 0)
+
+
+def test_limiting_takes_fakes_evenly_over_methods_and_of_the_same_recordings():
+    videos = table_of([[(0, "real"), (1, "w"), (1, "x"), (1, "y"), (1, "z")] for _ in range(50)])
+    few = cell.limit_videos(videos, 20, seed=1)
+    assert collections.Counter(few.method) == {"real": 20, "w": 5, "x": 5, "y": 5, "z": 5}
+    assert set(few.group[few.label == 1]) <= set(few.group[few.label == 0])
+    assert set(few.group) != set(cell.limit_videos(videos, 20, seed=2).group)
+    assert len(cell.limit_videos(videos, 0, seed=1)) == 250
+
+
+# Frames
+
+
+def test_positions_span_the_middle_seconds_whatever_the_length():
+    short, long = cell.frame_positions(400, 16, 25, 8), cell.frame_positions(500, 16, 25, 8)
+    assert np.ptp(short) == np.ptp(long) and (short >= 100).all() and (short < 300).all()
+    assert cell.frame_positions(10, 4, 25, 8).tolist() == [1, 3, 6, 8]
+    assert cell.frame_positions(2, 4, 25, 8).tolist() == [0, 0, 1, 1]
+    assert cell.frame_positions(8, 4, 0, 8).tolist() == [1, 3, 5, 7]
+
+
+def test_the_frames_read_are_those_at_the_positions(tmp_path):
+    frames = read_frames(counting_video(tmp_path / "count.mp4"), 6, 8.0)
+    assert [round(frame.mean() / 4) for frame in frames] == [5, 15, 25, 35, 45, 55]
+    assert frames[0].shape == (64, 96, 3) and frames[0].dtype == np.uint8
+
+
+def test_frames_are_rgb_and_huge_ones_are_reduced(tmp_path):
+    blue = np.zeros((1200, 2400, 3), np.uint8)
+    blue[..., 0] = 255
+    cell.write_video(tmp_path / "blue.mp4", [blue] * 3, 10)
+    frame = read_frames(tmp_path / "blue.mp4", 1, 8.0)[0]
+    assert frame.shape == (960, 1920, 3) and frame[..., 2].mean() > 200 > 60 > frame[..., 0].mean()
+
+
+def broken(kind, tmp_path):
+    file = tmp_path / "video.mp4"
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "dangling link":
+        file.symlink_to(tmp_path / "gone.mp4")
+    elif kind in ("empty", "text"):
+        file.write_bytes(b"" if kind == "empty" else b"not a video at all\n" * 100)
+    elif kind == "cut in half":
+        whole = counting_video(tmp_path / "whole.avi").read_bytes()
+        file = tmp_path / "video.avi"
+        file.write_bytes(whole[: len(whole) // 2])
+    return file
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("folder", "is a directory"),
+        ("dangling link", "does not exist"),
+        ("empty", "empty file"),
+        ("text", "not a video"),
+        ("cut in half", "truncated or damaged"),
+    ],
+)
+def test_a_bad_video_is_refused_with_its_reason(tmp_path, kind, reason):
+    with pytest.raises(VideoError, match=reason):
+        read_frames(broken(kind, tmp_path), 8, 8.0)
+
+
+# Faces
+
+
+def boxes(*corners):
+    found = np.array([[x, y, x + side, y + side] for x, y, side in corners], float).reshape(-1, 4)
+    return found, np.ones(len(found))
+
+
+def test_the_face_that_stays_wins_against_a_larger_one_that_passes():
+    found = [boxes((10, 10, 50)), boxes((12, 10, 50), (200, 0, 90)), boxes((14, 10, 50)), boxes()]
+    assert cell.follow_face(found) == [0, 0, 0, None]
+    assert cell.follow_face([boxes(), boxes()]) == [None, None]
+
+
+def test_of_two_that_stay_the_larger_wins():
+    assert cell.follow_face([boxes((0, 0, 20), (99, 0, 40)), boxes((99, 2, 41), (0, 0, 20))]) == [1, 0]
+
+
+def test_crops_are_squares_of_one_size_inside_the_frame():
+    tracked = np.array([[0.0, 0, 40, 50], [80, 60, 119, 110], [50, 30, 90, 82]])
+    squares = cell.crop_squares(tracked, height=120, width=160, margin=0.2)
+    left, top, side = squares.T
+    assert len(set(side)) == 1 and side[0] == 70
+    assert (left >= 0).all() and (top >= 0).all() and (left + side <= 160).all() and (top + side <= 120).all()
+    assert abs(left[1] + 35 - 99.5) <= 1 and abs(top[1] + 35 - 85) <= 1
+    assert cell.crop_squares(np.full((2, 4), np.nan), 120, 160, 0.2).tolist() == [[20, 0, 120]] * 2
+
+
+def test_the_crop_follows_the_demo_face(demo_set, face_detector):
+    clip = cell.make_clip(sorted((demo_set / "real").glob("*.mp4"))[0], SMALL, face_detector)
+    assert clip.frames.shape == (4, 64, 64, 3) and clip.frames.dtype == np.uint8 and clip.face_share == 1
+    eyes, mouth = clip.landmarks[:, :2].mean(axis=1), clip.landmarks[:, 3:].mean(axis=1)
+    assert (abs(eyes[:, 0] - 32) < 10).all() and (eyes[:, 1] < mouth[:, 1]).all() and (mouth[:, 1] < 64).all()
+
+
+def test_a_video_without_a_face_is_cropped_in_the_middle_and_flagged(tmp_path, face_detector):
+    clip = cell.make_clip(counting_video(tmp_path / "grey.mp4"), SMALL, face_detector)
+    assert clip.face_share == 0 and np.isnan(clip.landmarks).all() and clip.frames.shape == (4, 64, 64, 3)
+
+
+# Cache
+
+
+def cache(table, folder, settings_=SMALL):
+    return cell.cache_clips(table, settings_, folder, None, 2)
+
+
+PLAIN = cell.ClipSettings(frames=4, seconds=8.0, size=32, face_crop=False, margin=0.25)
+
+
+@pytest.fixture
+def two_videos(tmp_path):
+    files = [counting_video(tmp_path / f"{name}.mp4", frames) for name, frames in (("a", 40), ("b", 60))]
+    return pd.DataFrame({"path": files, "label": [0, 1]})
+
+
+def test_a_clip_is_made_once_and_then_found(two_videos, tmp_path, monkeypatch):
+    first, _ = cache(two_videos, tmp_path / "cache", PLAIN)
+    monkeypatch.setattr(cell, "make_clip", None)
+    second, skipped = cache(two_videos, tmp_path / "cache", PLAIN)
+    pd.testing.assert_frame_equal(first, second)
+    assert skipped.empty and len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_another_setting_or_another_video_of_the_name_makes_another_clip(two_videos, tmp_path):
+    first, _ = cache(two_videos, tmp_path / "cache", PLAIN)
+    larger, _ = cache(two_videos, tmp_path / "cache", cell.ClipSettings(4, 8.0, 48, False, 0.25))
+    shutil.copy(two_videos.path[1], two_videos.path[0])
+    other, _ = cache(two_videos, tmp_path / "cache", PLAIN)
+    assert first.clip_file[0] != larger.clip_file[0] and first.clip_file[0] != other.clip_file[0]
+    assert first.clip_file[1] == other.clip_file[1]
+
+
+def test_a_damaged_cache_file_is_made_again(two_videos, tmp_path):
+    file = Path(cache(two_videos, tmp_path / "cache", PLAIN)[0].clip_file[0])
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    cache(two_videos, tmp_path / "cache", PLAIN)
+    assert file.read_bytes() == whole
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(KeyboardInterrupt), cell.replacing(tmp_path / "file") as partial_file:
+        partial_file.write_text("half of the n")
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "old"
+
+
+def test_bad_videos_are_listed_with_reasons_and_the_rest_goes_on(two_videos, tmp_path):
+    (tmp_path / "c.mp4").write_text("hello")
+    table = pd.concat([two_videos, pd.DataFrame({"path": [tmp_path / "c.mp4"], "label": [1]})], ignore_index=True)
+    usable, skipped = cache(table, tmp_path / "cache", PLAIN)
+    assert len(usable) == 2 and skipped.path.tolist() == [tmp_path / "c.mp4"]
+    assert "not a video" in skipped.reason[0]
+
+
+def test_a_full_disk_ends_the_run_instead_of_skipping_videos(two_videos, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="No space left"):
+        cache(two_videos, tmp_path / "cache", PLAIN)
+
+
+# The demo set
+
+
+def test_the_demo_set_depends_on_the_seed_alone_and_is_kept(tmp_path):
+    first = cell.make_demo_set(tmp_path / "a", 2, seed=1, workers=2)
+    second = cell.make_demo_set(tmp_path / "b", 2, seed=1, workers=1)
+    names = sorted(str(p.relative_to(first)) for p in first.rglob("*.mp4"))
+    assert names == ["fake/0000__blend.mp4", "fake/0001__lowres.mp4", "real/0000.mp4", "real/0001.mp4"]
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    written = (first / names[0]).stat().st_mtime_ns
+    cell.make_demo_set(first, 2, seed=1, workers=2)
+    assert (first / names[0]).stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("method", cell.DEMO_METHODS)
+def test_a_demo_fake_differs_from_its_original_in_the_face_only(method):
+    portrait = cell.load_portrait()
+    rng = np.random.default_rng(0)
+    for picture in cell.manipulated(portrait, portrait, method, 3, rng):
+        change = np.abs(picture - portrait).max(axis=2)
+        assert change[150:300, 200:330].mean() > 0.02
+        assert change[:60].max() < 1e-3 and change[400:].max() < 1e-3 and change[:, :100].max() < 1e-3
+
+
+def test_nothing_trivial_tells_the_demo_classes_apart(tmp_path, face_detector):
+    """AUC within 0.35..0.65 from file size, frame count, colours, and all that lies outside the face crop."""
+    videos = find_videos(cell.make_demo_set(tmp_path, 60, seed=7, workers=2))
+    rows = []
+    for path in videos.path:
+        frames = np.stack(read_frames(path, 4, 8.0)).astype(np.float32)
+        squares = cell.make_clip(path, SMALL, face_detector).squares
+        outside = frames.copy()
+        for frame, (left, top, side) in zip(outside, squares, strict=True):
+            frame[top : top + side, left : left + side] = np.nan
+        capture = cv2.VideoCapture(str(path))
+        filled = np.nan_to_num(outside[0], nan=float(np.nanmean(outside[0])))
+        row = {"file size": path.stat().st_size, "frame count": capture.get(cv2.CAP_PROP_FRAME_COUNT)}
+        row |= {"height": frames.shape[1], "width": frames.shape[2]}
+        row |= {f"mean of channel {c}": frames[..., c].mean() for c in range(3)}
+        row |= {f"variance of channel {c}": frames[..., c].var() for c in range(3)}
+        row |= {f"outside, mean of channel {c}": np.nanmean(outside[..., c]) for c in range(3)}
+        row |= {f"outside, variance of channel {c}": np.nanvar(outside[..., c]) for c in range(3)}
+        row |= {f"outside, pixel {i}": v for i, v in enumerate(cv2.resize(filled, (6, 6)).ravel())}
+        rows.append(row)
+    features = pd.DataFrame(rows)
+    single = features[[name for name in features if "pixel" not in name]]
+    for name in single:
+        assert 0.35 <= roc_auc_score(videos.label, single[name]) <= 0.65, name
+    for part in (features.filter(like="outside"), single):
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+        folds = GroupKFold(5).split(part, videos.label, videos.group)
+        scores = cross_val_predict(model, part, videos.label, cv=list(folds), method="predict_proba")[:, 1]
+        assert 0.35 <= roc_auc_score(videos.label, scores) <= 0.65

@@ -1,0 +1,108 @@
+import dataclasses
+import time
+
+import pytest
+import torch
+import torchvision
+
+import cell_05_model_definition as cell
+from cell_02_global_config import CONFIG
+
+SMALL = dataclasses.replace(CONFIG, BACKBONE="resnet18", IMAGE_SIZE=64, LSTM_HIDDEN=16, ATTENTION_HEADS=2, DROPOUT=0.0)
+
+
+def small_model(**changes) -> cell.DeepfakeDetector:
+    torch.manual_seed(0)
+    return cell.build_model(dataclasses.replace(SMALL, **changes))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("resnet50", "mobilenet_v3_small", "efficientnet_b0", "densenet121", "convnext_tiny", "regnet_y_400mf"),
+        *("shufflenet_v2_x0_5", "vgg11", "googlenet", "swin_t"),
+    ],
+)
+def test_any_torchvision_classifier_is_a_backbone(name):
+    backbone, features = cell.build_backbone(name, 64)
+    assert backbone(torch.rand(2, 3, 64, 64)).shape == (2, features)
+
+
+def test_the_output_has_a_logit_a_clip_and_a_frame_and_attention_that_sums_to_one():
+    output = small_model().eval()(torch.rand(2, 5, 3, 64, 64))
+    assert output.logit.shape == (2,)
+    assert output.frame_logits.shape == output.attention.shape == (2, 5)
+    assert torch.allclose(output.attention.sum(dim=1), torch.ones(2))
+
+
+def test_clips_do_not_influence_each_other_but_the_order_of_frames_counts():
+    model, clips = small_model().eval(), torch.rand(3, 4, 3, 64, 64)
+    with torch.no_grad():
+        together = model(clips).logit
+        alone = torch.cat([model(clip[None]).logit for clip in clips])
+        reordered = model(clips[:, [2, 0, 3, 1]]).logit
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert not torch.allclose(together, reordered, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "says"),
+    [("resnet5O", 64, "try resnet101"), ("squeezenet1_0", 64, "no linear"), ("vit_b_16", 160, "IMAGE_SIZE = 160")],
+)
+def test_a_backbone_that_cannot_work_is_a_clear_error(name, size, says):
+    with pytest.raises(ValueError, match=says):
+        cell.build_backbone(name, size)
+
+
+def test_gradient_checkpointing_changes_neither_gradients_nor_statistics():
+    clips = torch.rand(2, 3, 3, 64, 64)
+    plain, recomputing = small_model(), small_model(GRADIENT_CHECKPOINTING=True)
+    assert list(plain.state_dict()) == list(recomputing.state_dict())
+    saved = []
+    for model in (plain, recomputing):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved[-1].append(t.numel()) or t, lambda t: t):
+            saved.append([])
+            model(clips).logit.sum().backward()
+    for a, b in zip(plain.parameters(), recomputing.parameters(), strict=True):
+        assert torch.allclose(a.grad if a.grad is not None else a, b.grad if b.grad is not None else b, atol=1e-5)
+    for (name, a), b in zip(plain.named_buffers(), recomputing.buffers(), strict=True):
+        assert name.endswith("num_batches_tracked") or torch.allclose(a, b, atol=1e-6), name
+    assert sum(saved[1]) < 0.6 * sum(saved[0])
+
+
+@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"state_dict": {f"module.{k}": v for k, v in w.items()}}])
+def test_local_weights_are_loaded_plain_or_wrapped(tmp_path, wrap):
+    torch.manual_seed(1)
+    source = torchvision.models.resnet18()
+    torch.save(wrap(source.state_dict()), tmp_path / "weights.pth")
+    backbone, _ = cell.build_backbone("resnet18", 64)
+    origin = cell.load_backbone_weights(backbone, "resnet18", True, str(tmp_path / "weights.pth"))
+    assert torch.equal(backbone.conv1.weight, source.conv1.weight) and "weights.pth" in origin
+
+
+def test_weights_of_another_backbone_are_refused(tmp_path):
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights.pth")
+    backbone, _ = cell.build_backbone("resnet50", 64)
+    with pytest.raises(ValueError, match="does not fit BACKBONE = 'resnet50'"):
+        cell.load_backbone_weights(backbone, "resnet50", True, str(tmp_path / "weights.pth"))
+
+
+def test_without_internet_the_run_goes_on_with_a_warning_within_seconds(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
+    backbone, _ = cell.build_backbone("resnet18", 64)
+    before, started = backbone.conv1.weight.clone(), time.monotonic()
+    with pytest.warns(UserWarning, match="could not be downloaded.*WEIGHTS_PATH"):
+        origin = cell.load_backbone_weights(backbone, "resnet18", True, "")
+    assert time.monotonic() - started < 20
+    assert origin.startswith("random") and torch.equal(before, backbone.conv1.weight)
+
+
+def test_a_saved_detector_scores_the_same_in_whatever_place(tmp_path):
+    model, clips = small_model().eval(), torch.rand(2, 4, 3, 64, 64)
+    saved = {"model": model.state_dict(), "config": dataclasses.asdict(SMALL), "threshold": 0.4, "temperature": 1.2}
+    torch.save(saved, tmp_path / "best_model.pth")
+    loaded, content = cell.load_detector(tmp_path / "best_model.pth")
+    with torch.no_grad():
+        assert torch.equal(loaded(clips).logit, model(clips).logit)
+    assert content["threshold"] == 0.4 and not loaded.training

@@ -1,0 +1,208 @@
+"""The notebook, the pasted cells and the fourteen scripts: one text, three ways to run it."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, Run, run_notebook, run_script
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+FILES = sorted((ROOT / "kaggle_cells").glob("cell_*.py"))
+CI = yaml.safe_load((ROOT / "notebooks" / "params" / "ci.yaml").read_text())
+PROMISED = (
+    "models/best_model.pth",
+    "results/experiment_results.json",
+    "results/experiment_report.txt",
+    "results/training_history.csv",
+    "results/test_predictions.csv",
+    "results/training_history.png",
+    "results/evaluation/confusion_matrix.png",
+    "results/evaluation/roc_pr_curves.png",
+    "results/evaluation/score_distribution.png",
+)
+
+
+def pasted(texts: list[str], folder) -> nbformat.NotebookNode:
+    """Run texts as the cells of a fresh notebook in one kernel."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in texts])
+    NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
+    return notebook
+
+
+def edited(text: str) -> str:
+    """The parameters cell, edited by hand to the values of ci.yaml."""
+    for name, value in CI.items():
+        text, count = re.subn(rf"^{name}: (\w+) = [^#\n]*", f"{name}: \\1 = {value!r}  ", text, flags=re.M)
+        assert count == 1, name
+    return text
+
+
+# The assembled notebook
+
+
+def test_the_notebook_ends_with_every_promised_file(finished_run):
+    for name in PROMISED:
+        assert (finished_run.folder / name).stat().st_size > 0, name
+    for name in ("results/metrics_by_method.csv", "models/last_checkpoint.pth", "data/train.csv", "data/skipped.csv"):
+        assert (finished_run.folder / name).exists(), name
+    assert not list(finished_run.folder.rglob(".partial-*"))
+
+
+def test_the_run_says_where_to_look(finished_run):
+    assert f"{finished_run.folder / 'deepfake_detection.ipynb'}" in finished_run.output
+    assert "epoch  2" in finished_run.output
+
+
+def test_the_executed_notebook_shows_its_figures_and_no_warnings(finished_run):
+    notebook = nbformat.read(finished_run.folder / "deepfake_detection.ipynb", as_version=4)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
+    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
+
+
+def test_results_are_complete_and_valid_json(finished_run):
+    results = finished_run.results
+    json.dumps(results, allow_nan=False)
+    assert results["config"]["BACKBONE"] == "resnet18" and results["model"]["initial_weights"] == "random"
+    assert sum(n for split in results["data"]["videos"].values() for n in split.values()) == 24
+    assert results["training"]["epochs"] == 2 and results["seconds"]["training"] > 0
+    for metrics in results["metrics"].values():
+        assert {"accuracy", "balanced_accuracy", "precision", "recall", "f1", "auc_roc"} < set(metrics)
+        assert {"auc_pr", "eer", "log_loss"} < set(metrics)
+    report = (finished_run.folder / "results" / "experiment_report.txt").read_text()
+    assert (
+        f"{results['metrics']['at_fitted_threshold']['auc_roc']:.3f}" in report and "initial weights: random" in report
+    )
+
+
+def test_no_recording_crosses_a_split(finished_run):
+    groups = [set(finished_run.table(f"data/{name}.csv").group) for name in ("train", "val", "test")]
+    assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
+
+
+def test_the_history_has_a_row_an_epoch_and_the_model_is_that_of_the_best(finished_run):
+    history = finished_run.table("results/training_history.csv")
+    assert history.epoch.tolist() == [1, 2]
+    saved = torch.load(finished_run.folder / "models" / "best_model.pth", weights_only=True)
+    best = history[history.best].iloc[-1]
+    assert saved["epoch"] == best.epoch and saved["val_auc"] == pytest.approx(best.val_auc)
+
+
+def test_the_model_file_alone_gives_the_same_probabilities(finished_run, tmp_path):
+    """In a fresh process, from the videos, with nothing but cells 1 to 5."""
+    program = f"""
+import sys, csv, math
+sys.path.insert(0, {str(ROOT / "kaggle_cells")!r})
+from pathlib import Path
+import torch
+from cell_03_data_processing import ClipSettings, load_face_detector, make_clip
+from cell_04_dataset_class import normalize, to_float
+from cell_05_model_definition import load_detector
+from types import SimpleNamespace
+run = Path({str(finished_run.folder)!r})
+model, saved = load_detector(run / "models" / "best_model.pth")
+settings, faces = ClipSettings.of(SimpleNamespace(**saved["config"])), load_face_detector("cpu")
+for row in csv.DictReader(open(run / "results" / "test_predictions.csv")):
+    clip = make_clip(Path(row["path"]), settings, faces)
+    with torch.no_grad():
+        logit = model(normalize(to_float(torch.from_numpy(clip.frames)[None]))).logit
+    chance = torch.sigmoid(logit / saved["temperature"]).item()
+    assert abs(chance - float(row["probability"])) < 1e-4, (row["path"], chance, row["probability"])
+    assert ("fake" if chance >= saved["threshold"] else "real") == row["verdict"]
+    print(row["path"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(".mp4") == 6
+
+
+# Pasted, and as scripts
+
+
+def same_results(first: Run, second: Run) -> None:
+    assert first.results["metrics"] == second.results["metrics"]
+    history = [
+        run.table("results/training_history.csv").drop(columns=["seconds", "clips_per_second"])
+        for run in (first, second)
+    ]
+    assert history[0].equals(history[1])
+    assert first.table("results/test_predictions.csv").logit.equals(second.table("results/test_predictions.csv").logit)
+
+
+def test_the_files_pasted_one_after_the_other_give_the_same_results(finished_run, tmp_path):
+    pasted([edited(file.read_text()) if "cell_02" in file.name else file.read_text() for file in FILES], tmp_path)
+    same_results(finished_run, Run(tmp_path, ""))
+
+
+def test_fourteen_scripts_in_fourteen_processes_give_the_same_results(finished_run, tmp_path):
+    for file in FILES:
+        done = run_script(file.stem, tmp_path, **CI)
+        assert done.returncode == 0, done.stderr
+    same_results(finished_run, Run(tmp_path, ""))
+    trained_in = [line for line in done.stdout.splitlines() if line.startswith("epoch ")]
+    assert trained_in == [], "a finished training was repeated"
+
+
+@pytest.mark.parametrize(
+    ("first", "early", "missing"), [([], 1, "cell_01"), ([0], 4, "cell_02"), ([0, 1, 2], 6, "cell_05")]
+)
+def test_a_cell_run_too_early_names_the_cell_to_run_first(tmp_path, first, early, missing):
+    with pytest.raises(CellExecutionError, match=rf"(?:run |No module named ')({missing}\w+)"):
+        pasted([FILES[index].read_text() for index in [*first, early]], tmp_path)
+
+
+# Interruption, holding out, and the finished model
+
+
+@pytest.fixture(scope="module")
+def shared(finished_run):
+    """Parameters for further runs on the same videos and clips."""
+    return {**CI, "DATA_DIR": finished_run.folder / "demo_videos_42", "CACHE_DIR": finished_run.folder / "cache"}
+
+
+def test_an_interrupted_training_goes_on_to_the_same_end(finished_run, shared, tmp_path):
+    stopped = run_script("cell_12_training_loop", tmp_path, **shared, TIME_BUDGET_HOURS=0.001)
+    assert "Another epoch would pass TIME_BUDGET_HOURS" in stopped.stdout, stopped.stdout + stopped.stderr
+    resumed = run_script("cell_14_results_summary", tmp_path, **shared)
+    assert "Going on after epoch 1" in resumed.stdout, resumed.stdout + resumed.stderr
+    same_results(finished_run, Run(tmp_path, ""))
+
+
+def test_other_settings_do_not_go_on_with_an_old_run(finished_run, shared, tmp_path):
+    (tmp_path / "models").mkdir()
+    checkpoint = finished_run.folder / "models" / "last_checkpoint.pth"
+    (tmp_path / "models" / "last_checkpoint.pth").write_bytes(checkpoint.read_bytes())
+    refused = run_script("cell_11_model_setup", tmp_path, **{**shared, "LEARNING_RATE": "0.01"})
+    assert refused.returncode == 1 and "LEARNING_RATE: 0.0003 then, 0.01 now" in refused.stderr
+    ignored = run_script("cell_11_model_setup", tmp_path, **{**shared, "LEARNING_RATE": "0.01", "RESUME": "false"})
+    assert ignored.returncode == 0 and "Going on" not in ignored.stdout, ignored.stderr
+
+
+def test_a_trained_model_scores_new_videos_without_training(finished_run, shared, tmp_path):
+    """CHECKPOINT, EPOCHS=0 and PREDICT_DIR, with a held-out method and the parameters otherwise at their defaults."""
+    trained = finished_run.folder / "models" / "best_model.pth"
+    videos = finished_run.folder / "demo_videos_42"
+    run = run_notebook(
+        tmp_path / "run",
+        "ci",
+        *("-p", "CHECKPOINT", str(trained), "-p", "EPOCHS", "0", "-p", "PREDICT_DIR", str(videos)),
+        *("-p", "DATA_DIR", str(videos), "-p", "IMAGE_SIZE", "160", "-p", "HOLDOUT_METHODS", "[jitter]"),
+    )
+    assert "IMAGE_SIZE = 64" in run.output and not (run.folder / "models").exists()
+    scored = run.table("results/predictions.csv").set_index("path")
+    tested = finished_run.table("results/test_predictions.csv").set_index("path")
+    assert len(scored) == 24 and scored.error.isna().all()
+    assert np.allclose(scored.probability[tested.index], tested.probability, atol=1e-4)
+    by_method = run.table("results/metrics_by_method.csv").set_index("method")
+    assert by_method.never_trained_on["jitter"] and not by_method.never_trained_on["blend"]
+    assert run.results["training"]["epochs"] == 0 and math.isfinite(run.results["model"]["threshold"])
