@@ -9,7 +9,7 @@
 
 # %% tags=["parameters"]
 # Where things are
-DATA_DIR: str = "auto"  # dataset folder; auto: below /kaggle/input, else ./data, else a demo set made here
+DATA_DIR: str = "auto"  # dataset folder; auto: below /kaggle/input, else ./data, else demo; demo: a set made here
 WORK_DIR: str = "."  # models/, results/ and data/ are written below it
 CACHE_DIR: str = ""  # clip cache; empty: /tmp/clip_cache on Kaggle, WORK_DIR/cache elsewhere
 CHECKPOINT: str = ""  # start from this best_model.pth; with 0 EPOCHS it is only evaluated and used

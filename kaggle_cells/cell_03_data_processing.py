@@ -37,9 +37,16 @@ FF_METHODS = ("Deepfakes", "Face2Face", "FaceShifter", "FaceSwap", "NeuralTextur
 
 
 def videos_below(folder: Path) -> list[Path]:
-    """Every video below `folder`, sorted; hidden files are left out."""
-    found = (Path(where, name) for where, _, names in os.walk(folder, followlinks=True) for name in names)
-    return sorted(path for path in found if path.suffix.lower() in VIDEO_SUFFIXES and path.name[0] != ".")
+    """Every video below `folder`, sorted; hidden files are left out, linked folders are entered once."""
+    found, entered = [], set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        if (place := os.path.realpath(where)) in entered:
+            folders.clear()
+            continue
+        entered.add(place)
+        found += [Path(where, name) for name in names if name[0] != "."]
+    return sorted(path for path in found if path.suffix.lower() in VIDEO_SUFFIXES)
 
 
 def sources_from_name(stem: str) -> list[str]:
@@ -118,7 +125,7 @@ def find_videos(root: Path, methods: Iterable[str] = ()) -> pd.DataFrame:
         deeper = []
         for folder in level:
             rows_here = next(filter(None, (find(folder) for find in LAYOUTS.values())), [])
-            name = folder.name if folder.name.lower() not in SPLITS else folder.parent.name
+            name = folder.resolve().name if folder == root else str(folder.relative_to(root))
             rows += [dict(row, dataset=name) for row in rows_here]
             if not rows_here:
                 deeper += sorted(child for child in folder.iterdir() if child.is_dir() and child.name[0] != ".")
@@ -529,7 +536,7 @@ def load_portrait() -> np.ndarray:
     return portrait.astype(np.float32) / 255
 
 
-def reshaped(portrait: np.ndarray, rng: np.random.Generator, strength: float = 9) -> np.ndarray:
+def reshaped(portrait: np.ndarray, rng: np.random.Generator, strength: float = 6) -> np.ndarray:
     """The portrait (H, W, C) with smooth random displacements of about `strength` pixels: another person."""
     height, width = portrait.shape[:2]
     shift = cv2.resize(
@@ -553,12 +560,11 @@ def manipulated(
     """The person's picture for each frame of a fake, manipulated inside the face only."""
     height, width = person.shape[:2]
     if method == "blend":
-        donor = reshaped(portrait, rng) * rng.uniform(0.8, 1.2, 3).astype(np.float32) + np.float32(
-            rng.uniform(-0.06, 0.06)
-        )
-        mask = face_mask(rng, rng.uniform(2, 4))
+        gain = 1 + rng.choice([-1, 1], 3) * rng.uniform(0.08, 0.2, 3)
+        donor = reshaped(portrait, rng) * gain.astype(np.float32)
+        mask = face_mask(rng, rng.uniform(1.5, 3))
         return [person + mask * (donor - person)] * frames
-    mask = face_mask(rng, rng.uniform(4, 8))
+    mask = face_mask(rng, rng.uniform(2, 5))
     if method == "lowres":
         small = cv2.resize(person, None, fx=(scale := rng.uniform(0.1, 0.16)), fy=scale, interpolation=cv2.INTER_AREA)
         return [person + mask * (cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR) - person)] * frames
@@ -586,7 +592,7 @@ def demo_frames(portrait: np.ndarray, number: int, method: str, seed: int) -> li
         person, outline = person[:, ::-1].copy(), outline[:, ::-1].copy()
     width, height = (int(side) for side in rng.choice([224, 240, 256, 288], 2))
     count = int(rng.integers(*DEMO_FRAMES))
-    colours = rng.uniform(0.1, 0.9, 3) + rng.normal(0, 0.12, (5, 5, 3))
+    colours = rng.uniform(0.2, 0.8, 3) + rng.normal(0, 0.08, (5, 5, 3))
     backdrop = cv2.resize(colours.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
     time = np.arange(count) / DEMO_FPS
 
@@ -596,7 +602,7 @@ def demo_frames(portrait: np.ndarray, number: int, method: str, seed: int) -> li
 
     zoom, angle = rng.uniform(0.42, 0.56) * np.exp(wave(0.06)), rng.normal(0, 4) + wave(8)
     x, y = width * rng.uniform(0.42, 0.58) + wave(14), height * rng.uniform(0.42, 0.52) + wave(8)
-    light = rng.uniform(0.75, 1.1, 3) * (1 + wave(0.1))[:, None]
+    light = rng.uniform(0.75, 1.1) * rng.normal(1, 0.04, 3) * (1 + wave(0.1))[:, None]
     blur, noise, quality = rng.uniform(0.3, 0.9), rng.uniform(0.005, 0.025), int(rng.integers(60, 96))
 
     own = np.random.default_rng([seed, number, 1 + ("real", *DEMO_METHODS).index(method)])

@@ -113,11 +113,9 @@ def random_crop_and_flip(clips: torch.Tensor, smallest: float = 0.8) -> torch.Te
 
 
 def random_colour(clips: torch.Tensor, strength: float = 0.2) -> torch.Tensor:
-    """Change brightness, contrast and saturation of each clip (B, T, 3, S, S) by up to `strength`."""
-    brightness, contrast, saturation = (
-        draw(clips, 1 - strength, 1 + strength)[:, None, None, None, None] for _ in range(3)
-    )
-    clips = clips * brightness
+    """Change each channel's gain, the contrast and the saturation of each clip (B, T, 3, S, S) by up to `strength`."""
+    *gains, contrast, saturation = (draw(clips, 1 - strength, 1 + strength).view(-1, 1, 1, 1, 1) for _ in range(5))
+    clips = clips * torch.cat(gains, dim=2)
     clips = clips.mean(dim=(1, 2, 3, 4), keepdim=True).lerp(clips, contrast)
     clips = clips.mean(dim=2, keepdim=True).lerp(clips, saturation)
     return clips.clamp(0, 1)

@@ -3,13 +3,14 @@
 #
 # A backbone describes each frame. A bidirectional LSTM reads the descriptions in order, so that each one is seen
 # in the light of what came before and after. Self-attention lets the frames compare themselves with each other,
-# however far apart. Their mean goes to a classifier, and a second, smaller voice comes straight from the frames:
-# many manipulations show in a single one, and a network that is told so learns faster.
+# however far apart. Their mean and their spread over time go to a classifier: a face that does not quite follow the
+# head shows in the spread. A second voice comes straight from the frames, for many manipulations show in a single
+# one, and a network that is told so learns faster.
 #
 # ```
 # clip (B, T, 3, S, S)
-#   └─ backbone ─▶ (B, T, C) ─┬─▶ BiLSTM ─▶ self-attention ─▶ mean over T ─▶ dropout ─▶ linear ─┐
-#                             └─▶ linear: a logit a frame ─▶ mean over T ────────────────────────┴─▶ logit (B)
+#   └─ backbone ─▶ (B, T, C) ─┬─▶ BiLSTM ─▶ self-attention ─▶ mean, spread over T ─▶ dropout ─▶ linear ─┐
+#                             └─▶ dropout ─▶ linear: a logit a frame ─▶ mean over T ─────────────────────┴─▶ logit (B)
 # ```
 
 # %%
@@ -64,17 +65,19 @@ class DeepfakeDetector(nn.Module):
         self.lstm = nn.LSTM(features, lstm_hidden, lstm_layers, batch_first=True, bidirectional=True)
         self.attention = nn.MultiheadAttention(width, attention_heads, batch_first=True)
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, 1))
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(2 * width, 1))
 
     def forward(self, clips: torch.Tensor) -> Output:
         """Normalised clips (B, T, 3, S, S), float."""
         batch, frames = clips.shape[:2]
         described = self.backbone(clips.flatten(0, 1)).unflatten(0, (batch, frames))
         frame_logits = self.frame_head(described).squeeze(-1)
+        self.lstm.flatten_parameters()  # DataParallel's copies are not in one piece
         in_order, _ = self.lstm(described)
         attended, weights = self.attention(in_order, in_order, in_order)
-        pooled = self.norm(in_order + attended).mean(dim=1)
-        logit = self.head(pooled).squeeze(-1) + frame_logits.mean(dim=1)
+        seen = self.norm(in_order + attended)
+        spread = (seen.var(dim=1, correction=0) + 1e-5).sqrt()
+        logit = self.head(torch.cat([seen.mean(dim=1), spread], dim=1)).squeeze(-1) + frame_logits.mean(dim=1)
         return Output(logit, frame_logits, weights.mean(dim=1))
 
 

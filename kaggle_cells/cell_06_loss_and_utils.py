@@ -33,7 +33,8 @@ class FocalLoss(nn.Module):
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-        return ((1 - torch.exp(-entropy)) ** self.gamma * entropy).mean()
+        missed = (1 - torch.exp(-entropy)).clamp_min(1e-6)  # 0 ** gamma has no gradient for gamma < 1
+        return (missed**self.gamma * entropy).mean()
 
 
 def build_loss(config: Config) -> FocalLoss:

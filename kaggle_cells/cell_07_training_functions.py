@@ -170,6 +170,7 @@ def validate(
     device: torch.device,
     *,
     precision: torch.dtype | None = None,
+    frame_weight: float = 0.0,
     title: str = "validation",
 ) -> Scores:
     """Score every clip of the loader, in its order."""
@@ -179,5 +180,5 @@ def validate(
         with torch.autocast(device.type, precision, enabled=precision is not None):
             output = model(normalize(to_float(clips)))
         parts.append((output.logit, labels, rows, output.frame_logits, output.attention))
-        losses.append(criterion(output.logit.float(), labels))
+        losses.append(total_loss(output, labels, criterion, frame_weight))
     return scores_of(parts, losses, started)

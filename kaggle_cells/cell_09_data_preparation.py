@@ -6,7 +6,6 @@
 # `DATA_DIR`, or leave it at `auto`.
 
 # %%
-import os
 import time
 from pathlib import Path
 
@@ -29,19 +28,20 @@ from cell_03_data_processing import (
 from cell_08_evaluation_functions import plot_samples, save_figure
 
 preparation_started = time.perf_counter()
-found, DATA_ORIGIN = None, CONFIG.DATA_DIR
-if CONFIG.DATA_DIR != "auto":
-    found = find_videos(Path(CONFIG.DATA_DIR), CONFIG.METHODS)
-for folder in ("/kaggle/input", "data") if CONFIG.DATA_DIR == "auto" else ():
-    if found is None and os.path.isdir(folder) and os.listdir(folder):
-        try:
-            found, DATA_ORIGIN = find_videos(Path(folder), CONFIG.METHODS), folder
-        except FileNotFoundError as error:
-            print(error)
-if found is None:
+places = {"auto": ["/kaggle/input", "data"], "demo": []}.get(CONFIG.DATA_DIR, [CONFIG.DATA_DIR])
+for DATA_ORIGIN in places:
+    try:
+        found = find_videos(Path(DATA_ORIGIN), CONFIG.METHODS)
+        break
+    except FileNotFoundError as error:
+        if CONFIG.DATA_DIR != "auto":
+            raise
+        if Path(DATA_ORIGIN).is_dir():
+            print(f"Not used: {error}")
+else:
     DATA_ORIGIN = "demo set made by this notebook"
     demo_folder, demo_size = CONFIG.work_dir / f"demo_videos_{CONFIG.SEED}", CONFIG.MAX_VIDEOS_PER_CLASS or 120
-    print(f"No dataset found: making a demo set of {demo_size} real and {demo_size} fake videos.", flush=True)
+    print(f"Making a demo set of {demo_size} real and {demo_size} fake videos: no dataset of yours.", flush=True)
     make_demo_set(demo_folder, demo_size, CONFIG.SEED, CONFIG.NUM_WORKERS)
     found = find_videos(demo_folder, CONFIG.METHODS)
 

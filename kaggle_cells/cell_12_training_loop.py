@@ -32,6 +32,7 @@ from cell_11_model_setup import (
 )
 
 HISTORY_FILE = CONFIG.work_dir / "results" / "training_history.csv"
+options = {"precision": PRECISION, "frame_weight": CONFIG.FRAME_LOSS_WEIGHT}
 while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
     epoch = len(HISTORY) + 1
     epoch_started = time.time()
@@ -45,13 +46,12 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
         OPTIMIZER,
         SCALER,
         DEVICE,
-        precision=PRECISION,
-        frame_weight=CONFIG.FRAME_LOSS_WEIGHT,
+        **options,
         gradient_clip=CONFIG.GRADIENT_CLIP,
         average=AVERAGE,
         title=f"epoch {epoch}",
     )
-    validated = validate(AVERAGE or PARALLEL_MODEL, VAL_LOADER, CRITERION, DEVICE, precision=PRECISION)
+    validated = validate(AVERAGE or PARALLEL_MODEL, VAL_LOADER, CRITERION, DEVICE, **options)
     is_best = STOPPER.update(epoch, validated.auc, validated.loss)
     SCHEDULER.step(validated.loss)
     HISTORY.append(

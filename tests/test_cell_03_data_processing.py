@@ -78,6 +78,14 @@ def test_two_datasets_below_one_root_are_both_found_and_their_numbers_kept_apart
     assert set(videos.dataset) == {"a", "b"} and videos.group.nunique() == 2
 
 
+def test_a_linked_folder_is_entered_and_a_loop_of_links_ends(tmp_path):
+    touch(tmp_path / "elsewhere", "a.mp4")
+    touch(tmp_path / "set", "real/b.mp4", "fake/b.mp4")
+    (tmp_path / "set" / "real" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "real" / "loop").symlink_to(tmp_path / "set" / "real")
+    assert [path.name for path in find_videos(tmp_path / "set").path] == ["b.mp4", "a.mp4", "b.mp4"]
+
+
 def test_an_unknown_folder_is_an_error_that_says_what_is_there(tmp_path):
     touch(tmp_path, "clips/one.mp4", "readme.md")
     with pytest.raises(FileNotFoundError, match=r"2 entries \(clips/, readme.md\) and 1 videos"):
@@ -149,6 +157,11 @@ def test_a_given_split_is_kept_and_a_missing_one_is_taken_from_training():
     split = split_videos(given_split, 0.25, 0.2, 1)
     assert (split.split[60:] == "test").all() and set(split.split[:60]) == {"train", "val"}
     assert (split.split == "val").sum() == pytest.approx(0.25 / 0.8 * 60, abs=4)
+
+
+def test_a_dataset_with_all_its_splits_is_left_as_it_is():
+    given_split = pairs(30).assign(split=["train"] * 40 + ["val"] * 8 + ["test"] * 12)
+    assert split_videos(given_split, 0.15, 0.2, 1).split.tolist() == given_split.split.tolist()
 
 
 def test_held_out_methods_are_only_ever_tested():

@@ -22,9 +22,10 @@ def test_gamma_zero_is_cross_entropy():
     assert cell.build_loss(CONFIG).gamma == CONFIG.FOCAL_GAMMA
 
 
-def test_extreme_logits_give_finite_gradients():
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_extreme_logits_give_finite_gradients(gamma):
     logits = torch.tensor([-200.0, 200.0, 0.0], requires_grad=True)
-    cell.FocalLoss(2.0)(logits, torch.tensor([1.0, 1.0, 0.0])).backward()
+    cell.FocalLoss(gamma)(logits, torch.tensor([1.0, 1.0, 0.0])).backward()
     assert torch.isfinite(logits.grad).all()
 
 
