@@ -154,7 +154,7 @@ def test_fourteen_scripts_in_fourteen_processes_give_the_same_results(finished_r
 
 
 @pytest.mark.parametrize(
-    ("first", "early", "missing"), [([], 1, "cell_01"), ([0], 4, "cell_02"), ([0, 1, 2], 6, "cell_05")]
+    ("first", "early", "missing"), [([], 1, "cell_01"), ([0], 4, "cell_02"), ([0, 1, 2], 6, "cell_04")]
 )
 def test_a_cell_run_too_early_names_the_cell_to_run_first(tmp_path, first, early, missing):
     with pytest.raises(CellExecutionError, match=rf"(?:run |No module named ')({missing}\w+)"):
