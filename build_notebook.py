@@ -137,12 +137,10 @@ def run(source: str, overrides: list[list[str]], output: Path | None) -> None:
         ) from error
     finally:
         assembled.unlink(missing_ok=True)
-    print(
-        f"\nFinished in {time.time() - started:.0f} s. Look at\n"
-        f"  {executed}  (the notebook with all figures)\n"
-        f"  {folder / 'results' / 'experiment_report.txt'}\n"
-        f"  {folder / 'models' / 'best_model.pth'}"
-    )
+    print(f"\nFinished in {time.time() - started:.0f} s. Look at\n  {executed}  (the notebook with all figures)")
+    for name in ("results/experiment_report.txt", "results/predictions.csv", "models/best_model.pth"):
+        if (folder / name).exists():
+            print(f"  {folder / name}")
 
 
 def main() -> int:

@@ -41,8 +41,9 @@ import types
 from dataclasses import dataclass
 from pathlib import Path
 
-# FFmpeg's own messages about damaged videos go nowhere useful: each such video is reported in skipped.csv.
+# A damaged video makes FFmpeg and OpenCV print lines that do not name it; skipped.csv does, with the reason.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
 # A saved Kaggle version keeps every progress bar as it first appeared, at 0 %.
 if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch":
     os.environ.setdefault("TQDM_DISABLE", "1")

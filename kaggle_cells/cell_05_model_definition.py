@@ -187,13 +187,13 @@ def load_backbone_weights(backbone: nn.Module, name: str, pretrained: bool, path
         try:
             weights, origin = imagenet_weights(name), "ImageNet (torchvision)"
         except OSError as error:
-            origin = f"random: the ImageNet weights of {name} could not be downloaded ({error})"
+            reason = f"the ImageNet weights of {name} could not be downloaded ({error})"
             warnings.warn(
-                f"{origin}. Accuracy will be far lower. Turn the internet on, or attach the .pth file and name it "
-                "in WEIGHTS_PATH.",
+                f"Training starts from random weights: {reason}. Accuracy will be far lower. Turn the internet on, or "
+                "attach the .pth file and name it in WEIGHTS_PATH.",
                 stacklevel=2,
             )
-            return origin
+            return f"random: {reason}"
     own = backbone.state_dict()
     fitting = {key: value for key, value in weights.items() if key in own and value.shape == own[key].shape}
     missing = [key for key in own if key not in fitting and not key.endswith("num_batches_tracked")]

@@ -55,6 +55,7 @@ chosen_videos = limit_videos(found, CONFIG.MAX_VIDEOS_PER_CLASS, CONFIG.SEED)
 print(f"Making clips of {len(chosen_videos)} videos, or finding them in {CONFIG.cache_dir}", flush=True)
 usable_videos, SKIPPED = cache_clips(chosen_videos, CLIP_SETTINGS, CONFIG.cache_dir, FACE_DETECTOR, CONFIG.NUM_WORKERS)
 VIDEOS = split_videos(usable_videos, CONFIG.VAL_FRACTION, CONFIG.TEST_FRACTION, CONFIG.SEED, CONFIG.HOLDOUT_METHODS)
+LEAKING = crossing_groups(VIDEOS)
 SPLIT_TABLES = {name: VIDEOS[VIDEOS.split == name].reset_index(drop=True) for name in ("train", "val", "test")}
 for name, table in {**SPLIT_TABLES, "skipped": SKIPPED}.items():
     save_csv(table, CONFIG.work_dir / "data" / f"{name}.csv")
@@ -63,8 +64,8 @@ PREPARATION_SECONDS = time.perf_counter() - preparation_started
 display(pd.crosstab([VIDEOS.label, VIDEOS.method], VIDEOS.split)[list(SPLIT_TABLES)])
 if CONFIG.HOLDOUT_METHODS:
     print(f"{len(usable_videos) - len(VIDEOS)} held-out fakes set aside: their recordings are not in the test set.")
-if leaking := crossing_groups(VIDEOS):
-    print(f"Warning: {len(leaking)} groups are in more than one of the dataset's own splits, e.g. {leaking[:3]}.")
+if LEAKING:
+    print(f"Warning: {len(LEAKING)} groups are in more than one of the dataset's own splits, e.g. {LEAKING[:3]}.")
 if CONFIG.FACE_CROP and (faceless := int((VIDEOS.face_share == 0).sum())):
     print(f"No face found in {faceless} of {len(VIDEOS)} videos: the middle of the frame is used.")
 if len(SKIPPED):

@@ -12,7 +12,7 @@ import time
 from cell_01_imports_and_setup import ENVIRONMENT, STARTED
 from cell_02_global_config import CONFIG
 from cell_03_data_processing import replacing
-from cell_09_data_preparation import DATA_ORIGIN, PREPARATION_SECONDS, SKIPPED, VIDEOS
+from cell_09_data_preparation import DATA_ORIGIN, LEAKING, PREPARATION_SECONDS, SKIPPED, VIDEOS
 from cell_10_data_loaders import BATCH_SIZE_USED, PRECISION
 from cell_11_model_setup import HISTORY, WEIGHTS_ORIGIN
 from cell_13_model_evaluation import (
@@ -34,6 +34,7 @@ results = {
     "data": {
         "origin": DATA_ORIGIN,
         "groups": VIDEOS.group.nunique(),
+        "groups_in_several_splits": LEAKING,
         "videos": {
             split: {"real": int(counts.get((split, 0), 0)), "fake": int(counts.get((split, 1), 0))}
             for split in ("train", "val", "test")
@@ -69,6 +70,8 @@ with replacing(RESULTS / "experiment_results.json") as partial_file:
 
 # %%
 fitted, plain = METRICS.values()
+trained = f"{len(HISTORY)} epochs" if HISTORY else "in another run, perhaps on some of these recordings"
+unseen = " of recordings never trained on" if HISTORY and not LEAKING else ""
 
 
 def in_words(value: float | None) -> str:
@@ -86,12 +89,17 @@ report = [
     f"Clips      {CONFIG.FRAMES_PER_VIDEO} frames of {CONFIG.IMAGE_SIZE} x {CONFIG.IMAGE_SIZE} pixels"
     + (f"; no face found in {results['data']['without_face']} videos" if CONFIG.FACE_CROP else "; face crop off"),
     f"Model      {CONFIG.BACKBONE} + BiLSTM + self-attention; initial weights: {WEIGHTS_ORIGIN}",
-    f"Training   {len(HISTORY)} epochs; the best was {MODEL_INFO['epoch']}, validation AUC {MODEL_INFO['val_auc']:.3f}",
+    f"Training   {trained}; epoch {MODEL_INFO['epoch']} was the best, validation AUC {MODEL_INFO['val_auc']:.3f}",
     f"Time       preparation {PREPARATION_SECONDS:.0f} s, training {results['seconds']['training']:.0f} s, "
     f"evaluation {EVALUATION_SECONDS:.0f} s, on {', '.join(ENVIRONMENT.gpus) or 'the CPU'}",
+    *(
+        [f"Leakage    {len(LEAKING)} groups are in several of the given splits: the test is easier than it looks"]
+        if LEAKING
+        else []
+    ),
     "",
     f"Test set, {results['data']['videos']['test']['real']} real and {results['data']['videos']['test']['fake']} fake "
-    "videos of recordings never trained on (fake is the positive class):",
+    f"videos{unseen}; fake is the positive class:",
     "",
     f"{'':20}at {THRESHOLD:.3f}    at 0.500",
     *(f"{name.replace('_', ' '):18}{in_words(fitted[name]):>10}  {in_words(plain[name]):>10}" for name in fitted),
