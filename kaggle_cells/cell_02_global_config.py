@@ -33,7 +33,7 @@ LSTM_HIDDEN: int = 256  # units of the LSTM in each direction
 LSTM_LAYERS: int = 1  # layers of the LSTM
 ATTENTION_HEADS: int = 8  # heads of the self-attention; must divide 2 * LSTM_HIDDEN
 DROPOUT: float = 0.5  # before the classifier
-GRADIENT_CHECKPOINTING: bool = False  # recompute the backbone's blocks: less memory, about a third slower
+GRADIENT_CHECKPOINTING: bool = False  # compute the backbone's blocks twice: less memory, more time
 # Training
 EPOCHS: int = 25  # upper bound; early stopping usually ends sooner
 BATCH_SIZE: int = 0  # clips a step; 0: up to 8 for each GPU, fewer where memory is short

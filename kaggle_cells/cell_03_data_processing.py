@@ -270,7 +270,10 @@ def read_frames(path: Path, count: int, seconds: float) -> list[np.ndarray]:
     if not capture.isOpened():
         raise VideoError("not a video, or damaged at its start")
     total, fps = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
-    if total <= 0:
+    if total <= 0:  # some WebM files do not say: count, and start again
+        total = sum(1 for _ in iter(capture.grab, False))
+        capture.open(str(path), cv2.CAP_FFMPEG)
+    if total == 0:
         raise VideoError("holds no video frames")
     wanted = Counter(frame_positions(total, count, fps, seconds).tolist())
     frames = []
@@ -335,18 +338,23 @@ def follow_face(found: list[tuple[np.ndarray, np.ndarray]]) -> list[int | None]:
     return best
 
 
-def find_face(frames: list[np.ndarray], detector: torch.nn.Module) -> tuple[np.ndarray, np.ndarray, float]:
+def find_face(frames: list[np.ndarray], detector: torch.nn.Module | None) -> tuple[np.ndarray, np.ndarray, float]:
     """The face of a clip: boxes (T, 4) and landmarks (T, 5, 2) in pixels, and the share of frames that show it.
 
-    Without any face the boxes and landmarks are NaN and the share is 0.
+    Without any face, or without a detector, the boxes and landmarks are NaN and the share is 0.
     """
     looked_at = np.unique(np.linspace(0, len(frames) - 1, DETECTION_FRAMES).round().astype(int))
     scale = min(1.0, DETECTION_SIDE / max(frames[0].shape[:2]))
     small = [cv2.resize(frames[i], None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) for i in looked_at]
     no_face = np.full((len(frames), 4), np.nan), np.full((len(frames), 5, 2), np.nan), 0.0
-    if min(small[0].shape[:2]) < SMALLEST_FACE:
+    if detector is None or min(small[0].shape[:2]) < SMALLEST_FACE:
         return no_face
-    boxes, chances, landmarks = detector.detect(np.stack(small), landmarks=True)
+    try:
+        boxes, chances, landmarks = detector.detect(np.stack(small), landmarks=True)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError, ValueError) as error:  # facenet-pytorch stumbles over boxes without area
+        raise VideoError(f"the face detector failed: {error}") from error
     none = np.zeros((0, 4)), np.zeros(0)
     found = [none if b is None else (b.astype(float), c) for b, c in zip(boxes, chances, strict=True)]
     picks = follow_face(found)
@@ -434,9 +442,7 @@ def make_clip(path: Path, settings: ClipSettings, detector: torch.nn.Module | No
     """Decode, crop and resize one video. Raises VideoError with the reason if it cannot be used."""
     frames = read_frames(path, settings.frames, settings.seconds)
     height, width = frames[0].shape[:2]
-    boxes, landmarks, share = np.full((len(frames), 4), np.nan), np.full((len(frames), 5, 2), np.nan), 0.0
-    if settings.face_crop:
-        boxes, landmarks, share = find_face(frames, detector)
+    boxes, landmarks, share = find_face(frames, detector if settings.face_crop else None)
     squares = crop_squares(boxes, height, width, settings.margin)
     shrinks = squares[0, 2] > settings.size
     crops = [
@@ -460,7 +466,10 @@ def clip_file(path: Path, settings: ClipSettings, cache_dir: Path) -> Path:
 
 def cached_clip(path: Path, settings: ClipSettings, cache_dir: Path, detector: torch.nn.Module | None) -> dict:
     """Make sure that a video's clip is in the cache; returns where, and its share of frames with a face."""
-    file = clip_file(path, settings, cache_dir)
+    try:
+        file = clip_file(path, settings, cache_dir)
+    except OSError as error:
+        raise VideoError(f"cannot be read: {error.strerror}") from error
     if file.exists():
         try:
             with np.load(file) as saved:

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -210,6 +211,17 @@ def test_frames_are_rgb_and_huge_ones_are_reduced(tmp_path):
     assert frame.shape == (960, 1920, 3) and frame[..., 2].mean() > 200 > 60 > frame[..., 0].mean()
 
 
+def test_a_video_that_does_not_tell_its_length_is_counted(tmp_path, monkeypatch):
+    class Silent(cv2.VideoCapture):
+        def get(self, which):
+            return 0 if which == cv2.CAP_PROP_FRAME_COUNT else super().get(which)
+
+    file = counting_video(tmp_path / "count.mp4")
+    told = read_frames(file, 6, 8.0)
+    monkeypatch.setattr(cv2, "VideoCapture", Silent)
+    assert np.array_equal(told, read_frames(file, 6, 8.0))
+
+
 def broken(kind, tmp_path):
     file = tmp_path / "video.mp4"
     if kind == "folder":
@@ -330,11 +342,27 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_bad_videos_are_listed_with_reasons_and_the_rest_goes_on(two_videos, tmp_path):
-    (tmp_path / "c.mp4").write_text("hello")
-    table = pd.concat([two_videos, pd.DataFrame({"path": [tmp_path / "c.mp4"], "label": [1]})], ignore_index=True)
+    bad = [tmp_path / "c.mp4", tmp_path / "dangling.mp4"]
+    bad[0].write_text("hello")
+    bad[1].symlink_to(tmp_path / "gone.mp4")
+    table = pd.concat([two_videos, pd.DataFrame({"path": bad, "label": 1})], ignore_index=True)
     usable, skipped = cache(table, tmp_path / "cache", PLAIN)
-    assert len(usable) == 2 and skipped.path.tolist() == [tmp_path / "c.mp4"]
-    assert "not a video" in skipped.reason[0]
+    assert len(usable) == 2 and skipped.path.tolist() == bad
+    assert "not a video" in skipped.reason[0] and "No such file" in skipped.reason[1]
+
+
+def test_a_failing_face_detector_is_the_videos_reason_but_a_full_gpu_is_not(two_videos):
+    class Failing(torch.nn.Module):
+        def detect(self, *_, **__):
+            raise self.error
+
+    detector = Failing()
+    detector.error = RuntimeError("torch.cat(): expected a non-empty list of Tensors")
+    with pytest.raises(VideoError, match="face detector failed: torch.cat"):
+        cell.make_clip(two_videos.path[0], SMALL, detector)
+    detector.error = torch.cuda.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        cell.make_clip(two_videos.path[0], SMALL, detector)
 
 
 def test_a_full_disk_ends_the_run_instead_of_skipping_videos(two_videos, tmp_path, monkeypatch):
