@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Is this video a deepfake?
 #
-# This notebook trains a detector on videos of real and manipulated faces, tests it on people it has never
+# This notebook trains a detector on videos of real and manipulated faces, tests it on recordings it has never
 # seen, and scores your own videos with it. Each video becomes a short **clip** of face crops; a network looks
 # at every frame, reads the frames in order, decides which of them matter, and answers with one probability.
 #

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -312,7 +313,9 @@ def load_face_detector(device: str) -> torch.nn.Module:
     ensure_package("facenet_pytorch", "facenet-pytorch==2.5.3")
     from facenet_pytorch import MTCNN
 
-    return MTCNN(keep_all=True, min_face_size=SMALLEST_FACE, device=device).eval()
+    with warnings.catch_warnings():  # torch 2.4 and 2.5 say how facenet-pytorch should read its own weights
+        warnings.filterwarnings("ignore", message="You are using `torch.load`", category=FutureWarning)
+        return MTCNN(keep_all=True, min_face_size=SMALLEST_FACE, device=device).eval()
 
 
 def follow_face(found: list[tuple[np.ndarray, np.ndarray]]) -> list[int | None]:
