@@ -47,7 +47,12 @@ class DeepfakeDetector(nn.Module):
         lstm_hidden, lstm_layers: units in each direction, and layers.
         attention_heads: must divide 2 * lstm_hidden.
         dropout: before each classifier.
+
+    Set `precision` to a dtype for mixed precision. It acts inside `forward`, because DataParallel's threads would not
+    take over an outer autocast's dtype.
     """
+
+    precision: torch.dtype | None = None
 
     def __init__(
         self,
@@ -69,6 +74,10 @@ class DeepfakeDetector(nn.Module):
 
     def forward(self, clips: torch.Tensor) -> Output:
         """Normalised clips (B, T, 3, S, S), float."""
+        with torch.autocast(clips.device.type, self.precision, enabled=self.precision is not None):
+            return self._forward(clips)
+
+    def _forward(self, clips: torch.Tensor) -> Output:
         batch, frames = clips.shape[:2]
         described = self.backbone(clips.flatten(0, 1)).unflatten(0, (batch, frames))
         frame_logits = self.frame_head(described).squeeze(-1)

@@ -58,8 +58,8 @@ def step_fits(config: Config, device: torch.device, precision: torch.dtype | Non
     clips = torch.zeros(batch, config.FRAMES_PER_VIDEO, config.IMAGE_SIZE, config.IMAGE_SIZE, 3, dtype=torch.uint8)
     try:
         model = build_model(config).to(device)
-        with torch.autocast(device.type, precision, enabled=precision is not None):
-            output = model(normalize(augment(to_float(clips.to(device)))))
+        model.precision = precision
+        output = model(normalize(augment(to_float(clips.to(device)))))
         (output.logit.float().sum() + output.frame_logits.float().sum()).backward()
         torch.optim.AdamW(model.parameters()).step()  # its two averages of each weight need memory too
     except torch.cuda.OutOfMemoryError:
@@ -125,7 +125,6 @@ def train_one_epoch(
     scaler: torch.amp.GradScaler,
     device: torch.device,
     *,
-    precision: torch.dtype | None = None,
     frame_weight: float = 0.0,
     gradient_clip: float = 0.0,
     average: AveragedModel | None = None,
@@ -136,9 +135,7 @@ def train_one_epoch(
     started, parts, losses = time.perf_counter(), [], []
     bar = tqdm(device_batches(loader, device), total=len(loader), desc=title, unit="batch", leave=False)
     for step, (clips, labels, rows) in enumerate(bar, 1):
-        inputs = normalize(augment(to_float(clips)))
-        with torch.autocast(device.type, precision, enabled=precision is not None):
-            output = model(inputs)
+        output = model(normalize(augment(to_float(clips))))
         loss = total_loss(output, labels, criterion, frame_weight)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
@@ -169,7 +166,6 @@ def validate(
     criterion: nn.Module,
     device: torch.device,
     *,
-    precision: torch.dtype | None = None,
     frame_weight: float = 0.0,
     title: str = "validation",
 ) -> Scores:
@@ -177,8 +173,7 @@ def validate(
     model.eval()
     started, parts, losses = time.perf_counter(), [], []
     for clips, labels, rows in tqdm(device_batches(loader, device), total=len(loader), desc=title, leave=False):
-        with torch.autocast(device.type, precision, enabled=precision is not None):
-            output = model(normalize(to_float(clips)))
+        output = model(normalize(to_float(clips)))
         parts.append((output.logit, labels, rows, output.frame_logits, output.attention))
         losses.append(total_loss(output, labels, criterion, frame_weight))
     return scores_of(parts, losses, started)

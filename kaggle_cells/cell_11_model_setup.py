@@ -35,6 +35,7 @@ if CONFIG.CHECKPOINT:
 else:
     WEIGHTS_ORIGIN = load_backbone_weights(model.backbone, CONFIG.BACKBONE, CONFIG.PRETRAINED, CONFIG.WEIGHTS_PATH)
 MODEL = model.to(DEVICE)
+MODEL.precision = PRECISION
 AVERAGE = averaged(MODEL, CONFIG.EMA_DECAY)
 CRITERION = build_loss(CONFIG)
 OPTIMIZER = torch.optim.AdamW(

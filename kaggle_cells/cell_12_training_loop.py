@@ -15,7 +15,7 @@ from cell_03_data_processing import save_csv
 from cell_06_loss_and_utils import free_memory, model_file, save_checkpoint, unwrapped
 from cell_07_training_functions import train_one_epoch, validate
 from cell_08_evaluation_functions import fit_temperature, fit_threshold, plot_history, probabilities, save_figure
-from cell_10_data_loaders import DEVICE, PRECISION, TRAIN_LOADER, TRAIN_SAMPLER, VAL_LOADER
+from cell_10_data_loaders import DEVICE, TRAIN_LOADER, TRAIN_SAMPLER, VAL_LOADER
 from cell_11_model_setup import (
     AVERAGE,
     BEST_MODEL,
@@ -32,7 +32,6 @@ from cell_11_model_setup import (
 )
 
 HISTORY_FILE = CONFIG.work_dir / "results" / "training_history.csv"
-options = {"precision": PRECISION, "frame_weight": CONFIG.FRAME_LOSS_WEIGHT}
 while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
     epoch = len(HISTORY) + 1
     epoch_started = time.time()
@@ -46,12 +45,14 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
         OPTIMIZER,
         SCALER,
         DEVICE,
-        **options,
+        frame_weight=CONFIG.FRAME_LOSS_WEIGHT,
         gradient_clip=CONFIG.GRADIENT_CLIP,
         average=AVERAGE,
         title=f"epoch {epoch}",
     )
-    validated = validate(AVERAGE or PARALLEL_MODEL, VAL_LOADER, CRITERION, DEVICE, **options)
+    validated = validate(
+        AVERAGE or PARALLEL_MODEL, VAL_LOADER, CRITERION, DEVICE, frame_weight=CONFIG.FRAME_LOSS_WEIGHT
+    )
     is_best = STOPPER.update(epoch, validated.auc, validated.loss)
     SCHEDULER.step(validated.loss)
     HISTORY.append(
@@ -70,9 +71,7 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
     if is_best:
         temperature = fit_temperature(validated.logits, validated.labels)
         threshold = fit_threshold(probabilities(validated.logits, temperature), validated.labels)
-        save_checkpoint(
-            BEST_MODEL, model_file(unwrapped(AVERAGE or PARALLEL_MODEL), CONFIG, temperature, threshold, HISTORY[-1])
-        )
+        save_checkpoint(BEST_MODEL, model_file(unwrapped(candidate), CONFIG, temperature, threshold, HISTORY[-1]))
     states = {name: part.state_dict() for name, part in RESUMABLE.items()}
     save_checkpoint(LAST_CHECKPOINT, {**states, "history": HISTORY, "settings": RUN_SETTINGS})
     save_csv(pd.DataFrame(HISTORY), HISTORY_FILE)

@@ -35,6 +35,15 @@ def test_the_output_has_a_logit_a_clip_and_a_frame_and_attention_that_sums_to_on
     assert torch.allclose(output.attention.sum(dim=1), torch.ones(2))
 
 
+def test_mixed_precision_acts_inside_the_model_and_stays_close():
+    model, clips = small_model().eval(), torch.rand(2, 4, 3, 64, 64)
+    with torch.no_grad():
+        full = model(clips).logit
+        model.precision = torch.bfloat16
+        mixed = model(clips).logit
+    assert mixed.dtype == torch.bfloat16 and torch.allclose(full, mixed.float(), atol=0.1)
+
+
 def test_clips_do_not_influence_each_other_but_the_order_of_frames_counts():
     model, clips = small_model().eval(), torch.rand(3, 4, 3, 64, 64)
     with torch.no_grad():
