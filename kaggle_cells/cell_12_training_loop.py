@@ -50,9 +50,8 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
         average=AVERAGE,
         title=f"epoch {epoch}",
     )
-    validated = validate(
-        AVERAGE or PARALLEL_MODEL, VAL_LOADER, CRITERION, DEVICE, frame_weight=CONFIG.FRAME_LOSS_WEIGHT
-    )
+    candidate = AVERAGE or PARALLEL_MODEL
+    validated = validate(candidate, VAL_LOADER, CRITERION, DEVICE, frame_weight=CONFIG.FRAME_LOSS_WEIGHT)
     is_best = STOPPER.update(epoch, validated.auc, validated.loss)
     SCHEDULER.step(validated.loss)
     HISTORY.append(
