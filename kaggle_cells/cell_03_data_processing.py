@@ -486,11 +486,7 @@ def cached_clip(path: Path, settings: ClipSettings, cache_dir: Path, detector: t
 
 
 def cache_clips(
-    videos: pd.DataFrame,
-    settings: ClipSettings,
-    cache_dir: Path,
-    detector: torch.nn.Module | None,
-    workers: int,
+    videos: pd.DataFrame, settings: ClipSettings, cache_dir: Path, detector: torch.nn.Module | None, workers: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Make the clips of all videos, several at a time in threads (OpenCV decodes outside Python's lock).
 

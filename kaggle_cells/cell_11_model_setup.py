@@ -13,13 +13,7 @@ from torch import nn
 from cell_01_imports_and_setup import ENVIRONMENT
 from cell_02_global_config import CONFIG, seed_everything
 from cell_05_model_definition import build_model, load_backbone_weights
-from cell_06_loss_and_utils import (
-    EarlyStopping,
-    averaged,
-    build_loss,
-    data_fingerprint,
-    settings_changed,
-)
+from cell_06_loss_and_utils import EarlyStopping, averaged, build_loss, data_fingerprint, settings_changed
 from cell_09_data_preparation import VIDEOS
 from cell_10_data_loaders import DEVICE, PRECISION
 

@@ -41,10 +41,7 @@ tested = validate(DETECTOR, TEST_LOADER, CRITERION, DEVICE, title="test")
 PREDICTIONS = (
     SPLIT_TABLES["test"]
     .drop(columns=["split", "clip_file"])
-    .assign(
-        logit=tested.logits,
-        probability=probabilities(tested.logits, TEMPERATURE),
-    )
+    .assign(logit=tested.logits, probability=probabilities(tested.logits, TEMPERATURE))
 )
 PREDICTIONS["verdict"] = np.where(PREDICTIONS.probability >= THRESHOLD, "fake", "real")
 PREDICTIONS["correct"] = (PREDICTIONS.verdict == "fake") == (PREDICTIONS.label == 1)

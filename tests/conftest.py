@@ -15,13 +15,7 @@ matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-from cell_03_data_processing import (  # noqa: E402
-    ClipSettings,
-    cache_clips,
-    find_videos,
-    load_face_detector,
-    make_demo_set,
-)
+from cell_03_data_processing import ClipSettings, cache_clips, find_videos, load_face_detector, make_demo_set  # noqa: E402
 
 SMALL = ClipSettings(frames=4, seconds=8.0, size=64, face_crop=True, margin=0.25)
 
