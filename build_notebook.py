@@ -12,6 +12,7 @@ everything that it wrote are left in one folder.
 import argparse
 import difflib
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -75,13 +76,13 @@ def check() -> None:
     raise Failure("\n".join([*lines, "", "The notebook is stale: run python build_notebook.py and commit it."]))
 
 
-def known_parameters(notebook: nbformat.NotebookNode) -> list[str]:
-    """The names that the cell tagged `parameters` assigns."""
+def known_parameters(notebook: nbformat.NotebookNode) -> dict[str, str]:
+    """The names that the cell tagged `parameters` assigns, with their types."""
     tagged = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    return [line.split(":")[0] for line in tagged.source.splitlines() if line[:1].isupper()]
+    return dict(re.findall(r"^([A-Z_]+): (\w+) =", tagged.source, flags=re.M))
 
 
-def read_parameters(source: str, overrides: list[list[str]], known: list[str]) -> dict[str, object]:
+def read_parameters(source: str, overrides: list[list[str]], known: dict[str, str]) -> dict[str, object]:
     """The parameters of a set or file, with overrides as (NAME, VALUE) texts. Raises Failure for unknown names."""
     file = PARAMETER_SETS / f"{source}.yaml"
     if not file.exists():
@@ -91,7 +92,7 @@ def read_parameters(source: str, overrides: list[list[str]], known: list[str]) -
         raise Failure(f"{source!r} is neither a parameter set ({sets}) nor a file")
     try:
         parameters = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        parameters |= {name: yaml.safe_load(value) for name, value in overrides}
+        parameters |= {name: v if known.get(name) == "str" else yaml.safe_load(v) for name, v in overrides}
     except (yaml.YAMLError, TypeError) as error:
         raise Failure(f"{file} and -p must give NAME: VALUE pairs: {error}") from error
     for name in parameters:
@@ -107,6 +108,7 @@ def run(source: str, overrides: list[list[str]], output: Path | None) -> None:
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a warning about frozen modules, in every kernel
     os.environ.setdefault("TQDM_DISABLE", "1")  # a saved notebook keeps every bar as it first appeared, at 0 %
     import papermill
+    from nbclient.exceptions import DeadKernelError
 
     notebook = assemble()
     parameters = read_parameters(source, overrides, known_parameters(notebook))
@@ -132,8 +134,13 @@ def run(source: str, overrides: list[list[str]], output: Path | None) -> None:
         failed = nbformat.read(executed, as_version=4)
         cell = next(c for c in failed.cells if any(o.output_type == "error" for o in c.get("outputs", [])))
         raise Failure(
-            f"{error.ename}: {error.evalue}\n\nThe cell that failed is in {cell.metadata[SOURCE_KEY]}. "
+            f"{error.ename}: {error.evalue}\n\nThe cell that failed is in "
+            f"{cell.metadata.get(SOURCE_KEY, 'the parameters given')}. "
             f"The notebook up to it, with the whole traceback: {executed}"
+        ) from error
+    except DeadKernelError as error:
+        raise Failure(
+            f"The notebook's process died, most likely for lack of memory. As far as it came: {executed}"
         ) from error
     finally:
         assembled.unlink(missing_ok=True)

@@ -120,7 +120,7 @@ class Config:
     PATIENCE: int = between(1, 10**4)
     EMA_DECAY: float = between(0, 0.99999)
     AMP: str = one_of("auto", "off", "fp16", "bf16")
-    TIME_BUDGET_HOURS: float = between(0.001, 10**4)
+    TIME_BUDGET_HOURS: float = between(0, 10**4)
     RESUME: bool
     NUM_WORKERS: int = between(1, 64)
     SEED: int = between(0, 2**31 - 1)

@@ -10,6 +10,7 @@
 
 # %%
 import hashlib
+import heapq
 import json
 import os
 import re
@@ -56,27 +57,32 @@ def sources_from_name(stem: str) -> list[str]:
     `004_982` tells of 004 and 982 (a FaceForensics++ fake), `alice_1__swapped` of `alice_1`, any other name of
     itself, so that a real and a fake video of one name belong together.
     """
-    if re.fullmatch(r"\d{3,}_\d{3,}", stem):
+    if re.fullmatch(r"\d{3}_\d{3}", stem):
         return stem.split("_")
     return [stem.split("__")[0]]
 
 
 def find_real_fake(folder: Path) -> list[dict]:
-    """`{real,fake}/`, or `{train,val,test}/{real,fake}/`. A folder below `fake` names the manipulation."""
+    """`{real,fake}/` below the splits, above them, or without: the user's layouts.
+
+    A further folder below `fake`, or what follows `__` in a name, tells the manipulation.
+    """
     children = {child.name.lower(): child for child in folder.iterdir() if child.is_dir()}
-    given = {SPLITS[name]: child for name, child in children.items() if name in SPLITS}
-    if given:
-        rows = [dict(row, split=split) for split, child in given.items() for row in find_real_fake(child)]
-        for row in rows:  # train/real/video1 and test/real/video1 are two recordings; two of number 004 are one
-            row["sources"] = [s if s.isdigit() else f"{row['split']}/{s}" for s in row["sources"]]
-        return rows
+    parts = [(split, sub) for name, split in SPLITS.items() if name in children for sub in children[name].iterdir()]
+    parts = [(split, sub) for split, sub in parts if sub.is_dir() and sub.name.lower() in ("real", "fake")]
+    if not parts and {"real", "fake"} <= set(children):
+        parts = [("", children["real"]), ("", children["fake"])]
     rows = []
-    for label, name in enumerate(("real", "fake")):
-        for path in videos_below(children[name]) if {"real", "fake"} <= set(children) else []:
-            below = path.relative_to(children[name]).parts
-            named = below[0] if len(below) > 1 else (path.stem.split("__")[1:] or ["fake"])[-1]
-            rows.append(dict(path=path, label=label, method=named if label else "real"))
-            rows[-1] |= dict(sources=sources_from_name(path.stem), split="")
+    for split, part in parts:
+        real = part.name.lower() == "real"
+        for path in videos_below(part):
+            *below, _ = path.relative_to(part).parts
+            own = SPLITS.get(below.pop(0).lower()) if below and below[0].lower() in SPLITS else split
+            method = "real" if real else [*path.stem.split("__")[1:], *below, "fake"][0]
+            sources = sources_from_name(path.stem)
+            rows.append(dict(path=path, label=int(not real), method=method, sources=sources, split=own))
+    if not any(len(row["sources"]) > 1 for row in rows):  # no recording numbers: train/real/1 and test/real/1 are two
+        rows = [dict(row, sources=[f"{row['split']}/{row['sources'][0]}"]) for row in rows]
     return rows
 
 
@@ -121,10 +127,13 @@ def find_videos(root: Path, methods: Iterable[str] = ()) -> pd.DataFrame:
     """
     if not root.is_dir():
         raise FileNotFoundError(f"DATA_DIR: {root} is not a folder (seen from {Path.cwd()})")
-    rows, level = [], [root]
+    rows, level, entered = [], [root], set()
     for _ in range(6):
         deeper = []
         for folder in level:
+            if (place := folder.resolve()) in entered:
+                continue
+            entered.add(place)
             rows_here = next(filter(None, (find(folder) for find in LAYOUTS.values())), [])
             name = folder.resolve().name if folder == root else str(folder.relative_to(root))
             rows += [dict(row, dataset=name) for row in rows_here]
@@ -173,59 +182,66 @@ def connected_groups(sources: list[list[str]]) -> list[str]:
 
 # %%
 def limit_videos(videos: pd.DataFrame, per_class: int, seed: int) -> pd.DataFrame:
-    """At most `per_class` real and fake videos (0 = all), fakes evenly over methods, of the same groups as the reals.
+    """At most `per_class` real and fake videos (0 = all), of as many and the same groups as possible.
 
-    A given split keeps its share of the videos.
+    Fakes are taken evenly over methods. A given split keeps its share of the videos.
     """
     if not per_class:
         return videos
-    groups = sorted(videos.group.unique())
-    rank = dict(zip(np.random.default_rng(seed).permutation(groups), range(len(groups)), strict=True))
-    ranked = videos.assign(rank=videos.group.map(rank)).sort_values(["rank", "path"])
-    has_real = ranked.group.isin(ranked.group[ranked.label == 0])
-    ranked = ranked.assign(rank=ranked["rank"] + len(groups) * ~has_real)
-    kept = []
-    for _, same_class in ranked.groupby("label"):
-        for _, part in same_class.groupby("split"):
-            turn = part.sort_values("rank", kind="stable").groupby("method").cumcount().rename("turn")
-            order = part.join(turn).sort_values(["turn", "method"], kind="stable").index
-            kept += list(order[: max(1, round(per_class * len(part) / len(same_class)))])
+    groups = np.random.default_rng(seed).permutation(sorted(videos.group.unique()))
+    with_real = set(videos.group[videos.label == 0])
+    rank = {group: place + len(groups) * (group not in with_real) for place, group in enumerate(groups)}
+    of_class, kept = videos.label.value_counts(), []
+    for (label, _), part in videos.groupby(["label", "split"]):
+        kept += spread_out(part, rank, max(1, round(per_class * len(part) / of_class[label])))
     return videos.loc[sorted(kept)].reset_index(drop=True)
+
+
+def spread_out(videos: pd.DataFrame, rank: dict[str, int], count: int) -> list[int]:
+    """The index of `count` videos: each time of the rarest method so far, and of its least used group, by rank."""
+    used: Counter[str] = Counter()
+    taken: Counter[str] = Counter()
+    waiting: dict[str, list[tuple]] = {}
+    for row in videos.itertuples():
+        waiting.setdefault(row.method, []).append((0, rank[row.group], str(row.path), row.group, row.Index))
+    for heap in waiting.values():
+        heapq.heapify(heap)
+    chosen = []
+    while waiting and len(chosen) < count:
+        method = min(waiting, key=lambda name: (taken[name], name))
+        heap = waiting[method]
+        while heap[0][0] < used[heap[0][3]]:  # its group was used since it was put here
+            heapq.heapreplace(heap, (used[heap[0][3]], *heap[0][1:]))
+        *_, group, index = heapq.heappop(heap)
+        chosen.append(index)
+        used[group] += 1
+        taken[method] += 1
+        if not heap:
+            del waiting[method]
+    return chosen
 
 
 def split_videos(videos: pd.DataFrame, val: float, test: float, seed: int, holdout: Iterable[str] = ()) -> pd.DataFrame:
     """Fill in `split`, so that no group crosses a split and each split has its share of each method.
 
-    Groups are dealt out in random order, each to the split that lacks most of what the group has (after the
-    iterative stratification of Sechidis et al., 2011). A split that the dataset gives is kept; one that it does
-    not give is taken from its training videos. Fakes of `holdout` methods stay in the test set only: those whose
-    group went elsewhere are dropped.
+    A split that a dataset gives is kept; one that it does not give is taken from its training videos. Fakes of
+    `holdout` methods stay in the test set only: those whose group went elsewhere are dropped.
 
     Raises ValueError when a split would lack a class, with the counts.
     """
     unknown = set(holdout) - set(videos.method)
     if unknown:
         raise ValueError(f"HOLDOUT_METHODS: {', '.join(unknown)} not among {', '.join(sorted(set(videos.method)))}")
-    shares = {"train": 1 - val - test, "val": val, "test": test}
-    shares = {name: share for name, share in shares.items() if name == "train" or name not in set(videos.split)}
-    pool = videos[videos.split.isin(["", "train"])] if len(shares) > 1 or "" in set(videos.split) else videos[:0]
-    counts = pd.crosstab(pool.group, pool.method)
-    order = np.random.default_rng(seed).permutation(len(counts))
-    order = order[np.argsort(-counts.to_numpy().sum(axis=1)[order], kind="stable")]
-    share = np.array(list(shares.values())) / sum(shares.values())
-    missing = share[:, None] * counts.to_numpy().sum(axis=0)[None]
-    chosen = {}
-    for row in order:
-        weight = counts.to_numpy()[row] / counts.to_numpy().sum(axis=0)
-        best = int(np.argmax((missing / share[:, None]) @ weight))
-        missing[best] -= counts.to_numpy()[row]
-        chosen[counts.index[row]] = list(shares)[best]
-    assigned = pool.group.map(chosen)
-    videos = videos.assign(split=assigned.reindex(videos.index).fillna(videos.split))
+    split = videos.split.copy()
+    for _, part in videos.groupby("dataset"):
+        shares = {"train": 1 - val - test, "val": val, "test": test}
+        shares = {name: share for name, share in shares.items() if name == "train" or name not in set(part.split)}
+        pool = part[part.split.isin(["", "train"] if len(shares) > 1 else [""])]
+        split.update(pool.group.map(deal_out(pool, shares, seed)))
+    videos = videos.assign(split=split)
     videos = videos[~videos.method.isin(list(holdout)) | (videos.split == "test")].reset_index(drop=True)
-    table = pd.crosstab(videos.split, videos.label).reindex(
-        index=["train", "val", "test"], columns=[0, 1], fill_value=0
-    )
+    table = pd.crosstab(videos.split, videos.label)
+    table = table.reindex(index=["train", "val", "test"], columns=[0, 1], fill_value=0)
     if (table == 0).any(axis=None):
         raise ValueError(
             f"a split lacks a class: {len(videos)} usable videos in {videos.group.nunique()} groups became\n"
@@ -233,6 +249,25 @@ def split_videos(videos: pd.DataFrame, val: float, test: float, seed: int, holdo
             "More recordings, or other VAL_FRACTION and TEST_FRACTION, help."
         )
     return videos
+
+
+def deal_out(videos: pd.DataFrame, shares: dict[str, float], seed: int) -> dict[str, str]:
+    """A split for each group, in the proportion of `shares`, with its share of each method.
+
+    Groups are dealt out large ones first, otherwise in random order, each to the split that lacks most of what the
+    group has (after the iterative stratification of Sechidis et al., 2011).
+    """
+    table = pd.crosstab(videos.group, videos.method)
+    counts, splits = table.to_numpy(), list(shares)
+    share = np.array(list(shares.values()))[:, None] / sum(shares.values())
+    missing = share * counts.sum(axis=0)
+    order = np.random.default_rng(seed).permutation(len(counts))
+    chosen = {}
+    for row in order[np.argsort(-counts.sum(axis=1)[order], kind="stable")]:
+        best = int(np.argmax((missing / share) @ (counts[row] / counts.sum(axis=0))))
+        missing[best] -= counts[row]
+        chosen[table.index[row]] = splits[best]
+    return chosen
 
 
 def crossing_groups(videos: pd.DataFrame) -> list[str]:
@@ -477,7 +512,7 @@ def cached_clip(path: Path, settings: ClipSettings, cache_dir: Path, detector: t
         try:
             with np.load(file) as saved:
                 return dict(clip_file=str(file), face_share=float(saved["face_share"]))
-        except (zipfile.BadZipFile, KeyError, ValueError):
+        except (zipfile.BadZipFile, EOFError, KeyError, ValueError):
             file.unlink()  # damaged on disk: made again
     clip = make_clip(path, settings, detector)
     with replacing(file) as partial_file, open(partial_file, "wb") as stream:
@@ -540,7 +575,8 @@ FACE_CENTRE, FACE_AXES = (265, 236), (76, 92)  # of the face in the portrait, in
 
 def load_portrait() -> np.ndarray:
     """Grace Hopper by James S. Davis, 1984 (public domain), as BGR float32 (600, 512, 3) in 0..1."""
-    portrait = cv2.imread(str(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)))
+    file = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+    portrait = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_COLOR)  # imread fails on some Windows paths
     return portrait.astype(np.float32) / 255
 
 

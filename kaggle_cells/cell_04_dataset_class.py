@@ -97,7 +97,7 @@ def normalize(clips: torch.Tensor) -> torch.Tensor:
 
 
 def draw(clips: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """A uniform number for each clip of a batch (B,), the same for both clips of a pair (rows 2i and 2i + 1)."""
+    """A uniform number for each clip of a batch (B,), the same for rows 2i and 2i + 1: a pair, if batches are even."""
     pairs = torch.empty((len(clips) + 1) // 2, device=clips.device).uniform_(low, high)
     return pairs.repeat_interleave(2)[: len(clips)]
 

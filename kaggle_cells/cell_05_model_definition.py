@@ -148,7 +148,7 @@ def frozen_statistics(block: nn.Module) -> Iterator[None]:
 
 
 def recompute_blocks(backbone: nn.Module) -> None:
-    """Turn on gradient checkpointing for the blocks of the outermost sequences of a backbone."""
+    """Turn on gradient checkpointing for the blocks of the outermost sequences of a backbone, as far as it has any."""
     for child in backbone.children():
         if not isinstance(child, nn.Sequential):
             recompute_blocks(child)
@@ -219,6 +219,8 @@ def build_model(config: Config | SimpleNamespace) -> DeepfakeDetector:
     backbone, features = build_backbone(config.BACKBONE, config.IMAGE_SIZE)
     if config.GRADIENT_CHECKPOINTING:
         recompute_blocks(backbone)
+        if not any(isinstance(module, Recomputed) for module in backbone.modules()):
+            raise ValueError(f"GRADIENT_CHECKPOINTING finds no blocks in BACKBONE = {config.BACKBONE!r}: turn it off")
     model = DeepfakeDetector(
         backbone, features, config.LSTM_HIDDEN, config.LSTM_LAYERS, config.ATTENTION_HEADS, config.DROPOUT
     )

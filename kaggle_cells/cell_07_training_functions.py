@@ -105,15 +105,22 @@ def total_loss(output: tuple, labels: torch.Tensor, criterion: nn.Module, frame_
     return criterion(output.logit.float(), labels) + frame_weight * frames
 
 
-def scores_of(parts: list[tuple], losses: list[torch.Tensor], started: float) -> Scores:
-    """Collect what the batches gave: (logits, labels, rows, frame logits, attention) each."""
+def scores_of(parts: list[tuple], losses: list[torch.Tensor], started: float, title: str) -> Scores:
+    """Collect what the batches gave: (logits, labels, rows, frame logits, attention) each.
+
+    Raises FloatingPointError if the loss is not finite, with what to try.
+    """
     logits, labels, rows, frame_logits, attention = (
         torch.cat(part).float().cpu().numpy() for part in zip(*parts, strict=True)
     )
     sizes = torch.tensor([len(part[0]) for part in parts], dtype=torch.float64)
     loss = float((torch.stack(losses).double().cpu() * sizes).sum() / sizes.sum())
-    defined = len(np.unique(labels)) == 2 and np.isfinite(logits).all()
-    auc = float(roc_auc_score(labels, logits)) if defined else math.nan
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"{title}: the loss is {loss}. Try a lower LEARNING_RATE, or AMP='off' to see whether half precision is "
+            "the cause"
+        )
+    auc = float(roc_auc_score(labels, logits)) if len(np.unique(labels)) == 2 else math.nan
     return Scores(loss, auc, logits, labels, rows.astype(int), frame_logits, attention, time.perf_counter() - started)
 
 
@@ -130,7 +137,7 @@ def train_one_epoch(
     average: AveragedModel | None = None,
     title: str = "training",
 ) -> Scores:
-    """One pass over the loader. Raises FloatingPointError if the loss is not finite, with what to try."""
+    """One pass over the loader. Raises FloatingPointError if the loss is not finite."""
     model.train()
     started, parts, losses = time.perf_counter(), [], []
     bar = tqdm(device_batches(loader, device), total=len(loader), desc=title, unit="batch", leave=False)
@@ -150,16 +157,10 @@ def train_one_epoch(
         losses.append(loss.detach())
         if step % 10 == 0:  # reading the loss makes the CPU wait for the GPU, so seldom
             bar.set_postfix(loss=f"{losses[-1].item():.3f}")
-    scores = scores_of(parts, losses, started)
-    if not math.isfinite(scores.loss):
-        raise FloatingPointError(
-            f"{title}: the loss is {scores.loss}. Try a lower LEARNING_RATE, or AMP='off' to see whether half "
-            "precision is the cause"
-        )
-    return scores
+    return scores_of(parts, losses, started, title)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: DataParallel's threads may not touch its tensors
 def validate(
     model: nn.Module,
     loader: DataLoader,
@@ -176,4 +177,4 @@ def validate(
         output = model(normalize(to_float(clips)))
         parts.append((output.logit, labels, rows, output.frame_logits, output.attention))
         losses.append(total_loss(output, labels, criterion, frame_weight))
-    return scores_of(parts, losses, started)
+    return scores_of(parts, losses, started, title)

@@ -95,7 +95,7 @@ def compute_metrics(labels: np.ndarray, chances: np.ndarray, threshold: float) -
     return metrics
 
 
-def metrics_by_method(table: pd.DataFrame, threshold: float, holdout: list[str]) -> pd.DataFrame:
+def metrics_by_method(table: pd.DataFrame, threshold: float, holdout: set[str]) -> pd.DataFrame:
     """Each manipulation against all real videos of a table with label, method and probability."""
     reals, rows = table[table.label == 0], []
     for method, fakes in table[table.label == 1].groupby("method"):
@@ -115,7 +115,6 @@ REAL_COLOUR, FAKE_COLOUR = "#0072B2", "#D55E00"
 STYLE = {
     "figure.constrained_layout.use": True,
     "figure.dpi": 110,
-    "savefig.dpi": 150,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlelocation": "left",
@@ -129,7 +128,7 @@ STYLE = {
 def save_figure(figure: Figure, file: Path) -> None:
     """Write a figure, show it in a notebook, and let go of it."""
     with replacing(file) as partial_file:
-        figure.savefig(partial_file)
+        figure.savefig(partial_file, dpi=150)
     if IN_NOTEBOOK:
         display(figure)
     plt.close(figure)

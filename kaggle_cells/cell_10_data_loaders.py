@@ -1,7 +1,7 @@
 # %% [markdown]
 # ## 10. Loaders and batch size
 #
-# Larger batches use a GPU better, as long as they fit. With `BATCH_SIZE = 0` a few training steps on random clips
+# Larger batches use a GPU better, as long as they fit. With `BATCH_SIZE = 0` a few training steps on blank clips
 # find out what does.
 
 # %%

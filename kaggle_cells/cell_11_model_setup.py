@@ -24,10 +24,15 @@ RUN_SETTINGS = {**dataclasses.asdict(CONFIG), "DATA": data_fingerprint(VIDEOS)}
 seed_everything(CONFIG.SEED)
 model = build_model(CONFIG)
 if CONFIG.CHECKPOINT:
-    model.load_state_dict(torch.load(CONFIG.CHECKPOINT, map_location="cpu", weights_only=True)["model"])
+    start = torch.load(CONFIG.CHECKPOINT, map_location="cpu", weights_only=True)
+    model.load_state_dict(start["model"])
+    NEVER_TRAINED_ON = set(start["config"]["HOLDOUT_METHODS"])
     WEIGHTS_ORIGIN = f"checkpoint {CONFIG.CHECKPOINT}"
 else:
     WEIGHTS_ORIGIN = load_backbone_weights(model.backbone, CONFIG.BACKBONE, CONFIG.PRETRAINED, CONFIG.WEIGHTS_PATH)
+    NEVER_TRAINED_ON = set(CONFIG.HOLDOUT_METHODS)
+if CONFIG.EPOCHS:
+    NEVER_TRAINED_ON &= set(CONFIG.HOLDOUT_METHODS)
 MODEL = model.to(DEVICE)
 MODEL.precision = PRECISION
 AVERAGE = averaged(MODEL, CONFIG.EMA_DECAY)
@@ -50,7 +55,8 @@ if CONFIG.RESUME and CONFIG.EPOCHS and LAST_CHECKPOINT.exists():
             "Put them back to go on with it, set RESUME=False to start again, or choose another WORK_DIR."
         )
     for name, part in RESUMABLE.items():
-        part.load_state_dict(saved_run[name])
+        if saved_run[name]:  # the scaler's state is empty after epochs in another precision
+            part.load_state_dict(saved_run[name])
     HISTORY = saved_run["history"]
     print(f"Going on after epoch {len(HISTORY)} of {LAST_CHECKPOINT}")
 

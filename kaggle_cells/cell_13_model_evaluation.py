@@ -28,7 +28,7 @@ from cell_08_evaluation_functions import (
 )
 from cell_09_data_preparation import CLIP_SETTINGS, FACE_DETECTOR, SPLIT_TABLES
 from cell_10_data_loaders import DEVICE, TEST_LOADER
-from cell_11_model_setup import CRITERION
+from cell_11_model_setup import CRITERION, NEVER_TRAINED_ON
 from cell_12_training_loop import BEST_MODEL
 
 evaluation_started = time.perf_counter()
@@ -49,7 +49,7 @@ METRICS = {
     "at fitted threshold": compute_metrics(tested.labels, PREDICTIONS.probability.to_numpy(), THRESHOLD),
     "at 0.5": compute_metrics(tested.labels, PREDICTIONS.probability.to_numpy(), 0.5),
 }
-BY_METHOD = metrics_by_method(PREDICTIONS, THRESHOLD, CONFIG.HOLDOUT_METHODS)
+BY_METHOD = metrics_by_method(PREDICTIONS, THRESHOLD, NEVER_TRAINED_ON)
 save_csv(PREDICTIONS, RESULTS / "test_predictions.csv")
 save_csv(BY_METHOD, RESULTS / "metrics_by_method.csv")
 EVALUATION_SECONDS = time.perf_counter() - evaluation_started

@@ -71,7 +71,7 @@ with replacing(RESULTS / "experiment_results.json") as partial_file:
 # %%
 fitted, plain = METRICS.values()
 trained = f"{len(HISTORY)} epochs" if HISTORY else "in another run, perhaps on some of these recordings"
-unseen = " of recordings never trained on" if HISTORY and not LEAKING else ""
+unseen = " of recordings never trained on" if HISTORY and not LEAKING and not CONFIG.CHECKPOINT else ""
 
 
 def in_words(value: float | None) -> str:

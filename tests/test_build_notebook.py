@@ -38,7 +38,9 @@ def test_building_twice_gives_the_same_bytes(project):
 def test_one_changed_character_makes_the_notebook_stale_and_the_difference_is_shown(project):
     builder.check()
     file = project / "kaggle_cells" / "cell_06_loss_and_utils.py"
-    file.write_text(file.read_text().replace("gamma: float = 2.0", "gamma: float = 3.0"))
+    file.write_text(
+        file.read_text(encoding="utf-8").replace("gamma: float = 2.0", "gamma: float = 3.0"), encoding="utf-8"
+    )
     with pytest.raises(builder.Failure, match=r"(?s)-.*gamma: float = 2\.0.*\+.*gamma: float = 3\.0"):
         builder.check()
     builder.NOTEBOOK.unlink()
@@ -79,9 +81,9 @@ def test_the_parameter_sets_name_real_parameters_with_valid_values(name):
 
 def test_overrides_are_typed_and_unknown_names_are_errors(tmp_path):
     (empty := tmp_path / "empty.yaml").touch()
-    known = ["EPOCHS", "FACE_CROP", "METHODS"]
-    found = builder.read_parameters(str(empty), [["EPOCHS", "3"], ["METHODS", "[a, b]"]], known)
-    assert found == {"EPOCHS": 3, "METHODS": ["a", "b"]}
+    known = {"EPOCHS": "int", "DATA_DIR": "str", "METHODS": "list"}
+    found = builder.read_parameters(str(empty), [["EPOCHS", "3"], ["METHODS", "[a, b]"], ["DATA_DIR", "2024"]], known)
+    assert found == {"EPOCHS": 3, "METHODS": ["a", "b"], "DATA_DIR": "2024"}
     with pytest.raises(builder.Failure, match="EPOCH is no parameter; did you mean EPOCHS"):
         builder.read_parameters(str(empty), [["EPOCH", "3"]], known)
     with pytest.raises(builder.Failure, match="neither a parameter set .*ci, demo, t4x2"):
@@ -99,7 +101,7 @@ def test_a_failing_cell_ends_the_run_with_its_error_and_its_file(tmp_path):
 
 
 def test_kernel_metadata_is_ready_for_kaggle():
-    metadata = json.loads((ROOT / "notebooks" / "kernel-metadata.json").read_text())
+    metadata = json.loads((ROOT / "notebooks" / "kernel-metadata.json").read_text(encoding="utf-8"))
     assert (ROOT / "notebooks" / metadata["code_file"]).exists()
     assert metadata["enable_gpu"] is True and metadata["enable_internet"] is True
     assert metadata["machine_shape"] == "NvidiaTeslaT4" and metadata["dataset_sources"] == ["xdxd003/ff-c23"]

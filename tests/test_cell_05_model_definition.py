@@ -79,6 +79,11 @@ def test_gradient_checkpointing_changes_neither_gradients_nor_statistics():
     assert sum(saved[1]) < 0.6 * sum(saved[0])
 
 
+def test_gradient_checkpointing_that_could_not_act_is_an_error():
+    with pytest.raises(ValueError, match="finds no blocks in BACKBONE = 'inception_v3'"):
+        small_model(BACKBONE="inception_v3", IMAGE_SIZE=96, GRADIENT_CHECKPOINTING=True)
+
+
 @pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"state_dict": {f"module.{k}": v for k, v in w.items()}}])
 def test_local_weights_are_loaded_plain_or_wrapped(tmp_path, wrap):
     torch.manual_seed(1)

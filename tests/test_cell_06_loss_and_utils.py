@@ -88,9 +88,9 @@ def test_only_settings_that_shape_the_result_keep_a_run_from_going_on():
 
 def test_the_fingerprint_of_the_data_ignores_where_it_is_mounted():
     rows = pd.DataFrame(
-        {"path": ["/a/x.mp4", "/a/y.mp4"], "label": [0, 1], "group": ["g", "h"], "split": ["train"] * 2}
+        {"path": ["/a/x.mp4", "/a/y.mp4"], "method": ["real", "x"], "group": ["g", "h"], "split": ["train"] * 2}
     )
-    moved = rows.assign(path=["/b/x.mp4", "/b/y.mp4"])
+    moved = rows.assign(path=["/b/x.mp4", "/b/y.mp4"], group=["data/g", "data/h"])
     assert cell.data_fingerprint(rows) == cell.data_fingerprint(moved.iloc[::-1])
     assert cell.data_fingerprint(rows) != cell.data_fingerprint(rows.assign(split=["train", "val"]))
 

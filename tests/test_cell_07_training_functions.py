@@ -76,7 +76,7 @@ def test_validation_scores_every_clip_once_in_order_whatever_the_batch_size():
 
 
 def test_validation_changes_nothing():
-    model = torch.nn.Sequential(Tiny())
+    model = torch.nn.Sequential(torch.nn.BatchNorm3d(2), Tiny())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     cell.validate(model, DataLoader(Bright(), 4), FocalLoss(2.0), CPU)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

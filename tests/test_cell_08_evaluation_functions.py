@@ -80,7 +80,7 @@ def table():
 
 
 def test_each_method_is_measured_against_all_reals(table):
-    by_method = cell.metrics_by_method(table, 0.5, ["y"]).set_index("method")
+    by_method = cell.metrics_by_method(table, 0.5, {"y"}).set_index("method")
     assert by_method.auc_roc.to_dict() == {"x": 1.0, "y": pytest.approx(4 / 6)}
     assert by_method.never_trained_on.to_dict() == {"x": False, "y": True}
 

@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 FILES = sorted((ROOT / "kaggle_cells").glob("cell_*.py"))
-CI = yaml.safe_load((ROOT / "notebooks" / "params" / "ci.yaml").read_text())
+CI = yaml.safe_load((ROOT / "notebooks" / "params" / "ci.yaml").read_text(encoding="utf-8"))
 PROMISED = (
     "models/best_model.pth",
     "results/experiment_results.json",
@@ -79,7 +79,7 @@ def test_results_are_complete_and_valid_json(finished_run):
     for metrics in results["metrics"].values():
         assert {"accuracy", "balanced_accuracy", "precision", "recall", "f1", "auc_roc"} < set(metrics)
         assert {"auc_pr", "eer", "log_loss"} < set(metrics)
-    report = (finished_run.folder / "results" / "experiment_report.txt").read_text()
+    report = (finished_run.folder / "results" / "experiment_report.txt").read_text(encoding="utf-8")
     assert (
         f"{results['metrics']['at_fitted_threshold']['auc_roc']:.3f}" in report and "initial weights: random" in report
     )
@@ -140,7 +140,13 @@ def same_results(first: Run, second: Run) -> None:
 
 
 def test_the_files_pasted_one_after_the_other_give_the_same_results(finished_run, tmp_path):
-    pasted([edited(file.read_text()) if "cell_02" in file.name else file.read_text() for file in FILES], tmp_path)
+    pasted(
+        [
+            edited(file.read_text(encoding="utf-8")) if "cell_02" in file.name else file.read_text(encoding="utf-8")
+            for file in FILES
+        ],
+        tmp_path,
+    )
     same_results(finished_run, Run(tmp_path, ""))
 
 
@@ -158,7 +164,7 @@ def test_fourteen_scripts_in_fourteen_processes_give_the_same_results(finished_r
 )
 def test_a_cell_run_too_early_names_the_cell_to_run_first(tmp_path, first, early, missing):
     with pytest.raises(CellExecutionError, match=rf"(?:run |No module named ')({missing}\w+)"):
-        pasted([FILES[index].read_text() for index in [*first, early]], tmp_path)
+        pasted([FILES[index].read_text(encoding="utf-8") for index in [*first, early]], tmp_path)
 
 
 # Interruption, holding out, and the finished model
@@ -171,7 +177,7 @@ def shared(finished_run):
 
 
 def test_an_interrupted_training_goes_on_to_the_same_end(finished_run, shared, tmp_path):
-    stopped = run_script("cell_12_training_loop", tmp_path, **shared, TIME_BUDGET_HOURS=0.001)
+    stopped = run_script("cell_12_training_loop", tmp_path, **shared, TIME_BUDGET_HOURS=0)
     assert "Another epoch would pass TIME_BUDGET_HOURS" in stopped.stdout, stopped.stdout + stopped.stderr
     resumed = run_script("cell_14_results_summary", tmp_path, **shared)
     assert "Going on after epoch 1" in resumed.stdout, resumed.stdout + resumed.stderr
@@ -204,5 +210,5 @@ def test_a_trained_model_scores_new_videos_without_training(finished_run, shared
     assert len(scored) == 24 and scored.error.isna().all()
     assert np.allclose(scored.probability[tested.index], tested.probability, atol=1e-4)
     by_method = run.table("results/metrics_by_method.csv").set_index("method")
-    assert by_method.never_trained_on["jitter"] and not by_method.never_trained_on["blend"]
+    assert not by_method.never_trained_on.any()  # holding out now does not undo that it was trained on
     assert run.results["training"]["epochs"] == 0 and math.isfinite(run.results["model"]["threshold"])
