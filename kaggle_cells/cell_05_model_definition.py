@@ -9,8 +9,8 @@
 #
 # ```
 # clip (B, T, 3, S, S)
-#   └─ backbone ─▶ (B, T, C) ─┬─▶ BiLSTM ─▶ self-attention ─▶ mean, spread over T ─▶ dropout ─▶ linear ─┐
-#                             └─▶ dropout ─▶ linear: a logit a frame ─▶ mean over T ─────────────────────┴─▶ logit (B)
+#   └─ backbone ─▶ (B, T, C) ─┬─▶ BiLSTM ─▶ self-attention ─▶ mean, spread ─▶ dropout ─▶ linear ─┐
+#                             └─▶ dropout ─▶ linear: a logit a frame ─▶ mean over T ─────────────┴─▶ logit
 # ```
 
 # %%
