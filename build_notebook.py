@@ -58,8 +58,9 @@ def as_text(notebook: nbformat.NotebookNode) -> str:
 
 
 def build() -> None:
-    NOTEBOOK.write_text(as_text(assemble()), encoding="utf-8", newline="\n")
-    print(f"{NOTEBOOK.relative_to(ROOT)}: {len(assemble().cells)} cells")
+    notebook = assemble()
+    NOTEBOOK.write_text(as_text(notebook), encoding="utf-8", newline="\n")
+    print(f"{NOTEBOOK.relative_to(ROOT)}: {len(notebook.cells)} cells")
 
 
 def check() -> None:

@@ -77,7 +77,7 @@ def find_real_fake(folder: Path) -> list[dict]:
         real = part.name.lower() == "real"
         for path in videos_below(part):
             *below, _ = path.relative_to(part).parts
-            own = SPLITS.get(below.pop(0).lower()) if below and below[0].lower() in SPLITS else split
+            own = SPLITS[below.pop(0).lower()] if below and below[0].lower() in SPLITS else split
             method = "real" if real else [*path.stem.split("__")[1:], *below, "fake"][0]
             sources = sources_from_name(path.stem)
             rows.append(dict(path=path, label=int(not real), method=method, sources=sources, split=own))
@@ -93,14 +93,13 @@ def find_faceforensics(folder: Path) -> list[dict]:
     if "original" not in children or not methods:
         return []
     rows = []
-    for method in ("original", *methods):
-        for path in videos_below(children[method]):
+    for name in ("original", *methods):
+        label, method = (0, "real") if name == "original" else (1, name)
+        for path in videos_below(children[name]):
             sources = sources_from_name(path.stem)
-            if method == "DeepFakeDetection":  # 01_02__outside_talking__YVGY8LOK: the actors 01 and 02
+            if name == "DeepFakeDetection":  # 01_02__outside_talking__YVGY8LOK: the actors 01 and 02
                 sources = [f"actor {number}" for number in sources[0].split("_")]
-            real = method == "original"
-            rows.append(dict(path=path, label=int(not real), method="real" if real else method))
-            rows[-1] |= dict(sources=sources, split="")
+            rows.append(dict(path=path, label=label, method=method, sources=sources, split=""))
     return rows
 
 
@@ -381,11 +380,13 @@ def find_face(frames: list[np.ndarray], detector: torch.nn.Module | None) -> tup
 
     Without any face, or without a detector, the boxes and landmarks are NaN and the share is 0.
     """
+    no_face = np.full((len(frames), 4), np.nan), np.full((len(frames), 5, 2), np.nan), 0.0
+    if detector is None:
+        return no_face
     looked_at = np.unique(np.linspace(0, len(frames) - 1, DETECTION_FRAMES).round().astype(int))
     scale = min(1.0, DETECTION_SIDE / max(frames[0].shape[:2]))
     small = [cv2.resize(frames[i], None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) for i in looked_at]
-    no_face = np.full((len(frames), 4), np.nan), np.full((len(frames), 5, 2), np.nan), 0.0
-    if detector is None or min(small[0].shape[:2]) < SMALLEST_FACE:
+    if min(small[0].shape[:2]) < SMALLEST_FACE:
         return no_face
     try:
         boxes, chances, landmarks = detector.detect(np.stack(small), landmarks=True)

@@ -130,8 +130,11 @@ class Recomputed:
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(*inputs)
-        modes = contextlib.nullcontext, lambda: frozen_statistics(self)
-        return checkpoint(super().forward, *inputs, use_reentrant=False, context_fn=lambda: [make() for make in modes])
+
+        def contexts() -> tuple:  # of the first computation and of the second
+            return contextlib.nullcontext(), frozen_statistics(self)
+
+        return checkpoint(super().forward, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 @contextlib.contextmanager

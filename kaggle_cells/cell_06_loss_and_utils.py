@@ -103,7 +103,8 @@ def settings_changed(saved: dict, config: dict) -> list[str]:
 def data_fingerprint(videos: pd.DataFrame) -> str:
     """Tells whether two runs have the same videos in the same splits, wherever these are mounted."""
     rows = sorted(f"{Path(row.path).name} {row.method} {row.split}" for row in videos.itertuples())
-    return f"{len(rows)} videos, {hashlib.sha256(chr(10).join(rows).encode()).hexdigest()[:12]}"
+    digest = hashlib.sha256("\n".join(rows).encode()).hexdigest()
+    return f"{len(rows)} videos, {digest[:12]}"
 
 
 def model_file(model: nn.Module, config: Config, temperature: float, threshold: float, history_row: dict) -> dict:

@@ -32,7 +32,11 @@ from cell_11_model_setup import (
 )
 
 HISTORY_FILE = CONFIG.work_dir / "results" / "training_history.csv"
+last_seconds = 0.0  # of this session's last epoch
 while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
+    if last_seconds and (time.time() - STARTED + 1.5 * last_seconds) / 3600 > CONFIG.TIME_BUDGET_HOURS:
+        print(f"Another epoch would pass TIME_BUDGET_HOURS = {CONFIG.TIME_BUDGET_HOURS}: run again to go on.")
+        break
     epoch = len(HISTORY) + 1
     epoch_started = time.time()
     seed_everything(CONFIG.SEED + epoch)  # an epoch's draws depend on its number alone, so a resumed run repeats them
@@ -52,6 +56,7 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
     )
     candidate = AVERAGE or PARALLEL_MODEL
     validated = validate(candidate, VAL_LOADER, CRITERION, DEVICE, frame_weight=CONFIG.FRAME_LOSS_WEIGHT)
+    last_seconds = time.time() - epoch_started
     is_best = STOPPER.update(epoch, validated.auc, validated.loss)
     SCHEDULER.step(validated.loss)
     HISTORY.append(
@@ -63,7 +68,7 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
             "val_auc": validated.auc,
             "learning_rate": learning_rate,
             "clips_per_second": len(trained.labels) / trained.seconds,
-            "seconds": time.time() - epoch_started,
+            "seconds": last_seconds,
             "best": is_best,
         }
     )
@@ -79,10 +84,6 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
         f"{' *' if is_best else '  '}  lr {learning_rate:.0e}  {HISTORY[-1]['clips_per_second']:.1f} clips/s",
         flush=True,
     )
-    hours = (time.time() - STARTED + 1.5 * HISTORY[-1]["seconds"]) / 3600
-    if hours > CONFIG.TIME_BUDGET_HOURS and len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
-        print(f"Another epoch would pass TIME_BUDGET_HOURS = {CONFIG.TIME_BUDGET_HOURS}: run again to go on.")
-        break
 free_memory()
 
 # %%

@@ -45,9 +45,10 @@ PREDICTIONS = (
 )
 PREDICTIONS["verdict"] = np.where(PREDICTIONS.probability >= THRESHOLD, "fake", "real")
 PREDICTIONS["correct"] = (PREDICTIONS.verdict == "fake") == (PREDICTIONS.label == 1)
+labels, chances = PREDICTIONS.label.to_numpy(), PREDICTIONS.probability.to_numpy()
 METRICS = {
-    "at fitted threshold": compute_metrics(tested.labels, PREDICTIONS.probability.to_numpy(), THRESHOLD),
-    "at 0.5": compute_metrics(tested.labels, PREDICTIONS.probability.to_numpy(), 0.5),
+    "at fitted threshold": compute_metrics(labels, chances, THRESHOLD),
+    "at 0.5": compute_metrics(labels, chances, 0.5),
 }
 BY_METHOD = metrics_by_method(PREDICTIONS, THRESHOLD, NEVER_TRAINED_ON)
 save_csv(PREDICTIONS, RESULTS / "test_predictions.csv")
@@ -57,7 +58,6 @@ EVALUATION_SECONDS = time.perf_counter() - evaluation_started
 display(pd.DataFrame(METRICS).round(3), BY_METHOD.round(3))
 
 # %%
-labels, chances = PREDICTIONS.label.to_numpy(), PREDICTIONS.probability.to_numpy()
 save_figure(plot_curves(labels, chances, THRESHOLD), RESULTS / "evaluation" / "roc_pr_curves.png")
 save_figure(plot_scores(PREDICTIONS, THRESHOLD), RESULTS / "evaluation" / "score_distribution.png")
 save_figure(plot_confusion(labels, chances, THRESHOLD), RESULTS / "evaluation" / "confusion_matrix.png")

@@ -71,6 +71,7 @@ with replacing(RESULTS / "experiment_results.json") as partial_file:
 # %%
 fitted, plain = METRICS.values()
 trained = f"{len(HISTORY)} epochs" if HISTORY else "in another run, perhaps on some of these recordings"
+sizes = results["data"]["videos"]
 unseen = " of recordings never trained on" if HISTORY and not LEAKING and not CONFIG.CHECKPOINT else ""
 
 
@@ -82,10 +83,7 @@ report = [
     "Video deepfake detection: experiment report",
     "",
     f"Data       {DATA_ORIGIN}: {len(VIDEOS)} videos in {VIDEOS.group.nunique()} groups, {len(SKIPPED)} skipped",
-    *(
-        f"           {split:5} {sizes['real']:5} real, {sizes['fake']:5} fake"
-        for split, sizes in results["data"]["videos"].items()
-    ),
+    *(f"           {split:5} {size['real']:5} real, {size['fake']:5} fake" for split, size in sizes.items()),
     f"Clips      {CONFIG.FRAMES_PER_VIDEO} frames of {CONFIG.IMAGE_SIZE} x {CONFIG.IMAGE_SIZE} pixels"
     + (f"; no face found in {results['data']['without_face']} videos" if CONFIG.FACE_CROP else "; face crop off"),
     f"Model      {CONFIG.BACKBONE} + BiLSTM + self-attention; initial weights: {WEIGHTS_ORIGIN}",
@@ -98,8 +96,8 @@ report = [
         else []
     ),
     "",
-    f"Test set, {results['data']['videos']['test']['real']} real and {results['data']['videos']['test']['fake']} fake "
-    f"videos{unseen}; fake is the positive class:",
+    f"Test set, {sizes['test']['real']} real and {sizes['test']['fake']} fake videos{unseen}; "
+    "fake is the positive class:",
     "",
     f"{'':20}at {THRESHOLD:.3f}    at 0.500",
     *(f"{name.replace('_', ' '):18}{in_words(fitted[name]):>10}  {in_words(plain[name]):>10}" for name in fitted),
