@@ -47,19 +47,21 @@ class ClipDataset(Dataset):
 
 # %%
 class PairSampler(Sampler[int]):
-    """Rows of a table with `label` and `group`: a real one, a fake one, a real one, ...
+    """Rows of a table with `label`, `original` and `group`: a real one, a fake one, a real one, ...
 
-    The order depends on the seed and the epoch alone. A real video's partner is drawn from the fakes of its group
-    that had the fewest turns in this epoch; without such a fake, from all of them.
+    The order depends on the seed and the epoch alone. A real video's partner is drawn from the fakes made of it that
+    had the fewest turns in this epoch; without such a fake, from those of its group; without these, from all.
     """
 
     def __init__(self, table: pd.DataFrame, seed: int) -> None:
         table = table.reset_index(drop=True)
         self.reals = table.index[table.label == 0].to_numpy()
         self.fakes = table.index[table.label == 1].to_numpy()
-        self.groups = table.group.to_numpy()
-        self.fakes_of = table[table.label == 1].groupby("group").indices
-        self.fakes_of = {group: self.fakes[rows] for group, rows in self.fakes_of.items()}
+        of_original, of_group = (table.loc[self.fakes].groupby(name).indices for name in ("original", "group"))
+        self.partners = {
+            real: self.fakes[of_original.get(table.original[real], of_group.get(table.group[real], slice(None)))]
+            for real in self.reals
+        }
         self.seed, self.epoch = seed, 0
 
     def __len__(self) -> int:
@@ -67,9 +69,9 @@ class PairSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng([self.seed, self.epoch])
-        turns = np.zeros(len(self.groups)) + rng.random(len(self.groups))
+        turns = rng.random(len(self.reals) + len(self.fakes))
         for real in rng.permutation(self.reals):
-            candidates = self.fakes_of.get(self.groups[real], self.fakes)
+            candidates = self.partners[real]
             fake = candidates[turns[candidates].argmin()]
             turns[fake] += 1
             yield int(real)

@@ -1,9 +1,9 @@
 # %% [markdown]
 # ## 9. The videos become clips and splits
 #
-# From here on the notebook works. It finds the videos, takes at most `MAX_VIDEOS_PER_CLASS` of each class, makes a
-# clip of each (or finds it in the cache), and splits them by group. On Kaggle name your dataset's folder in
-# `DATA_DIR`, or leave it at `auto`.
+# From here on the notebook works. It finds the videos, splits them by group, takes at most `MAX_VIDEOS_PER_CLASS` of
+# each class and makes a clip of each, or finds it in the cache: a run that was interrupted goes on where it stopped.
+# On Kaggle name your dataset's folder in `DATA_DIR`, or leave it at `auto`.
 
 # %%
 import time
@@ -17,11 +17,15 @@ from cell_02_global_config import CONFIG
 from cell_03_data_processing import (
     ClipSettings,
     cache_clips,
+    check_files,
     crossing_groups,
     find_videos,
     limit_videos,
     load_face_detector,
     make_demo_set,
+    remove_partial_files,
+    require_classes,
+    require_space,
     save_csv,
     split_videos,
 )
@@ -45,32 +49,49 @@ else:
     make_demo_set(demo_folder, demo_size, CONFIG.SEED, CONFIG.NUM_WORKERS)
     found = find_videos(demo_folder, CONFIG.METHODS)
 
+checked, refused = check_files(found, CONFIG.NUM_WORKERS)
+kinds = [found.dataset, found.label.map({0: "real", 1: "fake"}).rename("class"), found.method]
+display(pd.crosstab(kinds, found.split.replace("", "no split given"), margins=True, margins_name="videos"))
 print(f"{len(found)} videos in {found.group.nunique()} groups, from {DATA_ORIGIN}")
-display(found.groupby(["dataset", "label", "method"]).size().rename("videos").to_frame())
+if found.dataset.nunique() > 1:
+    print("All of these datasets are used. To use one alone, name its folder in DATA_DIR.")
 
 # %%
-FACE_DETECTOR = load_face_detector(ENVIRONMENT.device) if CONFIG.FACE_CROP else None
+splits = split_videos(checked, CONFIG.VAL_FRACTION, CONFIG.TEST_FRACTION, CONFIG.SEED, CONFIG.HOLDOUT_METHODS)
+chosen_videos = limit_videos(splits, CONFIG.MAX_VIDEOS_PER_CLASS, CONFIG.SEED)
+LEAKING = crossing_groups(splits)
+if CONFIG.HOLDOUT_METHODS:
+    print(f"{len(checked) - len(splits)} held-out fakes set aside: their recordings are not in the test set.")
+if LEAKING:
+    print(
+        f"Warning: {len(LEAKING)} groups are in more than one of the splits that the dataset gives, so the test is "
+        "easier than it looks. The first of them, and some of their videos:"
+    )
+    leaks = splits[splits.group.isin(LEAKING)].assign(name=splits.path.map(lambda path: path.name))
+    display(
+        leaks.pivot_table(index="group", columns="split", values="name", aggfunc=lambda n: ", ".join(n[:3])).head(10)
+    )
+
 CLIP_SETTINGS = ClipSettings.of(CONFIG)
-chosen_videos = limit_videos(found, CONFIG.MAX_VIDEOS_PER_CLASS, CONFIG.SEED)
-print(f"Making clips of {len(chosen_videos)} videos, or finding them in {CONFIG.cache_dir}", flush=True)
-usable_videos, SKIPPED = cache_clips(chosen_videos, CLIP_SETTINGS, CONFIG.cache_dir, FACE_DETECTOR, CONFIG.NUM_WORKERS)
-VIDEOS = split_videos(usable_videos, CONFIG.VAL_FRACTION, CONFIG.TEST_FRACTION, CONFIG.SEED, CONFIG.HOLDOUT_METHODS)
-LEAKING = crossing_groups(VIDEOS)
+print(require_space(chosen_videos, CLIP_SETTINGS, CONFIG.cache_dir), flush=True)
+FACE_DETECTOR = load_face_detector(ENVIRONMENT.device) if CONFIG.FACE_CROP else None
+VIDEOS, failed = cache_clips(chosen_videos, CLIP_SETTINGS, CONFIG.cache_dir, FACE_DETECTOR, CONFIG.NUM_WORKERS)
+SKIPPED = pd.concat([refused, failed], ignore_index=True)
 SPLIT_TABLES = {name: VIDEOS[VIDEOS.split == name].reset_index(drop=True) for name in ("train", "val", "test")}
+remove_partial_files(CONFIG.work_dir / "data")
 for name, table in {**SPLIT_TABLES, "skipped": SKIPPED}.items():
     save_csv(table, CONFIG.work_dir / "data" / f"{name}.csv")
 PREPARATION_SECONDS = time.perf_counter() - preparation_started
 
-display(pd.crosstab([VIDEOS.label, VIDEOS.method], VIDEOS.split)[list(SPLIT_TABLES)])
-if CONFIG.HOLDOUT_METHODS:
-    print(f"{len(usable_videos) - len(VIDEOS)} held-out fakes set aside: their recordings are not in the test set.")
-if LEAKING:
-    print(f"Warning: {len(LEAKING)} groups are in more than one of the dataset's own splits, e.g. {LEAKING[:3]}.")
-if CONFIG.FACE_CROP and (faceless := int((VIDEOS.face_share == 0).sum())):
-    print(f"No face found in {faceless} of {len(VIDEOS)} videos: the middle of the frame is used.")
 if len(SKIPPED):
     print(f"{len(SKIPPED)} videos cannot be used (all in data/skipped.csv):")
     display(SKIPPED[["path", "label", "reason"]].head(10))
+require_classes(VIDEOS)
+display(pd.crosstab([VIDEOS.label, VIDEOS.method], VIDEOS.split)[list(SPLIT_TABLES)])
+if CONFIG.FACE_CROP and (faceless := int((VIDEOS.face_share == 0).sum())):
+    print(f"No face found in {faceless} of {len(VIDEOS)} videos: the middle of the frame is used.")
+if short := int((VIDEOS.distinct_frames < CONFIG.FRAMES_PER_VIDEO).sum()):
+    print(f"{short} videos have fewer than {CONFIG.FRAMES_PER_VIDEO} frames: theirs are repeated.")
 
 # %% [markdown]
 # What the network will see, a clip of each kind:

@@ -108,14 +108,16 @@ def test_a_linked_folder_is_entered_and_a_loop_of_links_ends(tmp_path):
     touch(tmp_path / "set", "real/b.mp4", "fake/b.mp4")
     (tmp_path / "set" / "real" / "more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "set" / "real" / "loop").symlink_to(tmp_path / "set" / "real")
-    assert [path.name for path in find_videos(tmp_path / "set").path] == ["b.mp4", "a.mp4", "b.mp4"]
+    assert [path.name for path in find_videos(tmp_path / "set").path] == ["b.mp4", "b.mp4", "a.mp4"]
 
 
 def test_an_unknown_folder_is_an_error_that_says_what_is_there(tmp_path):
     touch(tmp_path, "clips/one.mp4", "readme.md")
-    with pytest.raises(FileNotFoundError, match=r"2 entries \(clips/, readme.md\) and 1 videos"):
+    with pytest.raises(
+        FileNotFoundError, match=r"2 entries \(clips/, readme.md\) and 1 videos.*CSV manifest, FaceForensics"
+    ):
         find_videos(tmp_path)
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         find_videos(tmp_path / "nowhere")
 
 
@@ -130,11 +132,11 @@ def test_an_unknown_method_is_an_error_that_names_the_known_ones(tmp_path):
 
 def table_of(groups: list[list[tuple[int, str]]]) -> pd.DataFrame:
     rows = [
-        {"path": f"{g}-{i}", "label": label, "method": method, "group": f"g{g:04}", "split": "", "dataset": "d"}
+        {"path": Path(f"{g}-{i}"), "label": label, "method": method, "group": f"g{g:04}", "original": f"g{g:04}"}
         for g, group in enumerate(groups)
         for i, (label, method) in enumerate(group)
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).assign(split="", dataset="d")
 
 
 def pairs(count: int, methods=("x", "y")) -> pd.DataFrame:
@@ -200,7 +202,7 @@ def test_each_dataset_is_split_by_itself():
 def test_held_out_methods_are_only_ever_tested():
     split = split_videos(pairs(60), 0.15, 0.25, 3, holdout=["y"])
     assert set(split.split[split.method == "y"]) == {"test"} and (split.method == "y").sum() >= 5
-    with pytest.raises(ValueError, match="HOLDOUT_METHODS: z not among real, x, y"):
+    with pytest.raises(ValueError, match="HOLDOUT_METHODS: z not among x, y"):
         split_videos(pairs(60), 0.15, 0.25, 3, holdout=["z"])
 
 
@@ -230,7 +232,8 @@ def test_positions_span_the_middle_seconds_whatever_the_length():
 
 
 def test_the_frames_read_are_those_at_the_positions(tmp_path):
-    frames = read_frames(counting_video(tmp_path / "count.mp4"), 6, 8.0)
+    frames, positions = read_frames(counting_video(tmp_path / "count.mp4"), 6, 8.0)
+    assert positions.tolist() == [5, 15, 25, 35, 45, 55]
     assert [round((frame.mean() + 3) / 4) for frame in frames] == [5, 15, 25, 35, 45, 55]  # the codec darkens by 3
     assert frames[0].shape == (64, 96, 3) and frames[0].dtype == np.uint8
 
@@ -239,7 +242,7 @@ def test_frames_are_rgb_and_huge_ones_are_reduced(tmp_path):
     blue = np.zeros((1200, 2400, 3), np.uint8)
     blue[..., 0] = 255
     cell.write_video(tmp_path / "blue.mp4", [blue] * 3, 10)
-    frame = read_frames(tmp_path / "blue.mp4", 1, 8.0)[0]
+    frame = read_frames(tmp_path / "blue.mp4", 1, 8.0)[0][0]
     assert frame.shape == (960, 1920, 3) and frame[..., 2].mean() > 200 > 60 > frame[..., 0].mean()
 
 
@@ -259,9 +262,9 @@ def test_a_video_that_does_not_tell_its_length_is_counted(tmp_path, monkeypatch)
             return 0 if which == cv2.CAP_PROP_FRAME_COUNT else self.capture.get(which)
 
     file = counting_video(tmp_path / "count.mp4")
-    told = read_frames(file, 6, 8.0)
+    told, _ = read_frames(file, 6, 8.0)
     monkeypatch.setattr(cv2, "VideoCapture", Silent)
-    assert np.array_equal(told, read_frames(file, 6, 8.0))
+    assert np.array_equal(told, read_frames(file, 6, 8.0)[0])
 
 
 def broken(kind, tmp_path):
@@ -282,10 +285,10 @@ def broken(kind, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("folder", "is a directory"),
+        ("folder", "is a folder"),
         ("dangling link", "does not exist"),
-        ("empty", "empty file"),
-        ("text", "not a video"),
+        ("empty", "is empty"),
+        ("text", "not a video, sound alone, or damaged"),
         ("cut in half", "truncated or damaged"),
     ],
 )
@@ -298,14 +301,24 @@ def test_a_bad_video_is_refused_with_its_reason(tmp_path, kind, reason):
 
 
 def boxes(*corners):
-    found = np.array([[x, y, x + side, y + side] for x, y, side in corners], float).reshape(-1, 4)
-    return found, np.ones(len(found))
+    return np.array([[x, y, x + side, y + side] for x, y, side in corners], float).reshape(-1, 4)
 
 
 def test_the_face_that_stays_wins_against_a_larger_one_that_passes():
     found = [boxes((10, 10, 50)), boxes((12, 10, 50), (200, 0, 90)), boxes((14, 10, 50)), boxes()]
     assert cell.follow_face(found) == [0, 0, 0, None]
+    walks_in = [boxes((10, 10, 50))] * 4 + [boxes((200, 0, 100), (10, 10, 50))] * 4  # for half of the clip
+    assert cell.follow_face(walks_in) == [0, 0, 0, 0, 1, 1, 1, 1]
     assert cell.follow_face([boxes(), boxes()]) == [None, None]
+
+
+def test_a_face_in_front_of_the_followed_one_is_not_taken_for_it():
+    assert cell.follow_face([boxes((40, 40, 50)), boxes((0, 0, 140)), boxes((42, 40, 50))]) == [0, None, 0]
+
+
+def test_a_face_is_followed_across_the_frame():
+    found = [boxes((40 * t, 0, 60), (500, 200, 50)) for t in range(8)]  # far from where it was, never a width a step
+    assert cell.follow_face(found) == [0] * 8
 
 
 def test_of_two_that_stay_the_larger_wins():
@@ -396,14 +409,16 @@ def test_bad_videos_are_listed_with_reasons_and_the_rest_goes_on(two_videos, tmp
 
 def test_a_failing_face_detector_is_the_videos_reason_but_a_full_gpu_is_not(two_videos):
     class Failing(torch.nn.Module):
+        min_face_size = 20
+
         def detect(self, *_, **__):
             raise self.error
 
-    detector = Failing()
-    detector.error = RuntimeError("torch.cat(): expected a non-empty list of Tensors")
+    detector = torch.nn.ModuleList([Failing()])
+    detector[0].error = RuntimeError("torch.cat(): expected a non-empty list of Tensors")
     with pytest.raises(VideoError, match="face detector failed: torch.cat"):
         cell.make_clip(two_videos.path[0], SMALL, detector)
-    detector.error = torch.cuda.OutOfMemoryError("CUDA out of memory")
+    detector[0].error = torch.cuda.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.cuda.OutOfMemoryError):
         cell.make_clip(two_videos.path[0], SMALL, detector)
 
@@ -447,7 +462,7 @@ def test_nothing_trivial_tells_the_demo_classes_apart(tmp_path, face_detector):
     videos = find_videos(cell.make_demo_set(tmp_path, 60, seed=7, workers=2))
     rows = []
     for path in videos.path:
-        frames = np.stack(read_frames(path, 4, 8.0)).astype(np.float32)
+        frames = np.stack(read_frames(path, 4, 8.0)[0]).astype(np.float32)
         squares = cell.make_clip(path, SMALL, face_detector).squares
         outside = frames.copy()
         for frame, (left, top, side) in zip(outside, squares, strict=True):

@@ -28,7 +28,7 @@ def test_several_threads_read_the_same_batches_as_one(clip_table):
 
 def table(reals: int, fakes_each: int) -> pd.DataFrame:
     rows = [(0, f"g{g}") for g in range(reals)] + [(1, f"g{g}") for g in range(reals) for _ in range(fakes_each)]
-    return pd.DataFrame(rows, columns=["label", "group"])
+    return pd.DataFrame(rows, columns=["label", "group"]).assign(original=lambda t: t.group)
 
 
 def test_an_epoch_pairs_every_real_video_with_a_fake_of_its_recording():
@@ -48,7 +48,7 @@ def test_epochs_differ_and_repeat_with_the_seed():
 
 
 def test_without_a_fake_of_its_recording_a_real_video_gets_another_and_all_take_turns():
-    rows = pd.DataFrame({"label": [0] * 6 + [1] * 3, "group": list("abcdefxyz")})
+    rows = pd.DataFrame({"label": [0] * 6 + [1] * 3, "group": list("abcdefxyz"), "original": list("abcdefxyz")})
     order = list(cell.PairSampler(rows, 0))
     assert len(order) == 12 and sorted(order[1::2]) == [6, 6, 7, 7, 8, 8]
 
