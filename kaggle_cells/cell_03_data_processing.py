@@ -262,10 +262,10 @@ def named_sources(stem: str, reals: set[str]) -> list[str]:
     """
     if match := re.fullmatch(r"(\d{3})_(\d{3})", stem):
         return [*match.groups()]
-    if match := re.fullmatch(r"(id\d+)_(?:(id\d+)_)?(\d{4})", stem):
-        return [f"{match[1]}_{match[3]}", match[1], match[2] or match[1]]
+    if match := re.fullmatch(r"(id\d+)(?:_(id\d+))?_(\d{4})", stem):
+        return [f"{match[1]}_{match[3]}", *filter(None, match.groups()[:2])]
     if match := re.fullmatch(r"(\d\d)(?:_(\d\d))?__(.+?)(?:__[A-Z0-9]{8})?", stem):
-        return [f"{match[1]}__{match[3]}", match[1], match[2] or match[1]]
+        return [f"{match[1]}__{match[3]}", *filter(None, match.groups()[:2])]
     words, sources, first = list(re.finditer(r"[^\W_]+", stem)), [], 0
     while first < len(words):
         runs = {end: stem[words[first].start() : words[end - 1].end()] for end in range(len(words), first, -1)}
@@ -273,7 +273,7 @@ def named_sources(stem: str, reals: set[str]) -> list[str]:
         sources += [runs[longest]] if longest else []
         first = longest or first + 1
     head = stem.split("__")[0]
-    return [*sources, head] if head != stem or not sources else sources
+    return [*dict.fromkeys([*sources, head] if head != stem else sources or [stem])]
 
 
 def sources_by_name(videos: pd.DataFrame) -> pd.Series:
@@ -403,30 +403,38 @@ def deal_out(videos: pd.DataFrame, shares: dict[str, dict[str, float]], seed: in
     """A split for each group, so that each dataset's classes and methods come near that dataset's `shares`.
 
     The distance is chi-square: the sum of (count - goal)^2 / goal. Groups are dealt out one by one, large ones first,
-    otherwise in random order; then single groups move as long as a move lessens the distance.
+    each to where it lessens the distance most; then single groups move as long as that helps. Small datasets get
+    several attempts, in random orders, and the best one counts. No move of one group would come nearer.
     """
     kinds = pd.concat([videos.assign(kind=videos.label.astype(str)), videos.assign(kind=videos.method)])
     table = kinds.groupby(["group", "dataset", "kind"]).size().unstack(["dataset", "kind"], fill_value=0)
     counts, splits = table.to_numpy(float), ["train", "val", "test"]
     share = np.array([[shares[dataset][name] for dataset, _ in table] for name in splits])
     goal = np.maximum(share / share.sum(axis=0) * counts.sum(axis=0), 1e-9)
-    now, place = np.zeros_like(goal), np.full(len(counts), -1)
-    order = np.random.default_rng(seed).permutation(len(counts))
-    for row in order[np.argsort(-counts.sum(axis=1)[order], kind="stable")]:
-        place[row] = np.argmin((counts[row] * (2 * (now - goal) + counts[row]) / goal).sum(axis=1))
-        now[place[row]] += counts[row]
-    while len(counts):
-        arriving = (counts[:, None] * (2 * (now - goal) + counts[:, None]) / goal).sum(axis=2)
-        leaving = (counts * (counts - 2 * (now - goal)[place]) / goal[place]).sum(axis=1)
-        change = arriving + leaving[:, None]
-        change[np.arange(len(counts)), place] = 0
-        row, best = np.unravel_index(change.argmin(), change.shape)
-        if change[row, best] > -1e-6:
-            break
-        now[place[row]] -= counts[row]
-        now[best] += counts[row]
-        place[row] = best
-    return {group: splits[index] for group, index in zip(table.index, place, strict=True)}
+    rng, best, shortest = np.random.default_rng(seed), np.zeros(len(counts), int), np.inf
+    for attempt in range(1 + 2000 // (len(counts) + 1)):
+        order = rng.permutation(len(counts))
+        if attempt == 0:
+            order = order[np.argsort(-counts.sum(axis=1)[order], kind="stable")]
+        now, place = np.zeros_like(goal), np.zeros(len(counts), int)
+        for row in order:
+            place[row] = (counts[row] * (2 * (now - goal) + counts[row]) / goal).sum(axis=1).argmin()
+            now[place[row]] += counts[row]
+        while len(counts):
+            arriving = (counts[:, None] * (2 * (now - goal) + counts[:, None]) / goal).sum(axis=2)
+            leaving = (counts * (counts - 2 * (now - goal)[place]) / goal[place]).sum(axis=1)
+            change = arriving + leaving[:, None]
+            change[np.arange(len(counts)), place] = 0
+            row, target = np.unravel_index(change.argmin(), change.shape)
+            if change[row, target] > -1e-6:
+                break
+            now[place[row]] -= counts[row]
+            now[target] += counts[row]
+            place[row] = target
+        distance = ((now - goal) ** 2 / goal).sum()
+        if distance < shortest - 1e-6:
+            best, shortest = place, distance
+    return {group: splits[index] for group, index in zip(table.index, best, strict=True)}
 
 
 def crossing_groups(videos: pd.DataFrame) -> list[str]:

@@ -1,4 +1,6 @@
 import collections
+import json
+import os
 import shutil
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from sklearn.preprocessing import StandardScaler
 import cell_03_data_processing as cell
 from cell_03_data_processing import VideoError, find_videos, read_frames, split_videos
 
+PLAIN = cell.ClipSettings(frames=4, seconds=8.0, size=32, face_crop=False, margin=0.25)
+
 
 def touch(root, *names):
     for name in names:
@@ -36,9 +40,22 @@ def counting_video(file, frames=60, size=(96, 64), fps=10.0):
 # Finding
 
 
+def film(root, *names):
+    """Tiny videos, every one of them different, below `root`."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(list(str(root / name).encode())).integers(0, 256, (4, 24, 32, 3), np.uint8)
+        cell.write_video(root / name, list(noise), 10)
+    return root
+
+
+def by_name(videos):
+    return videos.set_index(videos.path.map(lambda path: path.name))
+
+
 def test_the_users_layout_gives_labels_and_its_own_splits(tmp_path):
     names = [f"{s}/{c}/video{i}.mp4" for s in ("train", "val", "test") for c in ("real", "fake") for i in (1, 2)]
-    videos = find_videos(touch(tmp_path / "mine", *names))
+    videos = find_videos(film(tmp_path / "mine", *names))
     assert len(videos) == 12 and set(videos.dataset) == {"mine"}
     assert all(row.split in row.path.parts for row in videos.itertuples())
     assert all(("fake" in row.path.parts) == bool(row.label) for row in videos.itertuples())
@@ -50,65 +67,237 @@ def test_the_users_layout_gives_labels_and_its_own_splits(tmp_path):
     [
         ("train/real/1.mp4", "train/fake/2.mp4", "val/fake/1.mp4", "test/real/3.mp4"),  # a split with one class
         ("real/train/1.mp4", "fake/Train/2.mp4", "fake/valid/1.mp4", "real/test/3.mp4"),  # splits below the classes
+        ("train/a/real/1.mp4", "train/a/fake/2.mp4", "val/a/fake/3.mp4", "test/a/real/3.mp4"),  # above a dataset
     ],
 )
 def test_given_splits_are_kept_whichever_way_the_folders_are_nested(tmp_path, names):
-    videos = find_videos(touch(tmp_path, *names))
+    videos = find_videos(film(tmp_path, *names))
     assert sorted(videos.split) == ["test", "train", "train", "val"] and set(videos.method) == {"real", "fake"}
+    assert videos.dataset.nunique() == 1
     assert cell.crossing_groups(videos) == []  # numbers alone say nothing of recordings
 
 
 def test_times_in_phone_names_are_no_recording_numbers(tmp_path):
-    touch(tmp_path, *(f"{c}/20240501_10000{i}.mp4" for i in range(5) for c in ("real", "fake")))
+    film(tmp_path, *(f"{c}/20240501_10000{i}.mp4" for i in range(5) for c in ("real", "fake")))
     assert find_videos(tmp_path).group.nunique() == 5
 
 
 def test_a_dataset_reached_twice_is_used_once(tmp_path):
-    touch(tmp_path, "set/real/a.mp4", "set/fake/a.mp4")
+    film(tmp_path, "set/real/a.mp4", "set/fake/a.mp4")
     (tmp_path / "again").symlink_to(tmp_path / "set")
     assert len(find_videos(tmp_path)) == 2
 
 
-def test_one_recording_number_on_both_sides_of_a_given_split_is_found(tmp_path):
-    touch(tmp_path, "train/real/004.mp4", "train/fake/001_002.mp4", "test/real/009.mp4", "test/fake/004_982.mp4")
-    assert len(cell.crossing_groups(find_videos(tmp_path))) == 1
+@pytest.mark.parametrize(
+    ("real", "fake"),
+    [
+        ("004.mp4", "004_982.mp4"),
+        ("ann.mp4", "ann__swap.mp4"),
+        ("id3_0007.mp4", "id9_id3_0001.mp4"),
+        ("a-1.mp4", "df_a-1.mp4"),
+    ],
+)
+def test_one_recording_on_both_sides_of_a_given_split_is_found(tmp_path, real, fake):
+    film(tmp_path, f"train/real/{real}", "train/fake/x.mp4", "test/real/y.mp4", f"test/fake/{fake}")
+    (crossing,) = cell.crossing_groups(videos := find_videos(tmp_path))
+    assert {path.name for path in videos.path[videos.group == crossing]} == {real, fake}
 
 
 def test_plain_folders_take_method_and_group_from_names_and_subfolders(tmp_path):
-    touch(tmp_path, "real/ann.mp4", "fake/ann__swap.MP4", "fake/lipsync/bob.mov", "fake/.hidden.mp4", "fake/notes.txt")
-    videos = find_videos(tmp_path).set_index(find_videos(tmp_path).path.map(lambda p: p.name))
+    film(tmp_path, "real/ann.mp4", "fake/ann__swap.MP4", "fake/lipsync/bob.mov")
+    touch(tmp_path, "fake/.hidden.mp4", "fake/notes.txt", "fake/.cache/c.mp4")
+    videos = by_name(find_videos(tmp_path))
     assert set(videos.index) == {"ann.mp4", "ann__swap.MP4", "bob.mov"}
     assert videos.group["ann.mp4"] == videos.group["ann__swap.MP4"] != videos.group["bob.mov"]
     assert videos.method.to_dict() == {"ann.mp4": "real", "ann__swap.MP4": "swap", "bob.mov": "lipsync"}
 
 
+@pytest.mark.parametrize(
+    ("stem", "sources"),
+    [
+        ("004_982", ["004", "982"]),
+        ("id0_id16_0003", ["id0_0003", "id0", "id16"]),
+        ("id0_0003", ["id0_0003", "id0"]),
+        ("01_27__walk_down_hall__YVGY8LOK", ["01__walk_down_hall", "01", "27"]),
+        ("01__walk_down_hall", ["01__walk_down_hall", "01"]),
+        ("ann_lee__swap", ["ann_lee"]),
+        ("ann_lee_smiles_2", ["ann_lee"]),
+        ("fake-ann_lee-bob", ["ann_lee", "bob"]),
+        ("bob__carl__v2", ["bob"]),
+        ("王_伪造", ["王"]),
+        ("annabel", ["annabel"]),
+        ("20240501_100004", ["20240501_100004"]),
+    ],
+)
+def test_sources_are_read_from_names(stem, sources):
+    assert cell.named_sources(stem, {"ann", "ann_lee", "bob", "王"}) == sources
+
+
+FF_METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures")
+
+
 @pytest.mark.parametrize("mount", ["datasets/xdxd003/ff-c23", "ff-c23"])
 def test_faceforensics_on_kaggle_is_found_in_both_mount_layouts_and_grouped_by_source(tmp_path, mount):
     root = tmp_path / mount / "FaceForensics++_C23"
-    touch(root, "original/004.mp4", "original/982.mp4", "original/100.mp4", "csv/original.csv")
-    for method in ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures"):
-        touch(root, f"{method}/004_982.mp4", f"{method}/100_101.mp4")
-    touch(root, "DeepFakeDetection/01_02__outside_talking__YVGY8LOK.mp4")
+    film(root, "original/004.mp4", "original/982.mp4", "original/100.mp4")
+    touch(root, "csv/original.csv")
+    for method in FF_METHODS:
+        film(root, f"{method}/004_982.mp4", f"{method}/100_101.mp4")
+    film(root, "DeepFakeDetection/01_02__outside_talking__YVGY8LOK.mp4")
     videos = find_videos(tmp_path)
     assert len(videos) == 11 and "DeepFakeDetection" not in set(videos.method)
     sources = videos[videos.path.map(lambda p: p.stem in ("004", "982", "004_982"))]
     assert len(sources) == 6 and sources.group.nunique() == 1 and videos.group.nunique() == 2
+    assert (sources.original.str.contains("982").sum(), sources.original.str.contains("004").sum()) == (1, 5)
     asked = find_videos(tmp_path, ["DeepFakeDetection"])
     assert sorted(asked.method) == ["DeepFakeDetection", "real", "real", "real"]
 
 
-def test_two_datasets_below_one_root_are_both_found_and_their_numbers_kept_apart(tmp_path):
-    touch(tmp_path, "a/real/001.mp4", "a/fake/001_002.mp4", "b/real/001.mp4", "b/fake/001_002.mp4")
+def test_fakes_of_four_methods_with_one_name_stay_apart(tmp_path):
+    film(tmp_path, "original/004.mp4", *(f"{method}/004_982.mp4" for method in FF_METHODS))
+    usable, _ = cell.cache_clips(find_videos(tmp_path), PLAIN, tmp_path / "cache", None, 2)
+    assert usable.clip_file.nunique() == 5 and set(usable.method) == {"real", *FF_METHODS}
+    for row in usable.itertuples():
+        with np.load(row.clip_file) as saved:
+            assert np.array_equal(saved["frames"], cell.make_clip(row.path, PLAIN, None).frames)
+
+
+def test_the_official_faceforensics_tree_is_found_without_masks_and_actors_come_when_asked_for(tmp_path):
+    film(
+        tmp_path / "FF",
+        "original_sequences/youtube/c23/videos/004.mp4",
+        "original_sequences/youtube/c40/videos/004.mp4",
+    )
+    film(tmp_path / "FF", "original_sequences/actors/c23/videos/01__exit_phone_room.mp4")
+    film(tmp_path / "FF", *(f"manipulated_sequences/{m}/c23/videos/004_982.mp4" for m in FF_METHODS))
+    film(tmp_path / "FF", "manipulated_sequences/Deepfakes/masks/videos/004_982.mp4")
+    film(tmp_path / "FF", "manipulated_sequences/DeepFakeDetection/c23/videos/01_02__exit_phone_room__YVGY8LOK.mp4")
     videos = find_videos(tmp_path)
-    assert set(videos.dataset) == {"a", "b"} and videos.group.nunique() == 2
+    assert sorted(videos.method) == sorted([*FF_METHODS, "real", "real"]) and videos.group.nunique() == 1
+    asked = find_videos(tmp_path, ["DeepFakeDetection", "FaceSwap"])
+    actors = asked[asked.path.map(lambda path: "__" in path.name)]
+    assert (
+        len(asked) == 5 and sorted(actors.label) == [0, 1] and actors.group.nunique() == actors.original.nunique() == 1
+    )
+
+
+def test_dfdc_parts_are_one_dataset_whose_metadata_gives_labels_and_originals(tmp_path):
+    parts = {
+        "dfdc_00": {"aaa.mp4": ("FAKE", "real1.mp4"), "real1.mp4": ("REAL", None), "gone.mp4": ("FAKE", "real1.mp4")},
+        "nested/dfdc_01": {"bbb.mp4": ("FAKE", "real1.mp4"), "real2.mp4": ("REAL", None)},
+    }
+    for part, entries in parts.items():
+        film(tmp_path / part, *(name for name in entries if name != "gone.mp4"))
+        lines = {
+            n: {"label": label, "split": "train"} | ({"original": o} if o else {}) for n, (label, o) in entries.items()
+        }
+        (tmp_path / part / "metadata.json").write_text(json.dumps(lines))
+    videos = by_name(find_videos(tmp_path))
+    assert set(videos.dataset) == {"DFDC"} and set(videos.split) == {"train"}
+    assert videos.label.to_dict() == {"aaa.mp4": 1, "real1.mp4": 0, "gone.mp4": 1, "bbb.mp4": 1, "real2.mp4": 0}
+    assert videos.group["aaa.mp4"] == videos.group["bbb.mp4"] == videos.group["real1.mp4"] != videos.group["real2.mp4"]
+    checked, refused = cell.check_files(find_videos(tmp_path), 2)
+    assert len(checked) == 4 and [path.name for path in refused.path] == ["gone.mp4"]
+    assert "No such file" in refused.reason[0]
+
+
+def test_a_metadata_file_of_another_kind_is_no_dfdc_and_a_damaged_one_is_told(tmp_path):
+    film(tmp_path, "a/real/x.mp4", "a/fake/x.mp4", "b/y.mp4")
+    (tmp_path / "a" / "metadata.json").write_text('{"title": "mine", "x.mp4": {"label": "cat"}}')
+    (tmp_path / "b" / "metadata.json").write_text('{"y.mp4": {"label": "FA')
+    with pytest.warns(UserWarning, match=r"b/metadata.json is not used"):
+        assert len(find_videos(tmp_path)) == 2
+
+
+def test_celeb_df_takes_labels_from_folders_since_1_means_real_in_its_list(tmp_path):
+    reals = [f"Celeb-real/id{i}_000{j}.mp4" for i in range(4) for j in range(2)] + ["YouTube-real/00170.mp4"]
+    fakes = [f"Celeb-synthesis/id{i}_id{i ^ 1}_000{j}.mp4" for i in range(4) for j in range(2)]
+    film(tmp_path / "Celeb-DF-v2", *reals, *fakes, "YouTube-real/00001.mp4")
+    listed = ["1 YouTube-real/00170.mp4", "1 Celeb-real/id0_0000.mp4", "0 Celeb-synthesis/id0_id1_0000.mp4"]
+    (tmp_path / "Celeb-DF-v2" / "List_of_testing_videos.txt").write_text("\n".join(listed) + "\n")
+    videos = by_name(find_videos(tmp_path))
+    assert all((videos.label == 1) == videos.path.map(lambda path: "Celeb-synthesis" in path.parts))
+    assert set(videos.index[videos.split == "test"]) == {"00170.mp4", "id0_0000.mp4", "id0_id1_0000.mp4"}
+    assert videos.original["id2_id3_0001.mp4"] == videos.original["id2_0001.mp4"]
+    groups = videos.group[["id0_0000.mp4", "id1_0001.mp4", "id0_id1_0001.mp4"]]
+    assert groups.nunique() == 1 and videos.group["id2_0000.mp4"] != groups.iloc[0] != videos.group["00170.mp4"]
+    assert cell.crossing_groups(videos) == [groups.iloc[0]]  # their own test list shares identities with training
+    split = split_videos(videos.reset_index(drop=True), 0.3, 0.2, 1)
+    assert not set(split.group[split.split == "train"]) & set(split.group[split.split == "val"])
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_manifest_gives_everything_and_may_be_named_itself(tmp_path, named):
+    film(tmp_path, "clips/a 1.mp4", "clips/b.mp4", "elsewhere/c.mp4", "clips/real/unlisted.mp4")
+    rows = "Path;Label;method;group;split", "clips\\a 1.mp4;REAL;;p1;train", "clips/b.mp4;1;swap;p1;"
+    rows = *rows, f"{tmp_path}/elsewhere/c.mp4;fake;;;Validation"
+    (tmp_path / "list.csv").write_text("\ufeff" + "\n".join(rows), encoding="utf-8")
+    videos = by_name(find_videos(tmp_path / "list.csv" if named else tmp_path))
+    assert videos.label.to_dict() == {"a 1.mp4": 0, "b.mp4": 1, "c.mp4": 1}
+    assert videos.method.to_dict() == {"a 1.mp4": "real", "b.mp4": "swap", "c.mp4": "fake"}
+    assert videos.split.to_dict() == {"a 1.mp4": "train", "b.mp4": "", "c.mp4": "val"}
+    assert videos.group["a 1.mp4"] == videos.group["b.mp4"] != videos.group["c.mp4"]
+    assert all(path.is_file() for path in videos.path)
+
+
+def test_manifests_named_like_splits_are_splits(tmp_path):
+    film(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / "train.csv").write_text("path,label\na.mp4,0\n")
+    (tmp_path / "test.csv").write_text("path,label\nb.mp4,1\n")
+    assert by_name(find_videos(tmp_path)).split.to_dict() == {"a.mp4": "train", "b.mp4": "test"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,label\na.mp4,0\nb.mp4,cat\n", "list.csv, line 3: label 'cat'"),
+        ("path,label,split\na.mp4,0,tests\n", "list.csv, line 2: label '0', split 'tests'"),
+        ("path,label\n\u738b.mp4,0\n", "list.csv is no CSV in UTF-8"),
+    ],
+)
+def test_a_wrong_manifest_is_an_error_that_names_the_place(tmp_path, text, message):
+    (tmp_path / "list.csv").write_bytes(text.encode("gbk"))
+    with pytest.raises(ValueError, match=message):
+        find_videos(tmp_path)
+
+
+def test_tables_that_are_no_manifests_are_left_alone(tmp_path):
+    film(tmp_path, "real/a.mp4", "fake/a.mp4")
+    (tmp_path / "train.csv").write_text("path,label,clip_file\nx.mp4,0,y.npz\n")  # as written by cell 9
+    (tmp_path / "images.csv").write_text("path,label\nx.jpg,cat\n")
+    assert set(find_videos(tmp_path).dataset) == {tmp_path.name} and len(find_videos(tmp_path)) == 2
+
+
+def test_all_datasets_below_one_root_are_found_and_their_numbers_kept_apart(tmp_path):
+    film(tmp_path, "a/real/001.mp4", "a/fake/001_002.mp4", "b/real/001.mp4", "b/fake/001_002.mp4")
+    film(tmp_path, "a/more/Celeb-real/id0_0000.mp4", "a/more/Celeb-synthesis/id0_id1_0000.mp4")  # inside another one
+    videos = find_videos(tmp_path)
+    assert videos.dataset.value_counts().to_dict() == {"a": 2, "b": 2, "Celeb-DF": 2} and videos.group.nunique() == 3
 
 
 def test_a_linked_folder_is_entered_and_a_loop_of_links_ends(tmp_path):
-    touch(tmp_path / "elsewhere", "a.mp4")
-    touch(tmp_path / "set", "real/b.mp4", "fake/b.mp4")
+    film(tmp_path / "elsewhere", "a.mp4")
+    film(tmp_path / "set", "real/b.mp4", "fake/b.mp4")
     (tmp_path / "set" / "real" / "more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "set" / "real" / "loop").symlink_to(tmp_path / "set" / "real")
+    (tmp_path / "set" / "itself").symlink_to(tmp_path / "set" / "itself")
     assert [path.name for path in find_videos(tmp_path / "set").path] == ["b.mp4", "b.mp4", "a.mp4"]
+
+
+def test_folders_that_cannot_be_read_are_told_and_the_rest_is_found(tmp_path, monkeypatch):
+    film(tmp_path, "set/real/b.mp4", "set/fake/b.mp4", "set/fake/locked/c.mp4", "private/real/d.mp4")
+    scandir = os.scandir
+
+    def refuse(folder):
+        if Path(folder).name in ("locked", "private"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.warns(UserWarning, match="private is not searched: Permission denied"):
+        videos = find_videos(tmp_path)
+    checked, refused = cell.check_files(videos, 1)
+    assert len(checked) == 2 and [path.name for path in refused.path] == ["locked"]
 
 
 def test_an_unknown_folder_is_an_error_that_says_what_is_there(tmp_path):
@@ -122,9 +311,45 @@ def test_an_unknown_folder_is_an_error_that_says_what_is_there(tmp_path):
 
 
 def test_an_unknown_method_is_an_error_that_names_the_known_ones(tmp_path):
-    touch(tmp_path, "real/a.mp4", "fake/x/a.mp4")
+    film(tmp_path, "real/a.mp4", "fake/x/a.mp4")
     with pytest.raises(ValueError, match="Faceswap not found.*there are x"):
         find_videos(tmp_path, ["Faceswap"])
+
+
+# Checking files
+
+
+def test_files_that_cannot_be_videos_are_refused_with_reasons_before_anything_is_decoded(tmp_path):
+    film(tmp_path, "real/a.mp4", "fake/a.mp4", "fake/full.mp4/inside.mp4")
+    touch(tmp_path, "fake/nothing.mp4")
+    (tmp_path / "fake" / "folder.mp4").mkdir()
+    (tmp_path / "fake" / "dangling.mp4").symlink_to(tmp_path / "gone")
+    checked, refused = cell.check_files(find_videos(tmp_path), 2)
+    assert {path.name for path in checked.path} == {"a.mp4", "inside.mp4"}
+    assert by_name(refused).reason.to_dict() == {
+        "dangling.mp4": "cannot be read: No such file or directory",
+        "folder.mp4": "is a folder",
+        "nothing.mp4": "is empty",
+    }
+
+
+def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
+    film(tmp_path, "real/a.mp4", "fake/b.mp4")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "b.mp4")  # root may read everything
+    _, refused = cell.check_files(find_videos(tmp_path), 1)
+    assert refused.reason.tolist() == ["cannot be read: no permission"]
+
+
+def test_the_same_content_under_real_and_fake_is_contradictory_and_copies_of_one_class_are_one_group(tmp_path):
+    film(tmp_path, "train/real/a.mp4", "train/real/ok.mp4", "train/fake/b.mp4", "test/fake/c.mp4", "test/real/d.mp4")
+    shutil.copy(tmp_path / "train/real/a.mp4", tmp_path / "test/fake/copy.mp4")
+    shutil.copy(tmp_path / "train/fake/b.mp4", tmp_path / "test/fake/b again.mp4")
+    checked, refused = cell.check_files(find_videos(tmp_path), 2)
+    reasons = by_name(refused).reason
+    assert set(reasons.index) == {"a.mp4", "copy.mp4"} and "contradictory" in reasons["a.mp4"]
+    assert "copy.mp4, which is called fake" in reasons["a.mp4"] and "a.mp4, which is called real" in reasons["copy.mp4"]
+    (crossing,) = cell.crossing_groups(checked)
+    assert {path.name for path in checked.path[checked.group == crossing]} == {"b.mp4", "b again.mp4"}
 
 
 # Groups, limits and splits
@@ -352,9 +577,6 @@ def test_a_video_without_a_face_is_cropped_in_the_middle_and_flagged(tmp_path, f
 
 def cache(table, folder, settings_=SMALL):
     return cell.cache_clips(table, settings_, folder, None, 2)
-
-
-PLAIN = cell.ClipSettings(frames=4, seconds=8.0, size=32, face_crop=False, margin=0.25)
 
 
 @pytest.fixture
