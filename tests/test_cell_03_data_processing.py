@@ -1,4 +1,5 @@
 import collections
+import itertools
 import json
 import os
 import shutil
@@ -382,18 +383,66 @@ def test_videos_share_a_group_exactly_if_a_chain_of_sources_links_them(sources):
             assert (groups[i] == groups[j]) == (second[0] in reach[first[0]])
 
 
-KINDS = st.sampled_from([(0, "real"), (1, "x"), (1, "y")])
+@st.composite
+def source_graphs(draw):
+    """Videos of one or two datasets made of arbitrary sources, with the fractions and the seed of a split."""
+    rows = []
+    for dataset in draw(st.sampled_from([["d"], ["d", "e"]])):
+        sources = st.lists(st.integers(0, draw(st.integers(2, 40))), min_size=1, max_size=3)
+        for method, names in draw(
+            st.lists(st.tuples(st.sampled_from(["real", "x", "y"]), sources), min_size=1, max_size=60)
+        ):
+            named = [f"{dataset}/{name}" for name in names]
+            path = Path(f"{dataset}/{len(rows)}.mp4")
+            rows.append(dict(path=path, label=int(method != "real"), method=method, sources=named, dataset=dataset))
+    videos = pd.DataFrame(rows).assign(split="")
+    videos["group"] = cell.connected_groups(videos.sources.tolist())
+    return videos, draw(st.floats(0.05, 0.4)), draw(st.floats(0.05, 0.4)), draw(st.integers(0, 2**31 - 1))
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.lists(KINDS, min_size=1, max_size=5), min_size=5, max_size=40), st.integers(0, 99))
-def test_no_group_crosses_a_split_and_the_seed_alone_decides(extra, seed):
-    videos = table_of([[(0, "real"), (1, "x"), (1, "y")]] * 12 + extra)
-    split = split_videos(videos, 0.2, 0.2, seed)
-    assert sorted(split.path) == sorted(videos.path)
+def distance_to_goal(videos, shares):
+    """The chi-square distance that a split has from the shares, over the classes and methods of each dataset."""
+    total = 0.0
+    for _, part in videos.groupby("dataset"):
+        for column in ("label", "method"):
+            for _, kind in part.groupby(column):
+                for name, share in shares.items():
+                    goal = share * len(kind)
+                    total += ((kind.split == name).sum() - goal) ** 2 / goal
+    return total
+
+
+@settings(deadline=None, max_examples=80)
+@given(source_graphs())
+def test_no_group_crosses_a_split_the_seed_decides_and_no_move_of_a_group_comes_nearer_to_the_shares(drawn):
+    videos, val, test, seed = drawn
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cell, "require_classes", lambda videos: None)  # so few videos may leave a split empty
+        split = split_videos(videos, val, test, seed)
+        again = split_videos(videos.sample(frac=1, random_state=1), val, test, seed)
+    assert split.path.tolist() == videos.path.tolist() and set(split.split) <= {"train", "val", "test"}
     assert cell.crossing_groups(split) == []
-    again = split_videos(videos.sample(frac=1, random_state=1), 0.2, 0.2, seed)
     assert split.set_index("path").split.to_dict() == again.set_index("path").split.to_dict()
+    shares = {"train": 1 - val - test, "val": val, "test": test}
+    reached = distance_to_goal(split, shares)
+    for group in split.group.unique()[:12]:
+        for name in shares:
+            moved = split.assign(split=split.split.where(split.group != group, name))
+            assert distance_to_goal(moved, shares) > reached - 1e-4
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(st.lists(st.sampled_from([(0, "real"), (1, "x")]), min_size=1, max_size=4), min_size=3, max_size=6),
+    st.integers(0, 99),
+)
+def test_of_few_groups_the_best_of_all_splits_is_found(groups, seed):
+    videos, shares = table_of(groups), {"train": 0.6, "val": 0.2, "test": 0.2}
+    found = cell.deal_out(videos, {"d": shares}, seed)
+    names = sorted(found)
+    every = (dict(zip(names, choice, strict=True)) for choice in itertools.product(shares, repeat=len(names)))
+    best = min(distance_to_goal(videos.assign(split=videos.group.map(choice)), shares) for choice in every)
+    assert distance_to_goal(videos.assign(split=videos.group.map(found)), shares) == pytest.approx(best, abs=1e-4)
 
 
 def test_each_split_gets_its_share_of_every_method():
@@ -436,13 +485,47 @@ def test_too_few_recordings_are_an_error_with_the_counts():
         split_videos(pairs(2), 0.2, 0.2, 0)
 
 
-def test_limiting_takes_fakes_evenly_over_methods_and_of_the_same_recordings():
-    videos = table_of([[(0, "real"), (1, "w"), (1, "x"), (1, "y"), (1, "z")] for _ in range(50)])
-    few = cell.limit_videos(videos, 20, seed=1)
+def test_recordings_of_held_out_fakes_alone_are_tested_not_dropped():
+    split = split_videos(table_of([[(0, "real"), (1, "x")]] * 30 + [[(1, "y")]] * 20), 0.15, 0.2, 3, holdout=["y"])
+    assert len(split) == 80 and (split.split[split.method == "y"] == "test").all()
+
+
+def test_a_copy_in_another_dataset_goes_where_the_given_split_has_it():
+    given_split = pairs(30).assign(split=["train"] * 40 + ["val"] * 8 + ["test"] * 12)
+    other = pairs(30).assign(dataset="e", group=["e" + name for name in pairs(30).group])
+    other.loc[:1, "group"] = given_split.group[58]  # the first pair is a copy of a test video of the other dataset
+    split = split_videos(pd.concat([given_split, other], ignore_index=True), 0.2, 0.2, 1)
+    assert split.split[60:62].tolist() == ["test", "test"] and cell.crossing_groups(split) == []
+
+
+def whole(methods="wxyz", originals=50):
+    """Originals with a fake of each method, split."""
+    return split_videos(table_of([[(0, "real"), *((1, name) for name in methods)]] * originals), 0.2, 0.2, 0)
+
+
+def test_limiting_takes_fakes_evenly_over_methods_and_of_the_recordings_that_are_taken():
+    few = cell.limit_videos(whole(), 20, seed=1)
     assert collections.Counter(few.method) == {"real": 20, "w": 5, "x": 5, "y": 5, "z": 5}
-    assert set(few.group[few.label == 1]) == set(few.group[few.label == 0]) and few.group.nunique() == 20
-    assert set(few.group) != set(cell.limit_videos(videos, 20, seed=2).group)
-    assert len(cell.limit_videos(videos, 0, seed=1)) == 250
+    assert set(few.original[few.label == 1]) <= set(few.original[few.label == 0])
+    assert few.original[few.label == 1].nunique() >= 15  # not four fakes of the same five recordings
+    assert few.split[few.label == 0].value_counts().to_dict() == {"train": 12, "val": 4, "test": 4}
+    assert set(few.group) != set(cell.limit_videos(whole(), 20, seed=2).group)
+    assert len(cell.limit_videos(whole(), 0, seed=1)) == 250
+
+
+def test_a_larger_sample_keeps_the_smaller_ones_real_videos_where_they_were():
+    small, large = (cell.limit_videos(whole(), count, seed=1) for count in (10, 30))
+    both = small[small.label == 0].merge(large[large.label == 0], on="path")
+    assert len(both) == 10 and (both.split_x == both.split_y).all()
+
+
+def test_a_rare_method_leaves_its_share_to_the_others_and_held_out_ones_keep_theirs():
+    videos = split_videos(
+        table_of([[(0, "real"), (1, "w"), (1, "x")]] * 40 + [[(0, "real"), (1, "y")]] * 3), 0.2, 0.2, 0
+    )
+    assert collections.Counter(cell.limit_videos(videos, 23, 1).method) == {"real": 23, "w": 10, "x": 10, "y": 3}
+    held = cell.limit_videos(split_videos(whole().assign(split=""), 0.2, 0.2, 0, holdout=["w"]), 20, seed=1)
+    assert (held.method == "w").sum() == 5 and set(held.split[held.method == "w"]) == {"test"}
 
 
 # Frames
