@@ -84,8 +84,9 @@ for name, table in {**SPLIT_TABLES, "skipped": SKIPPED}.items():
 PREPARATION_SECONDS = time.perf_counter() - preparation_started
 
 if len(SKIPPED):
-    print(f"{len(SKIPPED)} videos cannot be used (all in data/skipped.csv):")
-    display(SKIPPED[["path", "label", "reason"]].head(10))
+    print(f"Skipped: {len(SKIPPED)} of {len(chosen_videos) + len(refused)} videos. data/skipped.csv has them all:")
+    with pd.option_context("display.max_colwidth", 100, "display.width", 160):
+        display(SKIPPED.assign(video=[path.name for path in SKIPPED.path])[["video", "method", "reason"]].head(10))
 require_classes(VIDEOS)
 display(pd.crosstab([VIDEOS.label, VIDEOS.method], VIDEOS.split)[list(SPLIT_TABLES)])
 if CONFIG.FACE_CROP and (faceless := int((VIDEOS.face_share == 0).sum())):
