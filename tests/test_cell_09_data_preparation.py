@@ -113,7 +113,7 @@ def test_too_little_disk_space_is_an_error_with_both_figures_before_any_work(vid
 
 
 def test_a_recording_on_both_sides_of_a_given_split_is_shown_with_its_videos(tmp_path):
-    names = [f"{s}/{c}/{i}.mp4" for s in ("train", "val", "test") for c in ("real", "fake") for i in "12"]
+    names = [f"{s}/{c}/{s}{i}.mp4" for s in ("train", "val", "test") for c in ("real", "fake") for i in "12"]
     for number, name in enumerate([*names, "train/real/004.mp4", "test/fake/004_982.mp4"]):
         frames = np.random.default_rng(number).integers(0, 256, (8, 48, 64, 3), np.uint8)
         write_video(tmp_path / "set" / name, list(frames), 10)
