@@ -326,9 +326,12 @@ def check_files(videos: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, pd.Da
 
     def digest(path: Path) -> str:
         content = hashlib.blake2b(digest_size=16)
-        with path.open("rb") as stream:
-            while chunk := stream.read(2**20):
-                content.update(chunk)
+        try:
+            with path.open("rb") as stream:
+                while chunk := stream.read(2**20):
+                    content.update(chunk)
+        except OSError:
+            return str(path)  # like no other; decoding will tell what is wrong with it
         return content.hexdigest()
 
     with ThreadPoolExecutor(workers) as pool:
@@ -472,12 +475,9 @@ def hand_out(total: int, available: pd.Series, even: bool) -> dict[str, int]:
     """Divide `total` by name, nowhere more than `available`: evenly, or in proportion (Huntington-Hill)."""
     given = dict.fromkeys(sorted(available.index), 0)
     for _ in range(min(total, int(available.sum()))):
-        unfilled = (name for name in given if given[name] < available[name])
-        weight = {
-            name: (1 if even else available[name]) / max(0.1, given[name] * (given[name] + 1)) ** 0.5
-            for name in unfilled
-        }
-        given[max(weight, key=weight.get)] += 1
+        unfilled = {name: n for name, n in given.items() if n < available[name]}
+        claim = {name: (1 if even else available[name]) / max(0.1, n * (n + 1)) ** 0.5 for name, n in unfilled.items()}
+        given[max(claim, key=claim.get)] += 1
     return given
 
 
@@ -589,28 +589,24 @@ def follow_face(found: list[np.ndarray]) -> list[int | None]:
     of similar size. The track with the largest mean size times the cube of the share of frames that it is seen in
     wins: a face that stays beats a larger one that passes.
     """
-    best, best_score = [None] * len(found), 0.0
-    for first, boxes in enumerate(found):
-        for start in range(len(boxes)):
-            track: list[int | None] = [None] * len(found)
-            sizes = []
-            for times in (range(first, len(found)), range(first - 1, -1, -1)):
-                last = boxes[start]
-                for t in times:
-                    size, sides = (
-                        np.ptp(last.reshape(2, 2), axis=0).max(),
-                        np.ptp(found[t].reshape(-1, 2, 2), axis=1).max(1),
-                    )
-                    distance = np.linalg.norm((found[t] - last).reshape(-1, 2, 2).mean(axis=1), axis=1)
-                    distance[(distance > size) | (sides > 2 * size) | (sides < size / 2)] = np.inf
-                    if np.isfinite(distance).any():
-                        track[t] = int(distance.argmin())
-                        last = found[t][track[t]]
-                        sizes.append(sides[track[t]])
-            score = float(np.mean(sizes)) * (len(sizes) / len(found)) ** 3
-            if score > best_score:
-                best, best_score = track, score
-    return best
+    corners = [boxes.reshape(-1, 2, 2) for boxes in found]
+    middles, sides = [c.mean(axis=1) for c in corners], [np.ptp(c, axis=1).max(axis=1) for c in corners]
+    best, best_score = {}, 0.0
+    for first, start in ((t, index) for t, boxes in enumerate(found) for index in range(len(boxes))):
+        track = {first: start}
+        for times in (range(first + 1, len(found)), reversed(range(first))):
+            last = first
+            for t in times:
+                size, middle = sides[last][track[last]], middles[last][track[last]]
+                distance = np.linalg.norm(middles[t] - middle, axis=1)
+                near = (distance < size) & (sides[t] < 2 * size) & (sides[t] > size / 2)
+                if near.any():
+                    track[t] = int(np.where(near, distance, np.inf).argmin())
+                    last = t
+        score = np.mean([sides[t][index] for t, index in track.items()]) * (len(track) / len(found)) ** 3
+        if score > best_score:
+            best, best_score = track, score
+    return [best.get(t) for t in range(len(found))]
 
 
 def find_face(frames: list[np.ndarray], detector: torch.nn.ModuleList | None) -> tuple[np.ndarray, np.ndarray, float]:
@@ -618,11 +614,14 @@ def find_face(frames: list[np.ndarray], detector: torch.nn.ModuleList | None) ->
 
     Without any face, or without a detector, the boxes and landmarks are NaN and the share is 0.
     """
+    no_face = np.full((len(frames), 4), np.nan), np.full((len(frames), 5, 2), np.nan), 0.0
+    if detector is None:
+        return no_face
     looked_at = np.unique(np.linspace(0, len(frames) - 1, DETECTION_FRAMES).round().astype(int))
     scale = min(1.0, DETECTION_SIDE / max(frames[0].shape[:2]))
     small = [cv2.resize(frames[i], None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) for i in looked_at]
     found = [np.zeros((0, 14))] * len(small)  # a row a face: its box and landmarks
-    for stage in detector or ():
+    for stage in detector:
         faceless = [i for i, faces in enumerate(found) if not len(faces)]
         if not faceless or min(small[0].shape[:2]) < stage.min_face_size:
             continue
@@ -638,7 +637,7 @@ def find_face(frames: list[np.ndarray], detector: torch.nn.ModuleList | None) ->
     picks = follow_face([faces[:, :4] for faces in found])
     seen = [i for i, pick in enumerate(picks) if pick is not None]
     if not seen:
-        return np.full((len(frames), 4), np.nan), np.full((len(frames), 5, 2), np.nan), 0.0
+        return no_face
     track = np.stack([found[i][picks[i]] for i in seen])
     track = np.stack([np.interp(range(len(frames)), looked_at[seen], values) for values in track.T], axis=1)
     return track[:, :4], track[:, 4:].reshape(-1, 5, 2), len(seen) / len(looked_at)
@@ -945,6 +944,8 @@ def write_video(file: Path, frames: list[np.ndarray], fps: float) -> None:
 def make_demo_set(folder: Path, per_class: int, seed: int, workers: int) -> Path:
     """Make `per_class` real videos and a fake of each below `folder`; those already there are kept."""
     portrait = load_portrait()
+    for kind in ("real", "fake"):
+        remove_partial_files(folder / kind)
 
     def make(number: int) -> None:
         method = DEMO_METHODS[number % len(DEMO_METHODS)]

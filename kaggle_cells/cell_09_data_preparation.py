@@ -32,6 +32,8 @@ from cell_03_data_processing import (
 from cell_08_evaluation_functions import plot_samples, save_figure
 
 preparation_started = time.perf_counter()
+for folder in ("data", "models", "results"):
+    remove_partial_files(CONFIG.work_dir / folder)
 places = {"auto": ["/kaggle/input", "data"], "demo": []}.get(CONFIG.DATA_DIR, [CONFIG.DATA_DIR])
 for DATA_ORIGIN in places:
     try:
@@ -78,7 +80,6 @@ FACE_DETECTOR = load_face_detector(ENVIRONMENT.device) if CONFIG.FACE_CROP else 
 VIDEOS, failed = cache_clips(chosen_videos, CLIP_SETTINGS, CONFIG.cache_dir, FACE_DETECTOR, CONFIG.NUM_WORKERS)
 SKIPPED = pd.concat([refused, failed], ignore_index=True)
 SPLIT_TABLES = {name: VIDEOS[VIDEOS.split == name].reset_index(drop=True) for name in ("train", "val", "test")}
-remove_partial_files(CONFIG.work_dir / "data")
 for name, table in {**SPLIT_TABLES, "skipped": SKIPPED}.items():
     save_csv(table, CONFIG.work_dir / "data" / f"{name}.csv")
 PREPARATION_SECONDS = time.perf_counter() - preparation_started

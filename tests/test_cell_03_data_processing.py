@@ -650,6 +650,29 @@ def test_the_crop_follows_the_demo_face(demo_set, face_detector):
     assert (abs(eyes[:, 0] - 32) < 10).all() and (eyes[:, 1] < mouth[:, 1]).all() and (mouth[:, 1] < 64).all()
 
 
+def test_a_second_larger_person_walking_in_does_not_steal_the_crop(face_detector):
+    """One face stays at the left; for half of the clip a face twice its size is there too, at the right."""
+    portrait = (cell.load_portrait()[..., ::-1] * 255).astype(np.uint8)[60:420, 80:440]
+    small, large = (cv2.resize(portrait, (side, side), interpolation=cv2.INTER_AREA) for side in (220, 440))
+    frames = []
+    for t in range(12):
+        frame = np.full((480, 960, 3), 90, np.uint8)
+        frame[200:420, 20 + 3 * t : 240 + 3 * t] = small
+        if t >= 6:
+            frame[20:460, 500:940] = large
+        frames.append(frame)
+    boxes, landmarks, share = cell.find_face(frames, face_detector)
+    assert share == 1 and (boxes[:, 2] < 300).all() and (landmarks[..., 0] < 300).all()
+    assert abs(np.diff(boxes[:, 0])).max() < 12  # and moves with the face, 3 pixels a frame
+
+
+@pytest.mark.parametrize("size", [(18, 18), (33, 201), (64, 2000)])
+def test_frames_of_any_shape_go_through_the_detector(size, face_detector):
+    frames = [np.full((*size, 3), 127, np.uint8)] * 3
+    boxes, _, share = cell.find_face(frames, face_detector)
+    assert share == 0 and np.isnan(boxes).all()
+
+
 def test_a_video_without_a_face_is_cropped_in_the_middle_and_flagged(tmp_path, face_detector):
     clip = cell.make_clip(counting_video(tmp_path / "grey.mp4"), SMALL, face_detector)
     assert clip.face_share == 0 and np.isnan(clip.landmarks).all() and clip.frames.shape == (4, 64, 64, 3)

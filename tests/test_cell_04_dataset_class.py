@@ -39,6 +39,12 @@ def test_an_epoch_pairs_every_real_video_with_a_fake_of_its_recording():
     assert rows.group[reals].tolist() == rows.group[fakes].tolist()
 
 
+def test_of_a_group_with_two_recordings_each_gets_the_fake_with_its_own_pictures():
+    names = ["004", "982", "982", "004"]  # real 004 and 982, then 982_004 and 004_982: all of one group
+    rows = pd.DataFrame({"label": [0, 0, 1, 1], "group": "004", "original": names})
+    assert {tuple(order[i : i + 2]) for order in [list(cell.PairSampler(rows, 5))] for i in (0, 2)} == {(0, 3), (1, 2)}
+
+
 def test_epochs_differ_and_repeat_with_the_seed():
     sampler, again = cell.PairSampler(table(10, 4), 1), cell.PairSampler(table(10, 4), 1)
     first = list(sampler)
