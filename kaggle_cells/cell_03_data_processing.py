@@ -307,6 +307,16 @@ def connected_groups(sources: list[list[str]]) -> list[str]:
     return [root_of(names[0]) for names in sources]
 
 
+def file_problem(path: Path) -> str:
+    """Why a file cannot be a video, as far as its directory entry tells; empty if it may be one."""
+    try:
+        if not os.access(path, os.R_OK):
+            return "cannot be read: no permission" if path.exists() else "does not exist"
+        return "is a folder" if path.is_dir() else "" if path.stat().st_size else "is empty"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
 def check_files(videos: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Tell apart, before anything is decoded, the files that can be videos and those that cannot.
 
@@ -314,15 +324,6 @@ def check_files(videos: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, pd.Da
 
     Returns the good rows, and the others with a `reason`.
     """
-
-    def look(path: Path) -> tuple[str, int]:
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            return f"cannot be read: {error.strerror}", 0
-        if not os.access(path, os.R_OK):
-            return "cannot be read: no permission", 0
-        return "is a folder" if path.is_dir() else "" if size else "is empty", size
 
     def digest(path: Path) -> str:
         content = hashlib.blake2b(digest_size=16)
@@ -335,8 +336,10 @@ def check_files(videos: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, pd.Da
         return content.hexdigest()
 
     with ThreadPoolExecutor(workers) as pool:
-        seen = pd.DataFrame(list(pool.map(look, videos.path)), columns=["reason", "size"], index=videos.index)
-        alike = videos[(seen.reason == "") & seen["size"].duplicated(keep=False)]
+        reasons = pd.Series(list(pool.map(file_problem, videos.path)), index=videos.index, dtype=object)
+        readable = videos[reasons == ""]
+        sizes = pd.Series([path.stat().st_size for path in readable.path], index=readable.index)
+        alike = readable[sizes.duplicated(keep=False)]
         alike = alike.assign(content=list(pool.map(digest, alike.path)))
     same = alike[alike.content.duplicated(keep=False)]
     for _, copies in same.groupby("content"):
@@ -344,13 +347,11 @@ def check_files(videos: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, pd.Da
             for row in copies.itertuples():
                 other = copies[copies.label != row.label].iloc[0]
                 kind = ("real", "fake")[other.label]
-                seen.loc[row.Index, "reason"] = (
-                    f"contradictory: the same content as {other.path}, which is called {kind}"
-                )
+                reasons[row.Index] = f"contradictory: the same content as {other.path}, which is called {kind}"
     content = same.content.reindex(videos.index)
     links = [[g] if pd.isna(c) else [g, f"\U0010ffff{c}"] for g, c in zip(videos.group, content, strict=True)]
-    videos, good = videos.assign(group=connected_groups(links)), seen.reason == ""
-    refused = videos.assign(reason=seen.reason)[~good]
+    videos, good = videos.assign(group=connected_groups(links)), reasons == ""
+    refused = videos.assign(reason=reasons)[~good]
     return videos[good].reset_index(drop=True), refused.reset_index(drop=True)
 
 
@@ -489,6 +490,7 @@ def hand_out(total: int, available: pd.Series, even: bool) -> dict[str, int]:
 
 # %%
 CLIP_VERSION = 2  # part of each cached clip's name: counts the changes to how clips are made
+LONG_LEAD = 1500  # frames: in longer videos one seek to the first frame wanted saves decoding what comes before
 LONGEST_SIDE = 1920  # larger frames are reduced on reading: a face is large enough then, and memory stays small
 
 
@@ -504,31 +506,29 @@ def frame_positions(total: int, count: int, fps: float, seconds: float) -> np.nd
 
 def open_video(path: Path) -> cv2.VideoCapture:
     """A capture with one decoding thread: other videos keep the other cores busy. Raises VideoError with the reason."""
-    if not path.is_file():
-        raise VideoError("is a folder" if path.is_dir() else "does not exist")
-    if path.stat().st_size == 0:
-        raise VideoError("is empty")
+    if problem := file_problem(path):
+        raise VideoError(problem)
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     if not capture.isOpened():
         raise VideoError("no pictures that can be decoded: not a video, sound alone, or damaged at its start")
     return capture
 
 
-def decode(capture: cv2.VideoCapture, wanted: set[int]) -> tuple[dict[int, np.ndarray], int, float]:
-    """One pass up to the last frame wanted, converting only those that are.
+def decode(capture: cv2.VideoCapture, wanted: np.ndarray, at: int = 0) -> tuple[dict[int, np.ndarray], int, float]:
+    """One pass from frame `at` up to the last one wanted, converting only those that are.
 
-    Returns the wanted frames (H, W, 3) uint8 RGB by number, how many frames came, and the time of the last, in seconds.
+    Returns the wanted frames (H, W, 3) uint8 RGB by number, the number after the last one that came, and its time in s.
     """
-    frames, came, time = {}, 0, 0.0
-    while came <= max(wanted) and capture.grab():
+    frames, time, needed = {}, 0.0, set(wanted.tolist())
+    while at <= wanted[-1] and capture.grab():
         time = max(time, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
-        if came in wanted:
+        if at in needed:
             readable, frame = capture.retrieve()
             if not readable:
-                raise VideoError(f"frame {came} cannot be decoded")
-            frames[came] = to_rgb(frame)
-        came += 1
-    return frames, came, time
+                raise VideoError(f"frame {at} cannot be decoded")
+            frames[at] = to_rgb(frame)
+        at += 1
+    return frames, at, time
 
 
 def read_frames(path: Path, count: int, seconds: float) -> tuple[list[np.ndarray], np.ndarray]:
@@ -536,17 +536,24 @@ def read_frames(path: Path, count: int, seconds: float) -> tuple[list[np.ndarray
 
     Raises VideoError with the reason if it is no video, or ends before it should.
     """
-    capture = open_video(path)
+    capture, at = open_video(path), 0
     total, fps = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
     positions = frame_positions(total if total > 1 else 2**31, count, fps, seconds)
-    frames, came, time = decode(capture, set(positions.tolist()))
-    if came <= positions[-1]:  # damaged; or the container does not know its frames, and guessed from the duration
-        if came < 2:
-            raise VideoError(f"holds {came or 'no'} frame{'s' * (came != 1)}")
-        if max(came, time * fps + 1) < 0.95 * total:
-            raise VideoError(f"decoding ends after {came} of {total} frames: truncated or damaged")
-        positions = frame_positions(came, count, came / time if time else fps, seconds)
-        frames, *_ = decode(open_video(path), set(positions.tolist()))
+    if total > 1 and positions[0] > LONG_LEAD:
+        capture.set(cv2.CAP_PROP_POS_FRAMES, positions[0])
+        at = int(capture.get(cv2.CAP_PROP_POS_FRAMES))
+        if at != positions[0]:
+            capture, at = open_video(path), 0
+    frames, end, time = decode(capture, positions, at)
+    if end <= positions[-1]:  # damaged; or the container does not know its frames, and guessed from the duration
+        if max(end, time * fps + 1) < 0.95 * total:
+            raise VideoError(f"decoding ends after {end} of {total} frames: truncated or damaged")
+        if at:
+            _, end, time = decode(open_video(path), positions)
+        if end < 2:
+            raise VideoError(f"holds {end or 'no'} frame{'s' * (end != 1)}")
+        positions = frame_positions(end, count, end / time if time else fps, seconds)
+        frames, *_ = decode(open_video(path), positions)
     if len({frame.shape for frame in frames.values()}) > 1:
         raise VideoError("changes its frame size midway")
     return [frames[position] for position in positions.tolist()], positions

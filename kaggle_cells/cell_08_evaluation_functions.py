@@ -285,7 +285,7 @@ def predict_folder(
         started = time.perf_counter()
         return make_clip(path, settings, detector), time.perf_counter() - started
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         while paths or waiting:
             while paths and len(waiting) < 2 * workers:
                 waiting.append((path := paths.popleft(), pool.submit(prepare, path)))

@@ -199,7 +199,7 @@ def test_dfdc_parts_are_one_dataset_whose_metadata_gives_labels_and_originals(tm
     assert videos.group["aaa.mp4"] == videos.group["bbb.mp4"] == videos.group["real1.mp4"] != videos.group["real2.mp4"]
     checked, refused = cell.check_files(find_videos(tmp_path), 2)
     assert len(checked) == 4 and [path.name for path in refused.path] == ["gone.mp4"]
-    assert "No such file" in refused.reason[0]
+    assert refused.reason[0] == "does not exist"
 
 
 def test_a_metadata_file_of_another_kind_is_no_dfdc_and_a_damaged_one_is_told(tmp_path):
@@ -328,7 +328,7 @@ def test_files_that_cannot_be_videos_are_refused_with_reasons_before_anything_is
     checked, refused = cell.check_files(find_videos(tmp_path), 2)
     assert {path.name for path in checked.path} == {"a.mp4", "inside.mp4"}
     assert by_name(refused).reason.to_dict() == {
-        "dangling.mp4": "cannot be read: No such file or directory",
+        "dangling.mp4": "does not exist",
         "folder.mp4": "is a folder",
         "nothing.mp4": "is empty",
     }
