@@ -346,8 +346,8 @@ def check_files(videos: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, pd.Da
         if copies.label.nunique() > 1:
             for row in copies.itertuples():
                 other = copies[copies.label != row.label].iloc[0]
-                kind = ("real", "fake")[other.label]
-                reasons[row.Index] = f"contradictory: the same content as {other.path}, which is called {kind}"
+                place, kind = "/".join(other.path.parts[-3:]), ("real", "fake")[other.label]
+                reasons[row.Index] = f"contradictory: the same content as {place}, which is called {kind}"
     content = same.content.reindex(videos.index)
     links = [[g] if pd.isna(c) else [g, f"\U0010ffff{c}"] for g, c in zip(videos.group, content, strict=True)]
     videos, good = videos.assign(group=connected_groups(links)), reasons == ""

@@ -33,6 +33,7 @@ results = {
     "environment": dataclasses.asdict(ENVIRONMENT),
     "data": {
         "origin": DATA_ORIGIN,
+        "datasets": VIDEOS.dataset.value_counts().to_dict(),
         "groups": VIDEOS.group.nunique(),
         "groups_in_several_splits": LEAKING,
         "videos": {
@@ -41,6 +42,7 @@ results = {
         },
         "methods": VIDEOS.method[VIDEOS.label == 1].value_counts().to_dict(),
         "without_face": int((VIDEOS.face_share == 0).sum()) if CONFIG.FACE_CROP else None,
+        "with_repeated_frames": int((VIDEOS.distinct_frames < CONFIG.FRAMES_PER_VIDEO).sum()),
         "skipped": [{"path": str(row.path), "reason": row.reason} for row in SKIPPED.itertuples()],
     },
     "model": {
@@ -70,7 +72,11 @@ with replacing(RESULTS / "experiment_results.json") as partial_file:
 
 # %%
 fitted, plain = METRICS.values()
-trained = f"{len(HISTORY)} epochs" if HISTORY else "in another run, perhaps on some of these recordings"
+trained = (
+    f"{len(HISTORY)} epoch{'s' * (len(HISTORY) != 1)}"
+    if HISTORY
+    else "in another run, perhaps on some of these recordings"
+)
 sizes = results["data"]["videos"]
 unseen = " of recordings never trained on" if HISTORY and not LEAKING and not CONFIG.CHECKPOINT else ""
 
