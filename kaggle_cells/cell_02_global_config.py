@@ -9,7 +9,9 @@
 
 # %% tags=["parameters"]
 # Where things are
-DATA_DIR: str = "auto"  # dataset folder; auto: below /kaggle/input, else ./data, else demo; demo: a set made here
+DATA_DIR: str = (
+    "auto"  # dataset folder or CSV manifest; auto: below /kaggle/input, else ./data, else demo; demo: made here
+)
 WORK_DIR: str = "."  # models/, results/ and data/ are written below it
 CACHE_DIR: str = ""  # clip cache; empty: /tmp/clip_cache on Kaggle, WORK_DIR/cache elsewhere
 CHECKPOINT: str = ""  # start from this best_model.pth; with 0 EPOCHS it is only evaluated and used

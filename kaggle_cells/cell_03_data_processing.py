@@ -406,9 +406,8 @@ def require_classes(videos: pd.DataFrame) -> None:
 def deal_out(videos: pd.DataFrame, shares: dict[str, dict[str, float]], seed: int) -> dict[str, str]:
     """A split for each group, so that each dataset's classes and methods come near that dataset's `shares`.
 
-    The distance is chi-square: the sum of (count - goal)^2 / goal. Groups are dealt out one by one, large ones first,
-    each to where it lessens the distance most; then single groups move as long as that helps. Small datasets get
-    several attempts, in random orders, and the best one counts. No move of one group would come nearer.
+    The distance is chi-square: the sum of (count - goal)^2 / goal. Groups are dealt out one by one, each to where it
+    lessens the distance most: large ones first, then again in random orders, as often as time allows. The best counts.
     """
     kinds = pd.concat([videos.assign(kind=videos.label.astype(str)), videos.assign(kind=videos.method)])
     table = kinds.groupby(["group", "dataset", "kind"]).size().unstack(["dataset", "kind"], fill_value=0)
@@ -416,7 +415,7 @@ def deal_out(videos: pd.DataFrame, shares: dict[str, dict[str, float]], seed: in
     share = np.array([[shares[dataset][name] for dataset, _ in table] for name in splits])
     goal = np.maximum(share / share.sum(axis=0) * counts.sum(axis=0), 1e-9)
     rng, best, shortest = np.random.default_rng(seed), np.zeros(len(counts), int), np.inf
-    for attempt in range(1 + 2000 // (len(counts) + 1)):
+    for attempt in range(1 + 20_000 // (len(counts) + 1)):
         order = rng.permutation(len(counts))
         if attempt == 0:
             order = order[np.argsort(-counts.sum(axis=1)[order], kind="stable")]
@@ -424,17 +423,6 @@ def deal_out(videos: pd.DataFrame, shares: dict[str, dict[str, float]], seed: in
         for row in order:
             place[row] = (counts[row] * (2 * (now - goal) + counts[row]) / goal).sum(axis=1).argmin()
             now[place[row]] += counts[row]
-        while len(counts):
-            arriving = (counts[:, None] * (2 * (now - goal) + counts[:, None]) / goal).sum(axis=2)
-            leaving = (counts * (counts - 2 * (now - goal)[place]) / goal[place]).sum(axis=1)
-            change = arriving + leaving[:, None]
-            change[np.arange(len(counts)), place] = 0
-            row, target = np.unravel_index(change.argmin(), change.shape)
-            if change[row, target] > -1e-6:
-                break
-            now[place[row]] -= counts[row]
-            now[target] += counts[row]
-            place[row] = target
         distance = ((now - goal) ** 2 / goal).sum()
         if distance < shortest - 1e-6:
             best, shortest = place, distance
@@ -756,21 +744,27 @@ def clip_file(path: Path, settings: ClipSettings, cache_dir: Path) -> Path:
     return cache_dir / (hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24] + ".npz")
 
 
+def is_intact(file: Path) -> bool:
+    """Whether a cached clip is there, and every byte of it agrees with its checksum."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
+        return False
+
+
 def cached_clip(path: Path, settings: ClipSettings, cache_dir: Path, detector: torch.nn.Module | None) -> dict:
     """Make sure that a video's clip is in the cache; returns what the tables say of it."""
     try:
         file = clip_file(path, settings, cache_dir)
     except OSError as error:
         raise VideoError(f"cannot be read: {error.strerror}") from error
-    try:
-        with np.load(file) as saved:
-            share, positions = saved["face_share"], saved["positions"]
-    except (FileNotFoundError, zipfile.BadZipFile, EOFError, KeyError, ValueError):  # not there, or damaged on disk
-        clip = make_clip(path, settings, detector)
+    if not is_intact(file):
         with replacing(file) as partial_file, open(partial_file, "wb") as stream:
-            np.savez(stream, **vars(clip))
-        share, positions = clip.face_share, clip.positions
-    return dict(clip_file=str(file), face_share=float(share), distinct_frames=len(np.unique(positions)))
+            np.savez(stream, **vars(make_clip(path, settings, detector)))
+    with np.load(file) as saved:
+        distinct_frames = len(np.unique(saved["positions"]))
+        return dict(clip_file=str(file), face_share=float(saved["face_share"]), distinct_frames=distinct_frames)
 
 
 def require_space(videos: pd.DataFrame, settings: ClipSettings, cache_dir: Path) -> str:
