@@ -14,8 +14,11 @@ import json
 import os
 import re
 import shutil
+import threading
+import unicodedata
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -34,7 +37,8 @@ from cell_01_imports_and_setup import ensure_package
 from cell_02_global_config import Config
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # folder: split
+SPLITS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")  # folder: split
+SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
 CLASSES = {"real": 0, "0": 0, "fake": 1, "1": 1}
 FF_METHODS = ("Deepfakes", "Face2Face", "FaceShifter", "FaceSwap", "NeuralTextures", "DeepFakeDetection")
 FF_REAL = dict.fromkeys(("original", "youtube", "actors"), "real")
@@ -82,30 +86,34 @@ def find_manifest(folder: Path, inside: Contents) -> list[dict]:
     """
     rows = []
     for file in (folder / name for name in inside[1] if name.lower().endswith(".csv")):
-        header = file.open(encoding="utf-8-sig", errors="replace").readline().strip().lower()
+        with file.open(encoding="utf-8-sig", errors="replace") as stream:
+            header = stream.readline().strip().lower()
         separator = next((mark for mark in ",;\t" if mark in header), ",")
-        columns = [name.strip(' "') for name in header.split(separator)]
+        columns = [name.strip(' "') or f"column {place}" for place, name in enumerate(header.split(separator))]
         if not {"path", "label"} <= set(columns) or {"clip_file", "reason", "logit"} & set(columns):
             continue  # some other table, or one that this notebook wrote
         form = dict(sep=separator, names=columns, header=0, index_col=False, dtype=str, encoding="utf-8-sig")
         try:
-            table = pd.read_csv(file, **form).fillna("")
+            table = pd.read_csv(file, keep_default_na=False, skip_blank_lines=False, **form).fillna("")
         except ValueError as error:
             raise ValueError(f"{file} is no CSV in UTF-8: {error}") from error
-        table["path"] = table.path.str.strip().str.replace("\\", "/")
+        table = table.apply(lambda column: column.str.strip())
         if not table.path.str.lower().str.endswith(VIDEO_SUFFIXES).any():
             continue
         for number, row in enumerate(table.to_dict("records"), start=2):
-            label, split = row["label"].strip().lower(), row.get("split", "").strip().lower() or file.stem.lower()
-            if label not in CLASSES or (row.get("split") and split not in SPLITS):
+            if not any(row.values()):
+                continue
+            label, split = CLASSES.get(row["label"].lower()), row.get("split", "").lower()
+            if label is None or (split and split not in SPLITS):
                 raise ValueError(
-                    f"{file}, line {number}: label {row['label']!r}, split {row.get('split')!r}. A label is 0 or real, "
-                    "1 or fake; a split is train, val, test or empty"
+                    f"{file}, line {number}: label {row['label']!r}, split {split!r}. A label is 0 or real, 1 or fake; "
+                    "a split is train, val, test or empty"
                 )
-            method = (row.get("method") or "fake") if CLASSES[label] else "real"
+            method = row.get("method", "") if label else "real"
+            method = "fake" if label and method.lower() in ("", "real") else method
             sources = [row["group"]] if row.get("group") else []
-            where = dict(path=folder / row["path"], split=SPLITS.get(split, ""), sources=sources)
-            rows.append(dict(where, label=CLASSES[label], method=method))
+            path, split = folder / row["path"].replace("\\", "/"), SPLITS.get(split or file.stem.lower(), "")
+            rows.append(dict(path=path, label=label, method=method, split=split, sources=sources))
     return rows
 
 
@@ -127,8 +135,12 @@ def find_celeb_df(folder: Path, inside: Contents) -> list[dict]:
         return []
     rows = [row for name, method in parts.items() if name in inside[0] for row in rows_below(folder / name, method)]
     if "List_of_testing_videos.txt" in inside[1]:
-        lines = (folder / "List_of_testing_videos.txt").read_text(encoding="utf-8").splitlines()
-        tested = {folder / line.split(maxsplit=1)[1].strip() for line in lines if len(line.split()) > 1}
+        listed = folder / "List_of_testing_videos.txt"
+        lines = listed.read_text(encoding="utf-8-sig").replace("\\", "/").splitlines()
+        tested = {folder / re.split(r"[,\s]+", line.strip())[-1] for line in lines}
+        if not tested & {row["path"] for row in rows}:
+            warnings.warn(f"{listed} names none of the videos: there is no test set of the dataset's own", stacklevel=2)
+            return rows
         rows = [dict(row, split="test" if row["path"] in tested else "train") for row in rows]
     return rows
 
@@ -138,7 +150,7 @@ def find_dfdc(folder: Path, inside: Contents) -> list[dict]:
     if "metadata.json" not in inside[1]:
         return []
     try:
-        entries = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+        entries = json.loads((folder / "metadata.json").read_text(encoding="utf-8-sig"))
     except ValueError as error:
         warnings.warn(f"{folder / 'metadata.json'} is not used: {error}", stacklevel=2)
         return []
@@ -146,9 +158,9 @@ def find_dfdc(folder: Path, inside: Contents) -> list[dict]:
     for name, entry in entries.items() if isinstance(entries, dict) else ():
         if isinstance(entry, dict) and entry.get("label") in ("REAL", "FAKE"):
             label, method = (0, "real") if entry["label"] == "REAL" else (1, "DFDC")
-            sources = [Path(entry.get("original") or name).stem]
-            where = dict(path=folder / name, split=SPLITS.get(entry.get("split"), ""), sources=sources)
-            rows.append(dict(where, label=label, method=method))
+            sources = [Path(str(entry.get("original") or name)).stem]
+            split = SPLITS.get(str(entry.get("split")).lower(), "")
+            rows.append(dict(path=folder / name, label=label, method=method, split=split, sources=sources))
     return rows
 
 
@@ -177,6 +189,17 @@ LAYOUTS: dict[str, Callable[[Path, Contents], list[dict]]] = {
 ONE_NAMESPACE = ("FaceForensics++", "Celeb-DF", "DFDC")  # here a name means the same recording in every copy and part
 
 
+def recognise(folder: Path, inside: Contents) -> tuple[str, list[dict]]:
+    """The first layout that a folder has, and its rows; neither if it has none."""
+    for layout, find in LAYOUTS.items():
+        try:
+            if rows := find(folder, inside):
+                return layout, rows
+        except OSError as error:
+            warnings.warn(f"{error.filename} is not read: {error.strerror}", stacklevel=4)
+    return "", []
+
+
 def search(root: Path) -> list[dict]:
     """The rows of every dataset at or below `root`, breadth first, with their `dataset` and `split`."""
     rows, level, entered = [], [(root, "")], set()
@@ -188,11 +211,10 @@ def search(root: Path) -> list[dict]:
             entered.add(place)
             try:
                 inside = contents(folder)
-                found = ((layout, here) for layout, find in LAYOUTS.items() if (here := find(folder, inside)))
-                layout, here = next(found, ("", []))
             except OSError as error:
                 warnings.warn(f"{error.filename} is not searched: {error.strerror}", stacklevel=3)
                 continue
+            layout, here = recognise(folder, inside)
             names = [part for part in folder.relative_to(root).parts if part.lower() not in SPLITS]
             dataset = layout if layout in ONE_NAMESPACE else "/".join(names) or root.resolve().name
             rows += [dict(row, dataset=dataset, split=row["split"] or split) for row in here]
@@ -225,21 +247,27 @@ def find_videos(root: Path, methods: Iterable[str] = ()) -> pd.DataFrame:
         names = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
     else:
         rows = [dict(row, dataset=root.name) for row in find_manifest(root.parent, ({}, [root.name]))]
-        names = [root.name]
+        if not rows:
+            raise ValueError(f"DATA_DIR: {root} is no CSV with the columns path and label and a video in each line")
     if not rows:
         raise FileNotFoundError(
             f"DATA_DIR: no known dataset in {root.resolve()}, which holds {len(names)} entries "
             f"({', '.join(names[:8]) or 'it is empty'}) and {len(videos_below(root))} videos. "
             f"Known are {', '.join(LAYOUTS)}; the README shows them."
         )
-    videos = pd.DataFrame(rows).drop_duplicates(["path", "label"], ignore_index=True)
+    rows.sort(key=lambda row: row["split"] == "")  # a file listed twice: the row that tells its split counts
+    videos = pd.DataFrame(rows).assign(place=[os.path.realpath(row["path"]) for row in rows])
+    told_already = videos.duplicated(["place", "label"]) & (videos.split == "")
+    videos = videos[~told_already & ~videos.duplicated(["place", "label", "split"])].drop(columns="place")
     if unknown := set(methods) - set(videos.method):
         known = sorted(set(videos.method) - {"real"})
         raise ValueError(f"METHODS: {', '.join(sorted(unknown))} not found below {root}; there are {', '.join(known)}")
     wanted = set(methods) or set(videos.method) - {"DeepFakeDetection"}
     of_actors = (videos.dataset == "FaceForensics++") & videos.path.map(lambda path: "__" in path.stem)
     keep = (videos.label == 0) | videos.method.isin(wanted)
-    videos = videos[keep & (~of_actors | ("DeepFakeDetection" in wanted))]
+    videos = videos[keep & (~of_actors | ("DeepFakeDetection" in wanted))].sort_index(kind="stable")
+    if videos.empty:
+        raise ValueError(f"below {root} is nothing but DeepFakeDetection: name it in METHODS to use it")
     named = pd.concat([sources_by_name(part) for _, part in videos.groupby("dataset")])
     sources = [[f"{row.dataset}/{name}" for name in row.sources or named[row.Index]] for row in videos.itertuples()]
     videos = videos.assign(original=[names[0] for names in sources], group=connected_groups(sources))
@@ -257,14 +285,15 @@ def named_sources(stem: str, reals: set[str]) -> list[str]:
     """The recordings and people that a file name tells of; first the recording whose pictures the video shows.
 
     `004_982` is of FaceForensics++, `id0_id1_0003` of Celeb-DF, where identities count too, and
-    `01_02__walking__YVGY8LOK` of DeepFakeDetection, with its actors. Any other name tells of the real videos (`reals`)
-    whose names it contains, and of what stands before a double underscore; if there is no such thing, of itself.
+    `01_02__walking__yvgy8lok` of DeepFakeDetection, with its actors. Any other name tells of the real videos (`reals`)
+    whose names it contains, and of what stands before a double underscore; if there is no such thing, of itself. Names
+    are expected in lower case.
     """
     if match := re.fullmatch(r"(\d{3})_(\d{3})", stem):
         return [*match.groups()]
     if match := re.fullmatch(r"(id\d+)(?:_(id\d+))?_(\d{4})", stem):
         return [f"{match[1]}_{match[3]}", *filter(None, match.groups()[:2])]
-    if match := re.fullmatch(r"(\d\d)(?:_(\d\d))?__(.+?)(?:__[A-Z0-9]{8})?", stem):
+    if match := re.fullmatch(r"(\d\d)(?:_(\d\d))?__(.+?)(?:__[a-z0-9]{8})?", stem):
         return [f"{match[1]}__{match[3]}", *filter(None, match.groups()[:2])]
     words, sources, first = list(re.finditer(r"[^\W_]+", stem)), [], 0
     while first < len(words):
@@ -272,7 +301,7 @@ def named_sources(stem: str, reals: set[str]) -> list[str]:
         longest = next((end for end, run in runs.items() if run in reals), None)
         sources += [runs[longest]] if longest else []
         first = longest or first + 1
-    head = stem.split("__")[0]
+    head = stem.split("__")[0] or stem
     return [*dict.fromkeys([*sources, head] if head != stem else sources or [stem])]
 
 
@@ -281,7 +310,7 @@ def sources_by_name(videos: pd.DataFrame) -> pd.Series:
 
     Where no name tells of another, a name with nothing but a number (`video1`) starts anew in each given split.
     """
-    stems = videos.path.map(lambda path: path.stem)
+    stems = videos.path.map(lambda path: unicodedata.normalize("NFC", path.stem).lower())
     reals = {0: set(), 1: set(stems[videos.label == 0])}
     sources = [named_sources(stem, reals[label]) for stem, label in zip(stems, videos.label, strict=True)]
     sources = pd.Series(sources, index=videos.index)
@@ -310,9 +339,12 @@ def connected_groups(sources: list[list[str]]) -> list[str]:
 def file_problem(path: Path) -> str:
     """Why a file cannot be a video, as far as its directory entry tells; empty if it may be one."""
     try:
+        str(path).encode()  # OpenCV crashes on other names
         if not os.access(path, os.R_OK):
             return "cannot be read: no permission" if path.exists() else "does not exist"
         return "is a folder" if path.is_dir() else "" if path.stat().st_size else "is empty"
+    except UnicodeEncodeError:
+        return "its name is not valid UTF-8: rename it"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
 
@@ -352,6 +384,7 @@ def check_files(videos: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, pd.Da
     links = [[g] if pd.isna(c) else [g, f"\U0010ffff{c}"] for g, c in zip(videos.group, content, strict=True)]
     videos, good = videos.assign(group=connected_groups(links)), reasons == ""
     refused = videos.assign(reason=reasons)[~good]
+    refused["path"] = [Path(str(path).encode(errors="backslashreplace").decode()) for path in refused.path]
     return videos[good].reset_index(drop=True), refused.reset_index(drop=True)
 
 
@@ -369,9 +402,9 @@ def split_videos(videos: pd.DataFrame, val: float, test: float, seed: int, holdo
 
     Raises ValueError when a split would lack a class, with the counts.
     """
-    if unknown := set(holdout) - set(videos.method):
-        known = ", ".join(sorted(set(videos.method) - {"real"}))
-        raise ValueError(f"HOLDOUT_METHODS: {', '.join(sorted(unknown))} not among {known}")
+    known = set(videos.method[videos.label == 1])
+    if unknown := set(holdout) - known:
+        raise ValueError(f"HOLDOUT_METHODS: {', '.join(sorted(unknown))} not among {', '.join(sorted(known))}")
     held = videos.method.isin(list(holdout))
     shares = {}
     for dataset, given in videos.groupby("dataset").split.agg(set).items():
@@ -381,8 +414,10 @@ def split_videos(videos: pd.DataFrame, val: float, test: float, seed: int, holdo
     fixed = videos.split.isin(["val", "test"]) | ((videos.split == "train") & complete)
     split = videos.split.where(fixed, "")
     split[held.groupby(videos.group).transform("all") & ~fixed] = "test"
-    of_copy = videos[fixed].groupby("group").split.min().to_dict()  # a copy in another dataset may have a given split
-    split = split.where((split != "") | (videos.split == "train"), videos.group.map(lambda name: of_copy.get(name, "")))
+    for given, allowed in (("", ("test", "train", "val")), ("train", ("train", "val"))):  # copies in other datasets
+        of_copy = videos[fixed & videos.split.isin(allowed)].groupby("group").split.min().to_dict()
+        follows = (split == "") & (videos.split == given)
+        split = split.where(~follows, videos.group.map(lambda name, of_copy=of_copy: of_copy.get(name, "")))
     pool = videos[split == ""]
     split = split.where(split != "", pool.group.map(deal_out(pool, shares, seed)))
     videos = videos.assign(split=split)
@@ -399,7 +434,8 @@ def require_classes(videos: pd.DataFrame) -> None:
         raise ValueError(
             f"a split lacks a class: {len(videos)} usable videos in {videos.group.nunique()} groups became\n"
             f"{table.rename(columns={0: 'real', 1: 'fake'})}\n"
-            "More recordings, or other VAL_FRACTION and TEST_FRACTION, help."
+            "More recordings help, a larger MAX_VIDEOS_PER_CLASS, or other VAL_FRACTION, TEST_FRACTION and "
+            "HOLDOUT_METHODS. data/skipped.csv lists what cannot be used."
         )
 
 
@@ -438,36 +474,47 @@ def crossing_groups(videos: pd.DataFrame) -> list[str]:
 def limit_videos(videos: pd.DataFrame, per_class: int, seed: int) -> pd.DataFrame:
     """At most `per_class` real and fake videos (0 = all), each split keeping its share.
 
-    Fakes are taken evenly over methods, and over originals, first those whose original is taken too.
+    Real and fake come from the datasets in equal parts, or the dataset would tell the class; fakes come evenly from the
+    methods of each, and from its originals, first from those that are taken themselves.
     """
     if not per_class:
         return videos
+    videos = videos.sort_values("path", key=lambda paths: paths.map(str), kind="stable")
     order = np.random.default_rng(seed).permutation(sorted(videos.original.unique()))
     place = videos.drop_duplicates("original").set_index("original").loc[order].groupby("split").cumcount()
     rank, number = videos.original.map(place), videos.method.where(videos.label == 1).astype("category").cat.codes
     turn = (number - rank) % (number.max() + 1)  # each original begins with another method
     turn += (number.max() + 1) * videos.groupby(["original", "method"]).cumcount()
     turn = turn.where(videos.label == 1, videos.groupby("original").cumcount())
+    sizes = videos.groupby(["dataset", "label"]).size().unstack(fill_value=0)
+    equal = pd.Series(even_quotas(per_class, sizes.min(axis=1)))
     kept: list[int] = []
     for label in (0, 1):
-        of_class = videos[videos.label == label]
-        alone = ~of_class.original.isin(videos.original[kept]) & (label == 1)
-        keys = pd.DataFrame({"alone": alone, "turn": turn, "rank": rank}).loc[of_class.index]
-        for method, quota in hand_out(per_class, of_class.method.value_counts(), even=True).items():
-            splits = of_class.split[of_class.method == method]
-            for split, count in hand_out(quota, splits.value_counts(), even=False).items():
-                kept += keys.loc[splits.index[splits == split]].sort_values([*keys]).index[:count].tolist()
-    return videos.loc[sorted(kept)].reset_index(drop=True)
+        rest = even_quotas(per_class - equal.sum(), sizes[label] - equal)
+        wanted, given = Counter(), Counter()
+        alone = (label == 1) & ~videos.original.isin(videos.original[kept])
+        keys = pd.DataFrame({"alone": alone, "turn": turn, "rank": rank})
+        for dataset, quota in equal.items():
+            part = videos[(videos.dataset == dataset) & (videos.label == label)]
+            for method, count in even_quotas(quota + rest[dataset], part.method.value_counts()).items():
+                ranked = keys.loc[part.index[part.method == method]].sort_values([*keys])[::-1]
+                queues = {name: [*rows.index] for name, rows in ranked.groupby(part.split)}
+                for name, queue in queues.items():
+                    wanted[name] += count * len(queue) / len(ranked)
+                for _ in range(count):
+                    claims = {n: (given[n] == 0, wanted[n] - given[n]) for n, queue in queues.items() if queue}
+                    name = max(claims, key=claims.get)
+                    kept.append(queues[name].pop())
+                    given[name] += 1
+    return videos.loc[kept].sort_index().reset_index(drop=True)
 
 
-def hand_out(total: int, available: pd.Series, even: bool) -> dict[str, int]:
-    """Divide `total` by name, nowhere more than `available`: evenly, or in proportion (Huntington-Hill)."""
-    given = dict.fromkeys(sorted(available.index), 0)
-    for _ in range(min(total, int(available.sum()))):
-        unfilled = {name: n for name, n in given.items() if n < available[name]}
-        claim = {name: (1 if even else available[name]) / max(0.1, n * (n + 1)) ** 0.5 for name, n in unfilled.items()}
-        given[max(claim, key=claim.get)] += 1
-    return given
+def even_quotas(total: int, available: pd.Series) -> dict[str, int]:
+    """Divide `total` evenly by name, nowhere more than is `available`; what a small one leaves goes to the others."""
+    quotas = {}
+    for place, (size, name) in enumerate(sorted((int(size), name) for name, size in available.items())):
+        quotas[name] = min(size, (total - sum(quotas.values())) // (len(available) - place))
+    return quotas
 
 
 # %% [markdown]
@@ -487,8 +534,11 @@ class VideoError(Exception):
 
 
 def frame_positions(total: int, count: int, fps: float, seconds: float) -> np.ndarray:
-    """`count` even positions within the middle `seconds` of `total` frames; repeated where frames are fewer."""
-    span = min(total, max(1, round(fps * seconds))) if fps > 0 else total
+    """`count` even positions within the middle `seconds` of `total` frames.
+
+    At few frames a second the stretch is longer, and holds `count` frames; of a shorter video some are repeated.
+    """
+    span = min(total, max(count, round(fps * seconds))) if fps > 0 else total
     return (total - span) // 2 + ((np.arange(count) + 0.5) * span / count).astype(int)
 
 
@@ -496,7 +546,7 @@ def open_video(path: Path) -> cv2.VideoCapture:
     """A capture with one decoding thread: other videos keep the other cores busy. Raises VideoError with the reason."""
     if problem := file_problem(path):
         raise VideoError(problem)
-    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    capture = cv2.VideoCapture(str(path.absolute()), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     if not capture.isOpened():
         raise VideoError("no pictures that can be decoded: not a video, sound alone, or damaged at its start")
     return capture
@@ -528,10 +578,10 @@ def read_frames(path: Path, count: int, seconds: float) -> tuple[list[np.ndarray
     total, fps = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
     positions = frame_positions(total if total > 1 else 2**31, count, fps, seconds)
     if total > 1 and positions[0] > LONG_LEAD:
-        capture.set(cv2.CAP_PROP_POS_FRAMES, positions[0])
-        at = int(capture.get(cv2.CAP_PROP_POS_FRAMES))
-        if at != positions[0]:
-            capture, at = open_video(path), 0
+        at = int(positions[0])
+        capture.set(cv2.CAP_PROP_POS_FRAMES, at - 1)
+        if not capture.grab() or abs(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 * fps - (at - 1)) > 0.5:
+            capture, at = open_video(path), 0  # the time is another: this container cannot be trusted to find a frame
     frames, end, time = decode(capture, positions, at)
     if end <= positions[-1]:  # damaged; or the container does not know its frames, and guessed from the duration
         if max(end, time * fps + 1) < 0.95 * total:
@@ -663,7 +713,7 @@ def crop_squares(boxes: np.ndarray, height: int, width: int, margin: float) -> n
 def replacing(file: Path) -> Iterator[Path]:
     """A path to write to instead of `file`, which takes its place only when all is written."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = file.with_name(f".partial-{os.getpid()}-{file.name}")
+    partial_file = file.with_name(f".partial-{os.getpid()}-{threading.get_ident()}-{file.name}")
     try:
         yield partial_file
         os.replace(partial_file, file)
@@ -674,14 +724,22 @@ def replacing(file: Path) -> Iterator[Path]:
 def save_csv(table: pd.DataFrame, file: Path) -> None:
     """Write a table without its index, all of it or nothing."""
     with replacing(file) as partial_file:
-        table.to_csv(partial_file, index=False)
+        table.to_csv(partial_file, index=False, errors="backslashreplace")
+
+
+def require_own_tables(folder: Path) -> None:
+    """Raise FileExistsError if a table that cell 9 would write in `folder` is there and somebody else's: a manifest."""
+    for name in ("train", "val", "test", "skipped"):
+        file = folder / f"{name}.csv"
+        if file.exists() and not {"clip_file", "reason"} & set(pd.read_csv(file, nrows=0, encoding_errors="replace")):
+            raise FileExistsError(f"{file} would be overwritten, and is not of this notebook: choose another WORK_DIR")
 
 
 def remove_partial_files(folder: Path) -> None:
     """Remove what killed processes left half-written in a folder."""
     for file in folder.glob(".partial-*"):
-        process = int(file.name.split("-")[1])
-        if process == os.getpid() or not psutil.pid_exists(process):
+        process = file.name.split("-")[1]
+        if process.isdecimal() and (int(process) == os.getpid() or not psutil.pid_exists(int(process))):
             file.unlink(missing_ok=True)
 
 
@@ -772,8 +830,11 @@ def require_space(videos: pd.DataFrame, settings: ClipSettings, cache_dir: Path)
 
     Raises OSError, with both figures, if there is too little room.
     """
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    remove_partial_files(cache_dir)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        remove_partial_files(cache_dir)
+    except OSError as error:
+        raise OSError(f"CACHE_DIR {cache_dir} is no folder to write to: {error.strerror}") from error
     missing = sum(not clip_file(path, settings, cache_dir).exists() for path in videos.path if path.exists())
     needed = missing * (settings.frames * settings.size**2 * 3 + 4096) / 2**30
     free = shutil.disk_usage(cache_dir).free / 2**30

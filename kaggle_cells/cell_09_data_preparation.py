@@ -25,6 +25,7 @@ from cell_03_data_processing import (
     make_demo_set,
     remove_partial_files,
     require_classes,
+    require_own_tables,
     require_space,
     save_csv,
     split_videos,
@@ -32,6 +33,7 @@ from cell_03_data_processing import (
 from cell_08_evaluation_functions import plot_samples, save_figure
 
 preparation_started = time.perf_counter()
+require_own_tables(CONFIG.work_dir / "data")
 for folder in ("data", "models", "results"):
     remove_partial_files(CONFIG.work_dir / folder)
 places = {"auto": ["/kaggle/input", "data"], "demo": []}.get(CONFIG.DATA_DIR, [CONFIG.DATA_DIR])
@@ -52,15 +54,17 @@ else:
     found = find_videos(demo_folder, CONFIG.METHODS)
 
 checked, refused = check_files(found, CONFIG.NUM_WORKERS)
+save_csv(refused, CONFIG.work_dir / "data" / "skipped.csv")
 kinds = [found.dataset, found.label.map({0: "real", 1: "fake"}).rename("class"), found.method]
 display(pd.crosstab(kinds, found.split.replace("", "no split given"), margins=True, margins_name="videos"))
-print(f"{len(found)} videos in {found.group.nunique()} groups, from {DATA_ORIGIN}")
+print(f"{len(found)} videos in {found.group.nunique()} groups, from {DATA_ORIGIN}; {len(refused)} cannot be used")
 if found.dataset.nunique() > 1:
     print("All of these datasets are used. To use one alone, name its folder in DATA_DIR.")
 
 # %%
 splits = split_videos(checked, CONFIG.VAL_FRACTION, CONFIG.TEST_FRACTION, CONFIG.SEED, CONFIG.HOLDOUT_METHODS)
 chosen_videos = limit_videos(splits, CONFIG.MAX_VIDEOS_PER_CLASS, CONFIG.SEED)
+require_classes(chosen_videos)
 LEAKING = crossing_groups(splits)
 if CONFIG.HOLDOUT_METHODS:
     print(f"{len(checked) - len(splits)} held-out fakes set aside: their recordings are not in the test set.")
@@ -93,7 +97,7 @@ display(pd.crosstab([VIDEOS.label, VIDEOS.method], VIDEOS.split)[list(SPLIT_TABL
 if CONFIG.FACE_CROP and (faceless := int((VIDEOS.face_share == 0).sum())):
     print(f"No face found in {faceless} of {len(VIDEOS)} videos: the middle of the frame is used.")
 if short := int((VIDEOS.distinct_frames < CONFIG.FRAMES_PER_VIDEO).sum()):
-    print(f"{short} videos have fewer than {CONFIG.FRAMES_PER_VIDEO} frames: theirs are repeated.")
+    print(f"{short} videos have fewer than {CONFIG.FRAMES_PER_VIDEO} frames: some of theirs are repeated.")
 
 # %% [markdown]
 # What the network will see, a clip of each kind:

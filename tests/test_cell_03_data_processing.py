@@ -119,7 +119,7 @@ def test_plain_folders_take_method_and_group_from_names_and_subfolders(tmp_path)
         ("004_982", ["004", "982"]),
         ("id0_id16_0003", ["id0_0003", "id0", "id16"]),
         ("id0_0003", ["id0_0003", "id0"]),
-        ("01_27__walk_down_hall__YVGY8LOK", ["01__walk_down_hall", "01", "27"]),
+        ("01_27__walk_down_hall__yvgy8lok", ["01__walk_down_hall", "01", "27"]),
         ("01__walk_down_hall", ["01__walk_down_hall", "01"]),
         ("ann_lee__swap", ["ann_lee"]),
         ("ann_lee_smiles_2", ["ann_lee"]),

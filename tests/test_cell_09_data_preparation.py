@@ -90,7 +90,7 @@ def test_settings_that_shape_clips_make_new_ones_and_others_do_not(videos, prepa
 
 def test_the_notebook_shows_what_was_found_and_what_was_skipped(prepared, videos):
     folder, text = prepared
-    assert "81 videos in 41 groups" in text and "Skipped: 1 of 81 videos" in text
+    assert "81 videos in 41 groups" in text and "; 0 cannot be used" in text and "Skipped: 1 of 81 videos" in text
     assert "broken.mp4" in text and "no pictures that can be decoded" in text
     assert all(f"{method}  " in text for method in ("blend", "jitter", "lowres", "real"))
     skipped = pd.read_csv(folder / "data" / "skipped.csv")
