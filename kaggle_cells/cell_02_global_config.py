@@ -9,9 +9,7 @@
 
 # %% tags=["parameters"]
 # Where things are
-DATA_DIR: str = (
-    "auto"  # dataset folder or CSV manifest; auto: below /kaggle/input, else ./data, else demo; demo: made here
-)
+DATA_DIR: str = "auto"  # dataset folder or CSV manifest; auto: below /kaggle/input, ./data, or demo: a set made here
 WORK_DIR: str = "."  # models/, results/ and data/ are written below it
 CACHE_DIR: str = ""  # clip cache; empty: /tmp/clip_cache on Kaggle, WORK_DIR/cache elsewhere
 CHECKPOINT: str = ""  # start from this best_model.pth; with 0 EPOCHS it is only evaluated and used
@@ -149,6 +147,8 @@ class Config:
         if item.type is float and type(value) in (int, str):  # YAML reads 1e-4 as text
             with contextlib.suppress(ValueError):
                 value = float(value)
+        if item.type is list and type(value) is str:  # -p METHODS FaceSwap
+            value = [value]
         if type(value) is not item.type or (item.type is list and not all(isinstance(part, str) for part in value)):
             wanted = "list of str" if item.type is list else item.type.__name__
             raise TypeError(f"{item.name} = {value!r} is {type(value).__name__}, not {wanted}")

@@ -264,6 +264,8 @@ def find_videos(root: Path, methods: Iterable[str] = ()) -> pd.DataFrame:
         raise ValueError(f"METHODS: {', '.join(sorted(unknown))} not found below {root}; there are {', '.join(known)}")
     wanted = set(methods) or set(videos.method) - {"DeepFakeDetection"}
     of_actors = (videos.dataset == "FaceForensics++") & videos.path.map(lambda path: "__" in path.stem)
+    if not methods and of_actors.any():
+        warnings.warn(f"{of_actors.sum()} DeepFakeDetection videos are left out; METHODS can name them", stacklevel=2)
     keep = (videos.label == 0) | videos.method.isin(wanted)
     videos = videos[keep & (~of_actors | ("DeepFakeDetection" in wanted))].sort_index(kind="stable")
     if videos.empty:
@@ -289,7 +291,7 @@ def named_sources(stem: str, reals: set[str]) -> list[str]:
     whose names it contains, and of what stands before a double underscore; if there is no such thing, of itself. Names
     are expected in lower case.
     """
-    if match := re.fullmatch(r"(\d{3})_(\d{3})", stem):
+    if match := re.search(r"(?<![a-z0-9])(\d{3})_(\d{3})(?![a-z0-9])", stem):
         return [*match.groups()]
     if match := re.fullmatch(r"(id\d+)(?:_(id\d+))?_(\d{4})", stem):
         return [f"{match[1]}_{match[3]}", *filter(None, match.groups()[:2])]
@@ -313,6 +315,12 @@ def sources_by_name(videos: pd.DataFrame) -> pd.Series:
     stems = videos.path.map(lambda path: unicodedata.normalize("NFC", path.stem).lower())
     reals = {0: set(), 1: set(stems[videos.label == 0])}
     sources = [named_sources(stem, reals[label]) for stem, label in zip(stems, videos.label, strict=True)]
+    paired = {name for names in sources if len(names) > 1 for name in names}
+    number = stems.str.extract(r"[\W_](\d{3})$")[0]  # real_004 beside fake_004_982
+    sources = [
+        [own, *names] if own in paired and len(names) == 1 else names
+        for own, names in zip(number, sources, strict=True)
+    ]
     sources = pd.Series(sources, index=videos.index)
     if all(names == [stem] for names, stem in zip(sources, stems, strict=True)):
         counted = stems.str.fullmatch(r"[^\W\d_]*[-_ ]?\d+") & (videos.split != "")
@@ -428,6 +436,10 @@ def split_videos(videos: pd.DataFrame, val: float, test: float, seed: int, holdo
 
 def require_classes(videos: pd.DataFrame) -> None:
     """Raise ValueError, with the counts, if a split lacks a class."""
+    if videos.label.nunique() < 2:
+        raise ValueError(
+            f"no {'fake' if 0 in set(videos.label) else 'real'} videos among {len(videos)} that can be used"
+        )
     table = pd.crosstab(videos.split, videos.label)
     table = table.reindex(index=["train", "val", "test"], columns=[0, 1], fill_value=0)
     if (table == 0).any(axis=None):
@@ -480,7 +492,7 @@ def limit_videos(videos: pd.DataFrame, per_class: int, seed: int) -> pd.DataFram
     if not per_class:
         return videos
     videos = videos.sort_values("path", key=lambda paths: paths.map(str), kind="stable")
-    order = np.random.default_rng(seed).permutation(sorted(videos.original.unique()))
+    order = sorted(videos.original.unique(), key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     place = videos.drop_duplicates("original").set_index("original").loc[order].groupby("split").cumcount()
     rank, number = videos.original.map(place), videos.method.where(videos.label == 1).astype("category").cat.codes
     turn = (number - rank) % (number.max() + 1)  # each original begins with another method
@@ -548,7 +560,7 @@ def open_video(path: Path) -> cv2.VideoCapture:
         raise VideoError(problem)
     capture = cv2.VideoCapture(str(path.absolute()), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     if not capture.isOpened():
-        raise VideoError("no pictures that can be decoded: not a video, sound alone, or damaged at its start")
+        raise VideoError("no pictures that can be decoded: not a video, sound alone, cut off or damaged")
     return capture
 
 

@@ -136,8 +136,9 @@ def save_figure(figure: Figure, file: Path) -> None:
 
 @plt.rc_context(STYLE)
 def plot_samples(table: pd.DataFrame, per_clip: int = 6) -> Figure:
-    """One clip of each method, `per_clip` of its frames in a row."""
+    """One clip of each method, up to `per_clip` of its different frames in a row."""
     firsts = table.sort_values(["label", "method", "path"]).groupby("method", sort=False).head(1)
+    per_clip = min(per_clip, int(firsts.distinct_frames.max()))
     figure, axes = plt.subplots(len(firsts), per_clip, figsize=(1.3 * per_clip, 1.35 * len(firsts)), squeeze=False)
     for row, sample in zip(axes, firsts.itertuples(), strict=True):
         with np.load(sample.clip_file) as saved:

@@ -2,7 +2,8 @@
 # ## 9. The videos become clips and splits
 #
 # From here on the notebook works. It finds the videos, splits them by group, takes at most `MAX_VIDEOS_PER_CLASS` of
-# each class and makes a clip of each, or finds it in the cache: a run that was interrupted goes on where it stopped.
+# each class (from several datasets in equal parts) and makes a clip of each, or finds it in the cache: a run that was
+# interrupted goes on where it stopped.
 # On Kaggle name your dataset's folder in `DATA_DIR`, or leave it at `auto`.
 
 # %%
@@ -36,10 +37,11 @@ preparation_started = time.perf_counter()
 require_own_tables(CONFIG.work_dir / "data")
 for folder in ("data", "models", "results"):
     remove_partial_files(CONFIG.work_dir / folder)
+wanted_methods = CONFIG.METHODS and CONFIG.METHODS + CONFIG.HOLDOUT_METHODS
 places = {"auto": ["/kaggle/input", "data"], "demo": []}.get(CONFIG.DATA_DIR, [CONFIG.DATA_DIR])
 for DATA_ORIGIN in places:
     try:
-        found = find_videos(Path(DATA_ORIGIN), CONFIG.METHODS)
+        found = find_videos(Path(DATA_ORIGIN), wanted_methods)
         break
     except FileNotFoundError as error:
         if CONFIG.DATA_DIR != "auto":
@@ -51,7 +53,7 @@ else:
     demo_folder, demo_size = CONFIG.work_dir / f"demo_videos_{CONFIG.SEED}", CONFIG.MAX_VIDEOS_PER_CLASS or 120
     print(f"Making a demo set of {demo_size} real and {demo_size} fake videos: no dataset of yours.", flush=True)
     make_demo_set(demo_folder, demo_size, CONFIG.SEED, CONFIG.NUM_WORKERS)
-    found = find_videos(demo_folder, CONFIG.METHODS)
+    found = find_videos(demo_folder, wanted_methods)
 
 checked, refused = check_files(found, CONFIG.NUM_WORKERS)
 save_csv(refused, CONFIG.work_dir / "data" / "skipped.csv")
@@ -60,18 +62,22 @@ display(pd.crosstab(kinds, found.split.replace("", "no split given"), margins=Tr
 print(f"{len(found)} videos in {found.group.nunique()} groups, from {DATA_ORIGIN}; {len(refused)} cannot be used")
 if found.dataset.nunique() > 1:
     print("All of these datasets are used. To use one alone, name its folder in DATA_DIR.")
+alone = found.label.eq(1) & ~found.group.isin(found.group[found.label == 0])
+if alone.any():
+    print(
+        f"{alone.sum()} of {found.label.sum()} fakes share no source with a real video here, as far as names and lists "
+        "tell. If they were made from these, say so in names or in a manifest: the splits rely on it."
+    )
 
 # %%
 splits = split_videos(checked, CONFIG.VAL_FRACTION, CONFIG.TEST_FRACTION, CONFIG.SEED, CONFIG.HOLDOUT_METHODS)
-chosen_videos = limit_videos(splits, CONFIG.MAX_VIDEOS_PER_CLASS, CONFIG.SEED)
-require_classes(chosen_videos)
 LEAKING = crossing_groups(splits)
 if CONFIG.HOLDOUT_METHODS:
     print(f"{len(checked) - len(splits)} held-out fakes set aside: their recordings are not in the test set.")
 if LEAKING:
     print(
-        f"Warning: {len(LEAKING)} groups are in more than one of the splits that the dataset gives, so the test is "
-        "easier than it looks. The first of them, and some of their videos:"
+        f"Warning: {len(LEAKING)} groups are in more than one split, since the dataset's own splits part them, so the "
+        "test is easier than it looks. The first of them, and some of their videos:"
     )
     leaks = splits[splits.group.isin(LEAKING)].assign(name=splits.path.map(lambda path: path.name))
     display(
@@ -79,21 +85,27 @@ if LEAKING:
     )
 
 CLIP_SETTINGS = ClipSettings.of(CONFIG)
-print(require_space(chosen_videos, CLIP_SETTINGS, CONFIG.cache_dir), flush=True)
 FACE_DETECTOR = load_face_detector(ENVIRONMENT.device) if CONFIG.FACE_CROP else None
-VIDEOS, failed = cache_clips(chosen_videos, CLIP_SETTINGS, CONFIG.cache_dir, FACE_DETECTOR, CONFIG.NUM_WORKERS)
-SKIPPED = pd.concat([refused, failed], ignore_index=True)
+SKIPPED, more_failed = refused, True
+while more_failed:  # a video that fails gives its place to another
+    chosen_videos = limit_videos(splits[~splits.path.isin(SKIPPED.path)], CONFIG.MAX_VIDEOS_PER_CLASS, CONFIG.SEED)
+    require_classes(chosen_videos)
+    print(
+        f"{len(chosen_videos)} videos taken:", require_space(chosen_videos, CLIP_SETTINGS, CONFIG.cache_dir), flush=True
+    )
+    VIDEOS, failed = cache_clips(chosen_videos, CLIP_SETTINGS, CONFIG.cache_dir, FACE_DETECTOR, CONFIG.NUM_WORKERS)
+    SKIPPED, more_failed = pd.concat([SKIPPED, failed], ignore_index=True), len(failed) > 0
 SPLIT_TABLES = {name: VIDEOS[VIDEOS.split == name].reset_index(drop=True) for name in ("train", "val", "test")}
 for name, table in {**SPLIT_TABLES, "skipped": SKIPPED}.items():
     save_csv(table, CONFIG.work_dir / "data" / f"{name}.csv")
 PREPARATION_SECONDS = time.perf_counter() - preparation_started
 
 if len(SKIPPED):
-    print(f"Skipped: {len(SKIPPED)} of {len(chosen_videos) + len(refused)} videos. data/skipped.csv has them all:")
+    print(f"Skipped: {len(SKIPPED)} videos, all of them in data/skipped.csv with the reason.")
     with pd.option_context("display.max_colwidth", 100, "display.width", 160):
         display(SKIPPED.assign(video=[path.name for path in SKIPPED.path])[["video", "method", "reason"]].head(10))
-require_classes(VIDEOS)
-display(pd.crosstab([VIDEOS.label, VIDEOS.method], VIDEOS.split)[list(SPLIT_TABLES)])
+used = [VIDEOS.dataset, VIDEOS.label.map({0: "real", 1: "fake"}).rename("class"), VIDEOS.method]
+display(pd.crosstab(used, VIDEOS.split)[list(SPLIT_TABLES)])
 if CONFIG.FACE_CROP and (faceless := int((VIDEOS.face_share == 0).sum())):
     print(f"No face found in {faceless} of {len(VIDEOS)} videos: the middle of the frame is used.")
 if short := int((VIDEOS.distinct_frames < CONFIG.FRAMES_PER_VIDEO).sum()):

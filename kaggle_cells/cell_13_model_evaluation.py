@@ -72,5 +72,6 @@ if CONFIG.PREDICT_DIR:
         Path(CONFIG.PREDICT_DIR), DETECTOR, CLIP_SETTINGS, FACE_DETECTOR, TEMPERATURE, THRESHOLD, CONFIG.NUM_WORKERS
     )
     save_csv(scored, RESULTS / "predictions.csv")
-    print(f"{len(scored)} videos below {CONFIG.PREDICT_DIR} scored into {RESULTS / 'predictions.csv'}")
+    fine = int((scored.error == "").sum())
+    print(f"{fine} of {len(scored)} videos below {CONFIG.PREDICT_DIR} scored, in {RESULTS / 'predictions.csv'}")
     display(scored.head(20))

@@ -93,6 +93,8 @@ def test_a_dataset_reached_twice_is_used_once(tmp_path):
     ("real", "fake"),
     [
         ("004.mp4", "004_982.mp4"),
+        ("ffpp_youtube_634.mp4", "ffpp_faceswap_634_660.mp4"),
+        ("Ann.mp4", "ann__swap.mp4"),
         ("ann.mp4", "ann__swap.mp4"),
         ("id3_0007.mp4", "id9_id3_0001.mp4"),
         ("a-1.mp4", "df_a-1.mp4"),
@@ -145,7 +147,8 @@ def test_faceforensics_on_kaggle_is_found_in_both_mount_layouts_and_grouped_by_s
     for method in FF_METHODS:
         film(root, f"{method}/004_982.mp4", f"{method}/100_101.mp4")
     film(root, "DeepFakeDetection/01_02__outside_talking__YVGY8LOK.mp4")
-    videos = find_videos(tmp_path)
+    with pytest.warns(UserWarning, match="1 DeepFakeDetection videos are left out"):
+        videos = find_videos(tmp_path)
     assert len(videos) == 11 and "DeepFakeDetection" not in set(videos.method)
     sources = videos[videos.path.map(lambda p: p.stem in ("004", "982", "004_982"))]
     assert len(sources) == 6 and sources.group.nunique() == 1 and videos.group.nunique() == 2
@@ -173,7 +176,8 @@ def test_the_official_faceforensics_tree_is_found_without_masks_and_actors_come_
     film(tmp_path / "FF", *(f"manipulated_sequences/{m}/c23/videos/004_982.mp4" for m in FF_METHODS))
     film(tmp_path / "FF", "manipulated_sequences/Deepfakes/masks/videos/004_982.mp4")
     film(tmp_path / "FF", "manipulated_sequences/DeepFakeDetection/c23/videos/01_02__exit_phone_room__YVGY8LOK.mp4")
-    videos = find_videos(tmp_path)
+    with pytest.warns(UserWarning, match="2 DeepFakeDetection videos are left out"):
+        videos = find_videos(tmp_path)
     assert sorted(videos.method) == sorted([*FF_METHODS, "real", "real"]) and videos.group.nunique() == 1
     asked = find_videos(tmp_path, ["DeepFakeDetection", "FaceSwap"])
     actors = asked[asked.path.map(lambda path: "__" in path.name)]
@@ -317,6 +321,49 @@ def test_an_unknown_method_is_an_error_that_names_the_known_ones(tmp_path):
         find_videos(tmp_path, ["Faceswap"])
 
 
+def test_a_file_reached_by_several_ways_is_one_row_and_the_row_with_a_split_counts(tmp_path):
+    film(tmp_path / "set", "real/a.mp4", "fake/b.mp4", "all/c.mp4")
+    (tmp_path / "set/real/again.mp4").symlink_to(tmp_path / "set/real/a.mp4")
+    (tmp_path / "set/fake/more").symlink_to(tmp_path / "set/all")
+    (tmp_path / "set/lists").mkdir()
+    (tmp_path / "set/lists/all.csv").write_text("path,label\n../real/a.mp4,0\n../all/c.mp4,1\n")
+    (tmp_path / "set/lists/test.csv").write_text("path,label\n../all/c.mp4,1\n")
+    videos = find_videos(tmp_path / "set")
+    assert len(videos) == 3 and sorted(videos.split) == ["", "", "test"]
+
+
+def test_a_csv_that_cannot_be_opened_does_not_hide_the_folder(tmp_path):
+    film(tmp_path, "real/a.mp4", "fake/a.mp4")
+    (tmp_path / "notes.csv").symlink_to(tmp_path / "gone")
+    with pytest.warns(UserWarning, match="notes.csv is not read: No such file"):
+        assert len(find_videos(tmp_path)) == 2
+
+
+def test_a_manifest_from_a_spreadsheet_is_read(tmp_path):
+    film(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / "list.csv").write_text('path,label,method,group,,\n a.mp4 ,Fake, real ,NA,,\n,,,,,\n"b.mp4",0,, NA,,\n')
+    videos = by_name(find_videos(tmp_path / "list.csv"))
+    assert videos.method.to_dict() == {"a.mp4": "fake", "b.mp4": "real"} and videos.group.nunique() == 1
+    (tmp_path / "list.csv").write_text("path,label\na.mp4,0\n\n\nb.mp4,x\n")
+    with pytest.raises(ValueError, match="line 5: label 'x'"):
+        find_videos(tmp_path / "list.csv")
+
+
+def test_a_file_that_is_no_manifest_is_an_error_that_says_what_is_needed(tmp_path):
+    (tmp_path / "my.csv").write_text("file,class\na.mp4,0\n")
+    with pytest.raises(ValueError, match="my.csv is no CSV with the columns path and label"):
+        find_videos(tmp_path / "my.csv")
+
+
+def test_a_list_of_test_videos_that_names_none_is_told(tmp_path):
+    film(tmp_path, "Celeb-real/id0_0000.mp4", "Celeb-synthesis/id0_id1_0000.mp4")
+    (tmp_path / "List_of_testing_videos.txt").write_text("1 Celeb-real/id7_0001.mp4\r\n")
+    with pytest.warns(UserWarning, match="names none of the videos"):
+        assert set(find_videos(tmp_path).split) == {""}
+    (tmp_path / "List_of_testing_videos.txt").write_text("Celeb-real\\id0_0000.mp4\r\n")
+    assert sorted(find_videos(tmp_path).split) == ["test", "train"]
+
+
 # Checking files
 
 
@@ -332,6 +379,17 @@ def test_files_that_cannot_be_videos_are_refused_with_reasons_before_anything_is
         "folder.mp4": "is a folder",
         "nothing.mp4": "is empty",
     }
+
+
+def test_a_name_that_is_not_utf8_is_refused_since_opencv_would_crash(tmp_path):
+    film(tmp_path, "real/a.mp4", "fake/b.mp4")
+    os.rename(tmp_path / "fake/b.mp4", os.fsencode(tmp_path) + b"/fake/na\xefve.mp4")
+    _, refused = cell.check_files(find_videos(tmp_path), 1)
+    assert refused.reason.tolist() == ["its name is not valid UTF-8: rename it"]
+    cell.save_csv(refused, tmp_path / "skipped.csv")
+    assert "na\\udcefve.mp4" in (tmp_path / "skipped.csv").read_text()
+    with pytest.raises(VideoError, match="not valid UTF-8"):
+        read_frames(Path(os.fsdecode(os.fsencode(tmp_path) + b"/fake/na\xefve.mp4")), 4, 8.0)
 
 
 def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
@@ -503,6 +561,45 @@ def whole(methods="wxyz", originals=50):
     return split_videos(table_of([[(0, "real"), *((1, name) for name in methods)]] * originals), 0.2, 0.2, 0)
 
 
+def test_training_copies_follow_the_split_that_another_dataset_gives():
+    complete = pairs(30).assign(split=["train"] * 40 + ["val"] * 8 + ["test"] * 12)
+    partial = pairs(30).assign(dataset="e", split=["train"] * 50 + ["test"] * 10)  # the same groups: all of them copies
+    split = split_videos(pd.concat([complete, partial[:40]], ignore_index=True), 0.2, 0.2, 1)
+    assert (split.split[60:] == "train").all() and cell.crossing_groups(split) == []
+
+
+def test_one_class_alone_is_an_error_that_names_the_missing_one():
+    with pytest.raises(ValueError, match="no fake videos among 5"):
+        split_videos(table_of([[(0, "real")]] * 5), 0.2, 0.2, 0)
+
+
+def test_of_several_datasets_each_gives_as_many_real_as_fake_videos():
+    large = table_of([[(0, "real"), (1, "w"), (1, "x")]] * 90).assign(dataset="a")
+    other = table_of([[(0, "real")] + [(1, "y")] * 9] * 30).assign(dataset="b")
+    few = table_of([[(0, "real"), (1, "z")]] * 10).assign(dataset="c")
+    both = [t.assign(group=t.dataset + t.group, original=t.dataset + t.group) for t in (large, other, few)]
+    both = split_videos(pd.concat(both, ignore_index=True), 0.2, 0.2, 0)
+    taken = cell.limit_videos(both, 50, seed=1)
+    assert pd.crosstab(taken.dataset, taken.label).to_numpy().tolist() == [[20, 20], [20, 20], [10, 10]]
+    assert cell.limit_videos(both, 400, seed=1).label.value_counts().to_dict() == {1: 400, 0: 130}
+
+
+@pytest.mark.parametrize(("methods", "limit"), [(5, 10), (60, 120), (120, 120), (4, 3)])
+def test_every_split_keeps_its_share_however_many_methods_there_are(methods, limit):
+    taken = cell.limit_videos(whole([f"m{i:03}" for i in range(methods)], 200), limit, seed=1)
+    counts = pd.crosstab(taken.split, taken.label).loc[["train", "val", "test"]].to_numpy()
+    assert counts.sum(axis=0).tolist() == [limit, limit]
+    assert (np.abs(counts - limit * np.array([[0.6], [0.2], [0.2]])) <= 1).all() and counts.min() >= 1
+
+
+def test_a_sample_does_not_depend_on_the_order_of_rows_and_hardly_on_a_video_that_is_missing():
+    videos = whole()
+    first = cell.limit_videos(videos, 20, 1)
+    assert set(first.path) == set(cell.limit_videos(videos.sample(frac=1, random_state=3), 20, 1).path)
+    without = cell.limit_videos(videos[videos.path != first.path[0]], 20, 1)
+    assert len(without) == len(first) and len(set(first.path) - set(without.path)) <= 4
+
+
 def test_limiting_takes_fakes_evenly_over_methods_and_of_the_recordings_that_are_taken():
     few = cell.limit_videos(whole(), 20, seed=1)
     assert collections.Counter(few.method) == {"real": 20, "w": 5, "x": 5, "y": 5, "z": 5}
@@ -603,7 +700,7 @@ def broken(kind, tmp_path):
         ("folder", "is a folder"),
         ("dangling link", "does not exist"),
         ("empty", "is empty"),
-        ("text", "not a video, sound alone, or damaged"),
+        ("text", "not a video, sound alone, cut off or damaged"),
         ("cut in half", "truncated or damaged"),
     ],
 )

@@ -90,7 +90,7 @@ def test_settings_that_shape_clips_make_new_ones_and_others_do_not(videos, prepa
 
 def test_the_notebook_shows_what_was_found_and_what_was_skipped(prepared, videos):
     folder, text = prepared
-    assert "81 videos in 41 groups" in text and "; 0 cannot be used" in text and "Skipped: 1 of 81 videos" in text
+    assert "81 videos in 41 groups" in text and "; 0 cannot be used" in text and "Skipped: 1 videos" in text
     assert "broken.mp4" in text and "no pictures that can be decoded" in text
     assert all(f"{method}  " in text for method in ("blend", "jitter", "lowres", "real"))
     skipped = pd.read_csv(folder / "data" / "skipped.csv")
@@ -118,5 +118,24 @@ def test_a_recording_on_both_sides_of_a_given_split_is_shown_with_its_videos(tmp
         frames = np.random.default_rng(number).integers(0, 256, (8, 48, 64, 3), np.uint8)
         write_video(tmp_path / "set" / name, list(frames), 10)
     text = prepare(tmp_path / "work", tmp_path / "set", FACE_CROP=False)
-    assert "1 groups are in more than one of the splits" in text
+    assert "1 groups are in more than one split" in text
     assert "004.mp4" in text and "004_982.mp4" in text
+
+
+def test_the_manifests_of_a_user_are_never_overwritten(videos, tmp_path):
+    for name in ("train", "val", "test"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{name}.csv").write_text(f"path,label\n{videos}/real/0000.mp4,0\n")
+    before = tree(tmp_path)
+    done = subprocess.run(**preparation(tmp_path, "auto"), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1 and "train.csv would be overwritten" in done.stderr
+    assert tree(tmp_path) == before
+
+
+def test_a_video_that_fails_gives_its_place_to_another(tmp_path):
+    videos = make_demo_set(tmp_path / "videos", 16, seed=3, workers=2)
+    for number in range(0, 12, 2):
+        (videos / "fake" / f"broken{number}.mp4").write_text(f"no video {number}")
+    text = prepare(tmp_path / "work", videos, MAX_VIDEOS_PER_CLASS=14, FACE_CROP=False)
+    tables = [pd.read_csv(tmp_path / "work" / "data" / f"{name}.csv") for name in ("train", "val", "test")]
+    assert sum(table.label.sum() for table in tables) == 14, text

@@ -99,8 +99,8 @@ def damaged(kind: str, whole: Path, folder: Path) -> Path:
     ("kind", "reason"),
     [
         ("zero bytes", "is empty"),
-        ("text", "not a video, sound alone, or damaged at its start"),
-        ("cut, index at the end", "damaged at its start"),
+        ("text", "not a video, sound alone, cut off or damaged"),
+        ("cut, index at the end", "cut off or damaged"),
         ("cut, index at the start", r"decoding ends after \d+ of 250 frames: truncated or damaged"),
         ("cut avi", "truncated or damaged"),
         ("cut mkv", "truncated or damaged"),
@@ -137,6 +137,33 @@ def test_a_long_video_gives_the_frames_that_a_pass_from_its_start_gives(form, tm
     passed, same = cell.read_frames(file, 6, 8.0)
     assert positions.tolist() == same.tolist() and positions[0] > 2000
     assert np.array_equal(np.stack(jumped), np.stack(passed))
+
+
+@pytest.mark.parametrize("form", ["mp4", "mkv"])
+def test_a_long_video_of_variable_rate_is_passed_from_its_start_since_no_seek_finds_its_frames(
+    form, tmp_path, monkeypatch
+):
+    source = ("-f", "lavfi", "-i", "testsrc2=size=64x48:rate=25:duration=300")
+    uneven = (*source, "-vf", "select='lt(n,3000)+not(mod(n,3))'", "-fps_mode", "vfr", "-c:v", "libx264")
+    file = ffmpeg(*uneven, "-pix_fmt", "yuv420p", tmp_path / f"long.{form}")
+    frames, positions = cell.read_frames(file, 6, 8.0)
+    monkeypatch.setattr(cell, "LONG_LEAD", 10**9)
+    assert positions[0] > 1500
+    assert np.array_equal(np.stack(frames), np.stack(cell.read_frames(file, 6, 8.0)[0]))
+
+
+def test_few_frames_a_second_are_spread_wider_not_repeated(tmp_path):
+    file = ffmpeg(
+        "-f", "lavfi", "-i", "testsrc2=size=64x48:rate=1/2:duration=60", "-c:v", "libx264", tmp_path / "slow.mp4"
+    )
+    usable, _ = outcome(file, tmp_path)
+    assert usable.distinct_frames.tolist() == [6]
+
+
+def test_a_colon_in_a_relative_path_is_no_protocol(whole, tmp_path, monkeypatch):
+    shutil.copy(whole, tmp_path / "10:30.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert len(cell.read_frames(Path("10:30.mp4"), 4, 8.0)[0]) == 4
 
 
 @pytest.mark.parametrize("name", ["UPPER.MP4", "two words (1).mp4", "emoji 😀.mp4", "王小明_视频.mp4", "ünï.Mov"])
