@@ -267,7 +267,7 @@ def find_videos(root: Path, methods: Iterable[str] = ()) -> pd.DataFrame:
     if not methods and of_actors.any():
         warnings.warn(f"{of_actors.sum()} DeepFakeDetection videos are left out; METHODS can name them", stacklevel=2)
     keep = (videos.label == 0) | videos.method.isin(wanted)
-    videos = videos[keep & (~of_actors | ("DeepFakeDetection" in wanted))].sort_index(kind="stable")
+    videos = videos[keep & (~of_actors | ("DeepFakeDetection" in wanted))]
     if videos.empty:
         raise ValueError(f"below {root} is nothing but DeepFakeDetection: name it in METHODS to use it")
     named = pd.concat([sources_by_name(part) for _, part in videos.groupby("dataset")])
@@ -492,12 +492,14 @@ def limit_videos(videos: pd.DataFrame, per_class: int, seed: int) -> pd.DataFram
     if not per_class:
         return videos
     videos = videos.sort_values("path", key=lambda paths: paths.map(str), kind="stable")
+    # The order in which videos are taken: by turns of their originals, which come in random order.
     order = sorted(videos.original.unique(), key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     place = videos.drop_duplicates("original").set_index("original").loc[order].groupby("split").cumcount()
     rank, number = videos.original.map(place), videos.method.where(videos.label == 1).astype("category").cat.codes
     turn = (number - rank) % (number.max() + 1)  # each original begins with another method
     turn += (number.max() + 1) * videos.groupby(["original", "method"]).cumcount()
     turn = turn.where(videos.label == 1, videos.groupby("original").cumcount())
+    # How many: by class and dataset, then method, then split, where the largest arrears are served first.
     sizes = videos.groupby(["dataset", "label"]).size().unstack(fill_value=0)
     equal = pd.Series(even_quotas(per_class, sizes.min(axis=1)))
     kept: list[int] = []
