@@ -58,7 +58,8 @@ else:
 checked, refused = check_files(found, CONFIG.NUM_WORKERS)
 save_csv(refused, CONFIG.work_dir / "data" / "skipped.csv")
 kinds = [found.dataset, found.label.map({0: "real", 1: "fake"}).rename("class"), found.method]
-display(pd.crosstab(kinds, found.split.replace("", "no split given"), margins=True, margins_name="videos"))
+table = pd.crosstab(kinds, found.split.replace("", "no split given"))
+display(table.assign(videos=table.sum(axis=1)))
 print(f"{len(found)} videos in {found.group.nunique()} groups, from {DATA_ORIGIN}; {len(refused)} cannot be used")
 if found.dataset.nunique() > 1:
     print("All of these datasets are used. To use one alone, name its folder in DATA_DIR.")

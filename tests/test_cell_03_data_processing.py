@@ -470,7 +470,7 @@ def distance_to_goal(videos, shares):
     return total
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=50)
 @given(source_graphs())
 def test_no_group_crosses_a_split_the_seed_decides_and_no_random_deal_comes_nearer_to_the_shares(drawn):
     videos, val, test, seed = drawn
@@ -489,7 +489,7 @@ def test_no_group_crosses_a_split_the_seed_decides_and_no_random_deal_comes_near
         assert reached <= distance_to_goal(split.assign(split=split.group.map(deal)), shares) + 1e-6
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 @given(
     st.lists(st.lists(st.sampled_from([(0, "real"), (1, "x")]), min_size=1, max_size=4), min_size=3, max_size=6),
     st.integers(0, 99),
