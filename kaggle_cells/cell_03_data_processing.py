@@ -240,6 +240,7 @@ def find_videos(root: Path, methods: Iterable[str] = ()) -> pd.DataFrame:
         FileNotFoundError: `root` does not exist, or holds no known layout; says what it holds.
         ValueError: a wanted method is not there, and names those that are; or a manifest holds a wrong value.
     """
+    root = Path(root)
     if not root.exists():
         raise FileNotFoundError(f"DATA_DIR: {root} does not exist (seen from {Path.cwd()})")
     if root.is_dir():
