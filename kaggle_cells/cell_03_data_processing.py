@@ -853,7 +853,7 @@ def require_space(videos: pd.DataFrame, settings: ClipSettings, cache_dir: Path)
     missing = sum(not clip_file(path, settings, cache_dir).exists() for path in videos.path if path.exists())
     needed = missing * (settings.frames * settings.size**2 * 3 + 4096) / 2**30
     free = shutil.disk_usage(cache_dir).free / 2**30
-    words = f"{missing} clips to make, {needed:.2f} GiB; {free:.2f} GiB free in {cache_dir}"
+    words = f"{missing} clips to make, {1024 * needed:.0f} MiB; {free:.1f} GiB free in {cache_dir}"
     if needed > free:
         raise OSError(
             f"{words}. Set CACHE_DIR to a folder with more room, or take fewer videos, fewer frames or smaller images"
