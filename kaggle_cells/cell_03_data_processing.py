@@ -245,12 +245,12 @@ def find_videos(root: Path, methods: Iterable[str] = ()) -> pd.DataFrame:
         raise FileNotFoundError(f"DATA_DIR: {root} does not exist (seen from {Path.cwd()})")
     if root.is_dir():
         rows = search(root)
-        names = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
     else:
         rows = [dict(row, dataset=root.name) for row in find_manifest(root.parent, ({}, [root.name]))]
         if not rows:
             raise ValueError(f"DATA_DIR: {root} is no CSV with the columns path and label and a video in each line")
     if not rows:
+        names = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
         raise FileNotFoundError(
             f"DATA_DIR: no known dataset in {root.resolve()}, which holds {len(names)} entries "
             f"({', '.join(names[:8]) or 'it is empty'}) and {len(videos_below(root))} videos. "
@@ -379,7 +379,7 @@ def check_files(videos: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, pd.Da
     with ThreadPoolExecutor(workers) as pool:
         reasons = pd.Series(list(pool.map(file_problem, videos.path)), index=videos.index, dtype=object)
         readable = videos[reasons == ""]
-        sizes = pd.Series([path.stat().st_size for path in readable.path], index=readable.index)
+        sizes = pd.Series(list(pool.map(os.path.getsize, readable.path)), index=readable.index)
         alike = readable[sizes.duplicated(keep=False)]
         alike = alike.assign(content=list(pool.map(digest, alike.path)))
     same = alike[alike.content.duplicated(keep=False)]
@@ -878,7 +878,6 @@ def cache_clips(
         except (VideoError, cv2.error) as error:
             return dict(reason=str(error))
 
-    cache_dir.mkdir(parents=True, exist_ok=True)
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         jobs = {pool.submit(outcome, row.path): row.Index for row in videos.itertuples()}

@@ -33,6 +33,12 @@ from cell_03_data_processing import (
 )
 from cell_08_evaluation_functions import plot_samples, save_figure
 
+
+def kinds_of(videos: pd.DataFrame) -> list[pd.Series]:
+    """The dataset, class and method of each video, to count them by."""
+    return [videos.dataset, videos.label.map({0: "real", 1: "fake"}).rename("class"), videos.method]
+
+
 preparation_started = time.perf_counter()
 require_own_tables(CONFIG.work_dir / "data")
 for folder in ("data", "models", "results"):
@@ -57,8 +63,7 @@ else:
 
 checked, refused = check_files(found, CONFIG.NUM_WORKERS)
 save_csv(refused, CONFIG.work_dir / "data" / "skipped.csv")
-kinds = [found.dataset, found.label.map({0: "real", 1: "fake"}).rename("class"), found.method]
-table = pd.crosstab(kinds, found.split.replace("", "no split given"))
+table = pd.crosstab(kinds_of(found), found.split.replace("", "no split given"))
 display(table.assign(videos=table.sum(axis=1)))
 print(f"{len(found)} videos in {found.group.nunique()} groups, from {DATA_ORIGIN}; {len(refused)} cannot be used")
 if found.dataset.nunique() > 1:
@@ -105,8 +110,7 @@ if len(SKIPPED):
     print(f"Skipped: {len(SKIPPED)} videos, all of them in data/skipped.csv with the reason.")
     with pd.option_context("display.max_colwidth", 100, "display.width", 160):
         display(SKIPPED.assign(video=[path.name for path in SKIPPED.path])[["video", "method", "reason"]].head(10))
-used = [VIDEOS.dataset, VIDEOS.label.map({0: "real", 1: "fake"}).rename("class"), VIDEOS.method]
-display(pd.crosstab(used, VIDEOS.split)[list(SPLIT_TABLES)])
+display(pd.crosstab(kinds_of(VIDEOS), VIDEOS.split)[list(SPLIT_TABLES)])
 if CONFIG.FACE_CROP and (faceless := int((VIDEOS.face_share == 0).sum())):
     print(f"No face found in {faceless} of {len(VIDEOS)} videos: the middle of the frame is used.")
 if short := int((VIDEOS.distinct_frames < CONFIG.FRAMES_PER_VIDEO).sum()):

@@ -61,17 +61,16 @@ def run_notebook(folder: Path, *arguments: str, expect: int = 0) -> Run:
     return Run(folder, done.stdout + done.stderr)
 
 
+def script(cell: str, folder: Path, **parameters: object) -> dict:
+    """How to start one cell as a script in `folder`, with parameters in the environment: arguments of `Popen`."""
+    environment = {**os.environ, **{f"DEEPFAKE_{name}": str(value) for name, value in parameters.items()}}
+    return dict(args=[sys.executable, str(ROOT / "kaggle_cells" / f"{cell}.py")], cwd=folder, env=environment)
+
+
 def run_script(cell: str, work_dir: Path, **parameters: object) -> subprocess.CompletedProcess:
-    """One cell as a script, with parameters in the environment."""
-    environment = {f"DEEPFAKE_{name}": str(value) for name, value in parameters.items()}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "kaggle_cells" / f"{cell}.py")],
-        cwd=work_dir,
-        env={**os.environ, **environment, "DEEPFAKE_WORK_DIR": str(work_dir)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    """One cell as a script, run to its end."""
+    start = script(cell, work_dir, **parameters, WORK_DIR=work_dir)
+    return subprocess.run(**start, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="session")

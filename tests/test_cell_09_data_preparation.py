@@ -1,21 +1,18 @@
 """The preparation of data as users run it: whole, interrupted, repeated, and with things that go wrong."""
 
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, script
 
 from cell_03_data_processing import make_demo_set, write_video
 
-CELL = "cell_09_data_preparation"
 SMALL = dict(FRAMES_PER_VIDEO=4, IMAGE_SIZE=64, VAL_FRACTION=0.25, TEST_FRACTION=0.25, WORK_DIR=".")
 
 
@@ -30,9 +27,7 @@ def videos(tmp_path_factory):
 def preparation(work_dir: Path, videos: Path, **parameters: object) -> dict:
     """How to start cell 9 as a script in a folder of its own."""
     work_dir.mkdir(exist_ok=True)
-    given = {**SMALL, "DATA_DIR": videos, **parameters}
-    environment = {**os.environ, **{f"DEEPFAKE_{name}": str(value) for name, value in given.items()}}
-    return dict(args=[sys.executable, str(ROOT / "kaggle_cells" / f"{CELL}.py")], cwd=work_dir, env=environment)
+    return script("cell_09_data_preparation", work_dir, **{**SMALL, "DATA_DIR": videos, **parameters})
 
 
 def prepare(work_dir: Path, videos: Path, **parameters: object) -> str:

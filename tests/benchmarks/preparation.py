@@ -121,13 +121,13 @@ def in_threads(files: list[Path], settings: cell.ClipSettings, detector, folder:
 
 
 def peak_memory(file: Path, count: int, folder: Path) -> None:
-    """In a process of its own: the peak with `count` links to one video."""
-    links = folder / f"links{count}"
-    links.mkdir(exist_ok=True)
+    """In a process of its own: the peak with `count` copies of one video."""
+    copies = folder / f"copies{count}"
+    copies.mkdir(exist_ok=True)
     for number in range(count):
-        shutil.copy(file, links / f"{number}.mp4")
+        shutil.copy(file, copies / f"{number}.mp4")
     settings = cell.ClipSettings(frames=16, seconds=8.0, size=160, face_crop=True, margin=0.25)
-    table = pd.DataFrame({"path": sorted(links.iterdir()), "label": 0})
+    table = pd.DataFrame({"path": sorted(copies.iterdir()), "label": 0})
     cell.cache_clips(table, settings, folder / f"memory{count}", cell.load_face_detector("cpu"), 2)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
