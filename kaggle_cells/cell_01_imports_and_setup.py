@@ -56,6 +56,13 @@ from IPython.display import display
 STARTED = time.time()
 IN_NOTEBOOK = "__file__" not in globals()
 ON_KAGGLE = Path("/kaggle/working").is_dir()
+# Of the processes that torchrun starts to train together, the first one prepares, writes and talks.
+RANK, LOCAL_RANK, PROCESSES = 0, 0, 1
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    RANK, LOCAL_RANK, PROCESSES = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+if RANK:
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    os.environ["TQDM_DISABLE"] = "1"
 
 # %% [markdown]
 # A GPU can be present and still useless: PyTorch lists a P100 as available, but recent builds hold no code for
@@ -74,10 +81,11 @@ LIBRARIES = {
 
 @dataclass(frozen=True)
 class Environment:
-    """What the machine offers. `gpus` names the usable CUDA devices; memory and disk are in GiB."""
+    """What the machine offers. `gpus` names the usable CUDA devices, `gpu_ids` numbers them; memory is in GiB."""
 
     device: str
     gpus: tuple[str, ...]
+    gpu_ids: tuple[int, ...]
     cpu_cores: int
     ram_gib: float
     free_disk_gib: float
@@ -97,12 +105,13 @@ def installed_version(distributions: str) -> str:
 
 def probe_environment() -> Environment:
     """Look at the machine, try its GPUs, and collect advice for what will not work."""
-    gpus, advice = [], []
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+    gpus, advice = {}, []
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for index in range(count) if PROCESSES == 1 else range(LOCAL_RANK, min(LOCAL_RANK + 1, count)):
         name = torch.cuda.get_device_name(index)
         try:
             torch.ones(8, device=f"cuda:{index}").sum().item()
-            gpus.append(name)
+            gpus[index] = name
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             advice.append(
@@ -112,8 +121,9 @@ def probe_environment() -> Environment:
     if not gpus:
         advice.append("No usable GPU: training runs on the CPU, which is practical for the demo set only.")
     return Environment(
-        device="cuda" if gpus else "cpu",
-        gpus=tuple(gpus),
+        device=f"cuda:{min(gpus)}" if gpus else "cpu",
+        gpus=tuple(gpus.values()),
+        gpu_ids=tuple(gpus),
         cpu_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         ram_gib=psutil.virtual_memory().total / 2**30,
         free_disk_gib=shutil.disk_usage(".").free / 2**30,

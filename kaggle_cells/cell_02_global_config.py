@@ -34,9 +34,10 @@ LSTM_LAYERS: int = 1  # layers of the LSTM
 ATTENTION_HEADS: int = 8  # heads of the self-attention; must divide 2 * LSTM_HIDDEN
 DROPOUT: float = 0.5  # before the classifier
 GRADIENT_CHECKPOINTING: bool = False  # compute the backbone's blocks twice: less memory, more time
+COMPILE: bool = False  # torch.compile the backbone: minutes at the start, for steps that may be faster
 # Training
 EPOCHS: int = 25  # upper bound; early stopping usually ends sooner
-BATCH_SIZE: int = 0  # clips a step; 0: up to 8 for each GPU, fewer where memory is short
+BATCH_SIZE: int = 0  # clips a step, of all devices together; 0: up to 8 for each GPU, fewer where memory is short
 LEARNING_RATE: float = 1e-4  # of AdamW; 3e-4 suits training without pretrained weights
 WEIGHT_DECAY: float = 1e-2  # of AdamW, on all weights
 LOSS: str = "focal"  # focal or bce
@@ -47,8 +48,8 @@ LR_PATIENCE: int = 3  # epochs without a better validation loss before the learn
 PATIENCE: int = 8  # epochs without a better validation AUC before training stops
 EMA_DECAY: float = 0.0  # average the weights over the steps, 0.99 or 0.999 say; 0: off
 AMP: str = "auto"  # auto: bf16 or fp16, as the GPU likes, fp32 on the CPU; or off, fp16, bf16
-TIME_BUDGET_HOURS: float = 11.0  # training ends before this much has passed; Kaggle stops a session at 12
-RESUME: bool = True  # go on from models/last_checkpoint.pth of an interrupted run
+TIME_BUDGET_HOURS: float = 0.0  # training stops in time for results within this; 0: 11 on Kaggle, no limit elsewhere
+RESUME: bool = True  # go on from models/last_checkpoint.pth, or on Kaggle from that of an attached output
 NUM_WORKERS: int = 2  # threads that prepare videos and read clips
 SEED: int = 42  # of splits, weights, sampling and augmentation
 
@@ -59,6 +60,7 @@ SEED: int = 42  # of splits, weights, sampling and augmentation
 import contextlib
 import dataclasses
 import difflib
+import math
 import os
 import random
 from dataclasses import dataclass, field
@@ -108,6 +110,7 @@ class Config:
     ATTENTION_HEADS: int = between(1, 64)
     DROPOUT: float = between(0, 0.95)
     GRADIENT_CHECKPOINTING: bool
+    COMPILE: bool
     EPOCHS: int = between(0, 10**4)
     BATCH_SIZE: int = between(0, 4096)
     LEARNING_RATE: float = between(1e-8, 1)
@@ -165,6 +168,11 @@ class Config:
         return Path(self.WORK_DIR)
 
     @property
+    def time_budget(self) -> float:
+        """Seconds for the whole run."""
+        return 3600 * (self.TIME_BUDGET_HOURS or (11 if ON_KAGGLE else math.inf))
+
+    @property
     def cache_dir(self) -> Path:
         return Path(self.CACHE_DIR or ("/tmp/clip_cache" if ON_KAGGLE else self.work_dir / "cache"))
 
@@ -212,8 +220,9 @@ def adopt_checkpoint(config: Config) -> Config:
     return dataclasses.replace(config, **changed)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and PyTorch, on every device."""
+def seed_everything(*numbers: int) -> None:
+    """Seed Python, NumPy and PyTorch, on every device, with one number or several: SEED, epoch, ..."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -140,7 +140,8 @@ class Recomputed:
 @contextlib.contextmanager
 def frozen_statistics(block: nn.Module) -> Iterator[None]:
     """The second computation must not count the same batch twice in the running statistics."""
-    norms = [(module, module.momentum) for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm)
+    norms = [(module, module.momentum) for module in block.modules() if isinstance(module, kinds)]
     try:
         for module, _ in norms:
             module.momentum = 0.0

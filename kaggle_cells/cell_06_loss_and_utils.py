@@ -9,6 +9,8 @@ import dataclasses
 import gc
 import hashlib
 import math
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -84,20 +86,95 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel | None:
 # %%
 DOES_NOT_SHAPE_TRAINING = {
     *("DATA_DIR", "WORK_DIR", "CACHE_DIR", "PREDICT_DIR", "RESUME", "NUM_WORKERS", "TIME_BUDGET_HOURS"),
-    *("EPOCHS", "PATIENCE", "GRADIENT_CHECKPOINTING"),
+    *("EPOCHS", "PATIENCE", "GRADIENT_CHECKPOINTING", "COMPILE"),
 }
+SUMMED = 64  # characters of a SHA-256
 
 
-def save_checkpoint(file: Path, content: dict) -> None:
-    """Write `content` so that `file` is always either the old or the new one, never a part of it."""
+def save_checkpoint(file: Path, content: dict, keep: Path | None = None) -> None:
+    """Write `content` so that `file` is always the old or the new one, never a part of it; the old one becomes `keep`.
+
+    The SHA-256 of all bytes becomes the comment of the archive that torch makes: `is_whole` compares them.
+    """
     with replacing(file) as partial_file:
         torch.save(content, partial_file)
+        with open(partial_file, "r+b") as stream:
+            whole = stream.read()[:-2] + SUMMED.to_bytes(2, "little")  # an archive ends with its comment's length
+            stream.seek(-2, os.SEEK_END)
+            stream.write(whole[-2:] + hashlib.sha256(whole).hexdigest().encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        if keep and file.exists():
+            os.replace(file, keep)
+
+
+def is_whole(file: Path) -> bool:
+    """Whether every byte of a checkpoint is as it was written."""
+    data = file.read_bytes()
+    return data[-SUMMED:] == hashlib.sha256(data[:-SUMMED]).hexdigest().encode()
 
 
 def settings_changed(saved: dict, config: dict) -> list[str]:
     """Where two configurations differ in something that shapes training, a line for each parameter."""
     names = [name for name in config if name not in DOES_NOT_SHAPE_TRAINING]
     return [f"{n}: {saved.get(n)!r} then, {config[n]!r} now" for n in names if saved.get(n) != config[n]]
+
+
+# %% [markdown]
+# **An interrupted run** goes on from its last checkpoint. If that is damaged, the one before it is still there: an
+# epoch is lost, not the run. A new Kaggle session starts with an empty folder; there the output of an earlier one,
+# attached as input, does as well, if it is of the same settings and data.
+
+
+# %%
+def previous_of(checkpoint: Path) -> Path:
+    return checkpoint.with_name("previous_checkpoint.pth")
+
+
+def readable(checkpoint: Path) -> Path | None:
+    """A checkpoint, or if it is missing or damaged the one before, or None. What is damaged is said."""
+    for file in (checkpoint, previous_of(checkpoint)):
+        if file.exists():
+            if is_whole(file):
+                return file
+            print(f"{file} is damaged and not used.")
+    return None
+
+
+def run_to_resume(checkpoint: Path, settings: dict, attached: Iterable[Path] = ()) -> Path | None:
+    """The file to go on from: this run's own checkpoint, or else the one of those attached that came furthest.
+
+    Raises ValueError, with what differs, if the run's own comes from other settings; attached ones are passed over.
+    """
+
+    def look(file: Path) -> tuple[list[str], int]:
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return settings_changed(saved["settings"], settings), saved["epoch"]
+
+    if own := readable(checkpoint):
+        if changed := look(own)[0]:
+            raise ValueError(
+                f"{own} comes from a run with other settings:\n  " + "\n  ".join(changed) + "\n"
+                "Put them back to go on with it, set RESUME=False to start again, or choose another WORK_DIR."
+            )
+        if own != checkpoint and checkpoint.exists():
+            os.replace(own, checkpoint)  # the next one to be kept as the one before must not be the damaged one
+        return checkpoint if checkpoint.exists() else own
+    fitting = {}
+    for file in filter(None, map(readable, attached)):
+        changed, epoch = look(file)
+        if changed:
+            print(f"{file} is not gone on from, since it comes from other settings:\n  " + "\n  ".join(changed))
+        else:
+            fitting[file] = epoch
+    return max(fitting, key=fitting.get, default=None)
+
+
+def attached_checkpoints(inputs: Path = Path("/kaggle/input")) -> list[Path]:
+    """Where outputs of earlier Kaggle sessions would have their checkpoint, in both of Kaggle's layouts."""
+    places = [place for depth in (1, 2, 3) for place in inputs.glob("*/" * depth) if place.is_dir()]
+    found = [file for place in places for file in place.glob("models/*_checkpoint.pth")]
+    return sorted({file.with_name("last_checkpoint.pth") for file in found})
 
 
 def data_fingerprint(videos: pd.DataFrame) -> str:
@@ -108,11 +185,11 @@ def data_fingerprint(videos: pd.DataFrame) -> str:
 
 
 def model_file(model: nn.Module, config: Config, temperature: float, threshold: float, history_row: dict) -> dict:
-    """What best_model.pth holds: all that is needed to score videos as in training, on any machine."""
+    """What best_model.pth holds: all that is needed to score videos as in training, on any machine. A copy."""
     paths = dict.fromkeys(("DATA_DIR", "WORK_DIR", "CACHE_DIR", "CHECKPOINT", "PREDICT_DIR", "WEIGHTS_PATH"), "")
     return {
         "format": 1,
-        "model": model.state_dict(),
+        "model": {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()},
         "config": {**dataclasses.asdict(config), **paths},
         "classes": ["real", "fake"],
         "temperature": temperature,
@@ -122,8 +199,9 @@ def model_file(model: nn.Module, config: Config, temperature: float, threshold: 
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network itself, out of DataParallel or an average."""
-    return unwrapped(model.module) if isinstance(model, (nn.DataParallel, AveragedModel)) else model
+    """The network itself, out of what trains it on several devices, or an average."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+    return unwrapped(model.module) if isinstance(model, wrappers) else model
 
 
 def free_memory() -> None:

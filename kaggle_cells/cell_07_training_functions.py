@@ -2,9 +2,11 @@
 # ## 7. One epoch of training, one of validation
 #
 # Both loops take batches that are already on the device. While one is computed, a thread reads the next one and
-# sends it over.
+# sends it over. The loops never wait for a result, but every tenth step, to show where they are.
 
 # %%
+import atexit
+import datetime
 import math
 import time
 from collections.abc import Iterator
@@ -12,17 +14,24 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import psutil
 import torch
+import torch.distributed as dist
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from cell_01_imports_and_setup import PROCESSES
 from cell_02_global_config import Config
-from cell_04_dataset_class import augment, normalize, to_float
-from cell_05_model_definition import build_model
+from cell_04_dataset_class import PairDraws, augment, normalize, to_float
+from cell_05_model_definition import Output, build_model
 from cell_06_loss_and_utils import free_memory
+
+LOOK_EVERY = 10  # steps between two looks at the loss, each of which makes the CPU wait for the GPU
+BAD_STEPS = 5  # so many in a row that are not finite end the run
+NOT_FINITE_ADVICE = "Try a lower LEARNING_RATE, or AMP='off' to see whether half precision is the cause."
 
 
 def device_batches(loader: DataLoader, device: torch.device) -> Iterator[list[torch.Tensor]]:
@@ -40,6 +49,12 @@ def device_batches(loader: DataLoader, device: torch.device) -> Iterator[list[to
             yield batch
 
 
+# %% [markdown]
+# **Precision.** Half precision is fast, and sometimes a number in it is too large. `LossScaler` leaves out the step
+# then, without the CPU having to ask the GPU, and for fp16 looks for the scale that fits.
+
+
+# %%
 def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     """The precision of mixed-precision training, None for plain float32.
 
@@ -53,16 +68,41 @@ def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[choice]
 
 
+class LossScaler(torch.amp.GradScaler):
+    """Leaves out optimizer steps whose gradients are not finite. The loss is scaled for fp16 only."""
+
+    def __init__(self, device: torch.device, precision: torch.dtype | None) -> None:
+        self.fixed = None if precision == torch.float16 else 1.0
+        super().__init__(device.type, init_scale=self.fixed or 2.0**16)
+
+    def update(self) -> None:
+        super().update(self.fixed)
+
+
+# %% [markdown]
+# **Memory.** The batch is chosen by trying. Should it not fit later on, since something else uses the GPU, the same
+# batch is computed in smaller parts whose gradients add up: training goes on as if nothing had happened, slower.
+
+
+# %%
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or one of its libraries, has asked for memory in vain."""
+    signs = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+
+
 def step_fits(config: Config, device: torch.device, precision: torch.dtype | None, batch: int) -> bool:
     """Whether the device has the memory for one training step on `batch` clips: it tries one on blank clips."""
     clips = torch.zeros(batch, config.FRAMES_PER_VIDEO, config.IMAGE_SIZE, config.IMAGE_SIZE, 3, dtype=torch.uint8)
     try:
         model = build_model(config).to(device)
         model.precision = precision
-        output = model(normalize(augment(to_float(clips.to(device)))))
+        output = model(normalize(augment(to_float(clips.to(device)), PairDraws(device, [0]))))
         (output.logit.float().sum() + output.frame_logits.float().sum()).backward()
         torch.optim.AdamW(model.parameters()).step()  # its two averages of each weight need memory too
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return False
     return True
 
@@ -82,11 +122,103 @@ def choose_batch_size(config: Config, device: torch.device, precision: torch.dty
     )
 
 
+# %% [markdown]
+# **A training step** is one call. What the network said, the loss and the gradient's norm come back as tensors on
+# the device, where nobody has waited for them.
+
+
+# %%
+def total_loss(output: Output, labels: torch.Tensor, criterion: nn.Module, frame_weight: float) -> torch.Tensor:
+    """The loss of the clips, plus that of their single frames against the same labels."""
+    frames = criterion(output.frame_logits.float(), labels[:, None].expand_as(output.frame_logits))
+    return criterion(output.logit.float(), labels) + frame_weight * frames
+
+
+@dataclass
+class Trainer:
+    """Everything that takes part in a training step.
+
+    `micro_batch` clips are computed at once, the whole batch if it is None; it is halved when memory runs out.
+    `interrupted` is true from the start of an epoch until somebody has put away its result.
+    """
+
+    model: nn.Module
+    criterion: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: LossScaler
+    frame_weight: float = 0.0
+    gradient_clip: float = 0.0
+    average: AveragedModel | None = None
+    micro_batch: int | None = None
+    interrupted: bool = False
+    bad_in_a_row: int = 0
+
+    def step(self, clips: torch.Tensor, labels: torch.Tensor) -> tuple[Output, torch.Tensor, torch.Tensor]:
+        """One optimizer step on normalised clips (B, T, 3, S, S): output, loss, and norm of the gradients.
+
+        If loss or gradients are not finite, weights and running statistics stay what they were.
+        """
+        buffers = list(self.model.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                output, loss = self.accumulate(clips, labels)
+                break
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            self.halve(len(clips))  # only out here, for the error keeps alive what the failed step had in memory
+            for buffer, kept in zip(buffers, before, strict=True):
+                buffer.copy_(kept)
+            free_memory()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        finite = norm.isfinite()
+        for buffer, kept in zip(buffers, before, strict=True):
+            buffer.copy_(torch.where(finite, buffer, kept))
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        return output, loss, norm
+
+    def accumulate(self, clips: torch.Tensor, labels: torch.Tensor) -> tuple[Output, torch.Tensor]:
+        """Forward and backward, in micro-batches: what the network said, and the loss of the whole batch."""
+        size, parts = self.micro_batch or len(clips), []
+        for some, theirs in zip(clips.split(size), labels.split(size), strict=True):
+            output = self.model(some)
+            loss = total_loss(output, theirs, self.criterion, self.frame_weight) * (len(some) / len(clips))
+            spoilt = torch.where(loss.isfinite(), 1.0, math.nan)  # a loss of infinity can have finite gradients
+            self.scaler.scale(loss).backward(spoilt)
+            parts.append((*(part.detach() for part in output), loss.detach()))
+        *outputs, losses = zip(*parts, strict=True)
+        return Output(*map(torch.cat, outputs)), torch.stack(losses).sum()
+
+    def halve(self, batch: int) -> None:
+        """Compute half as many clips at once from now on. Raises RuntimeError, with advice, where that cannot be."""
+        size = self.micro_batch or batch
+        if size == 1 or PROCESSES > 1:  # other processes would wait for this one, in the middle of their step
+            raise RuntimeError(
+                f"memory ran out with {size} clips at once. Set GRADIENT_CHECKPOINTING=True and run again: training "
+                "goes on after its last complete epoch. Else lower BATCH_SIZE, FRAMES_PER_VIDEO or IMAGE_SIZE"
+            )
+        self.micro_batch = (size + 1) // 2
+        print(f"Memory ran out with {size} clips at once: batches are now computed in parts of {self.micro_batch}")
+
+
+# %% [markdown]
+# **The two loops** collect what the batches gave. A training step that was left out is counted; a loss that stays
+# `nan` ends the run, with the clips at which it happened.
+
+
+# %%
 @dataclass
 class Scores:
     """A loss and an AUC over clips, with what they were computed from.
 
-    `logits`, `labels` and `rows` are (N,), `frame_logits` and `attention` (N, T); `auc` is NaN with one class.
+    `logits`, `labels` and `rows` are (N,), `frame_logits` and `attention` (N, T), in the order of rows; `auc` is NaN
+    with one class. `skipped` is the number of training steps left out.
     """
 
     loss: float
@@ -97,67 +229,84 @@ class Scores:
     frame_logits: np.ndarray
     attention: np.ndarray
     seconds: float
+    skipped: int = 0
 
 
-def total_loss(output: tuple, labels: torch.Tensor, criterion: nn.Module, frame_weight: float) -> torch.Tensor:
-    """The loss of the clips, plus that of their single frames against the same labels."""
-    frames = criterion(output.frame_logits.float(), labels[:, None].expand_as(output.frame_logits))
-    return criterion(output.logit.float(), labels) + frame_weight * frames
+Part = tuple[torch.Tensor, ...]  # of each clip of a batch: loss, logit, label, row, frame logits, attention
 
 
-def scores_of(parts: list[tuple], losses: list[torch.Tensor], started: float, title: str) -> Scores:
-    """Collect what the batches gave: (logits, labels, rows, frame logits, attention) each.
+def part_of(output: Output, loss: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor) -> Part:
+    logit, frame_logits, attention = (value.detach().float() for value in output)
+    return loss.detach().expand(len(labels)), logit, labels, rows, frame_logits, attention
 
-    Raises FloatingPointError if the loss is not finite, with what to try.
-    """
-    logits, labels, rows, frame_logits, attention = (
-        torch.cat(part).float().cpu().numpy() for part in zip(*parts, strict=True)
-    )
-    sizes = torch.tensor([len(part[0]) for part in parts], dtype=torch.float64)
-    loss = float((torch.stack(losses).double().cpu() * sizes).sum() / sizes.sum())
+
+def area(labels: np.ndarray, logits: np.ndarray) -> float:
+    """AUC-ROC, NaN with one class."""
+    return float(roc_auc_score(labels, logits)) if len(np.unique(labels)) == 2 else math.nan
+
+
+def scores_of(parts: list[Part], started: float, title: str, skipped: int = 0) -> Scores:
+    """Put together what the batches gave, in all processes. Raises FloatingPointError if a loss is not finite."""
+    own = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
+    columns = [np.concatenate(column) for column in zip(*filter(None, gathered(own)), strict=True)]
+    order = np.argsort(columns[3], kind="stable")
+    losses, logits, labels, rows, frame_logits, attention = (column[order] for column in columns)
+    loss = float(losses.mean(dtype=np.float64))
     if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"{title}: the loss is {loss}. Try a lower LEARNING_RATE, or AMP='off' to see whether half precision is "
-            "the cause"
-        )
-    auc = float(roc_auc_score(labels, logits)) if len(np.unique(labels)) == 2 else math.nan
-    return Scores(loss, auc, logits, labels, rows.astype(int), frame_logits, attention, time.perf_counter() - started)
+        raise FloatingPointError(f"{title}: the loss is {loss}. {NOT_FINITE_ADVICE}")
+    seconds = time.perf_counter() - started
+    return Scores(loss, area(labels, logits), logits, labels, rows, frame_logits, attention, seconds, skipped)
+
+
+def memory_in_use(device: torch.device) -> float:
+    """GiB: the most that PyTorch has reserved on a GPU so far; on the CPU what the process has now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30
 
 
 def train_one_epoch(
-    model: nn.Module,
-    loader: DataLoader,
-    criterion: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    device: torch.device,
-    *,
-    frame_weight: float = 0.0,
-    gradient_clip: float = 0.0,
-    average: AveragedModel | None = None,
-    title: str = "training",
+    trainer: Trainer, loader: DataLoader, device: torch.device, draws: PairDraws, epoch: int, bar: tqdm | None = None
 ) -> Scores:
-    """One pass over the loader. Raises FloatingPointError if the loss is not finite."""
-    model.train()
-    started, parts, losses = time.perf_counter(), [], []
-    bar = tqdm(device_batches(loader, device), total=len(loader), desc=title, unit="batch", leave=False)
-    for step, (clips, labels, rows) in enumerate(bar, 1):
-        output = model(normalize(augment(to_float(clips))))
-        loss = total_loss(output, labels, criterion, frame_weight)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        if gradient_clip:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), gradient_clip)
-        scaler.step(optimizer)
-        scaler.update()
-        if average is not None:
-            average.update_parameters(model)
-        parts.append((output.logit.detach(), labels, rows, output.frame_logits.detach(), output.attention.detach()))
-        losses.append(loss.detach())
-        if step % 10 == 0:  # reading the loss makes the CPU wait for the GPU, so seldom
-            bar.set_postfix(loss=f"{losses[-1].item():.3f}")
-    return scores_of(parts, losses, started, title)
+    """One pass over the loader, whose dataset has the `videos` that rows stand for.
+
+    Raises FloatingPointError, with epoch, step, loss scale and clips, if several steps in a row are not finite.
+    """
+    trainer.model.train()
+    trainer.interrupted, started = True, time.perf_counter()
+    parts, losses, unseen, skipped = [], [], [], 0
+    for step, (clips, labels, rows) in enumerate(device_batches(loader, device), 1):
+        output, loss, norm = trainer.step(normalize(augment(to_float(clips), draws)), labels)
+        parts.append(part_of(output, loss, labels, rows))
+        unseen.append(torch.stack([loss, norm]))
+        if bar is not None:
+            bar.update()
+        if step % LOOK_EVERY and step < len(loader):
+            continue
+        scale = trainer.scaler.get_scale()
+        for loss, norm in torch.stack(unseen).tolist():
+            losses.append(loss)
+            skipped += not math.isfinite(norm)
+            bad = not math.isfinite(loss) or (not math.isfinite(norm) and scale <= 1)  # above, fp16 looks for its scale
+            trainer.bad_in_a_row = trainer.bad_in_a_row + 1 if bad else 0
+            if trainer.bad_in_a_row == BAD_STEPS:
+                names = ", ".join(str(loader.dataset.videos[row]) for row in parts[len(losses) - 1][3].tolist())
+                raise FloatingPointError(
+                    f"epoch {epoch}, step {len(losses)}: step {BAD_STEPS} in a row that is not finite. Loss {loss}, "
+                    f"gradient norm {norm}, loss scale {scale:g}; the clips: {names}. {NOT_FINITE_ADVICE}"
+                )
+        unseen.clear()
+        finite = [part for part, loss in zip(parts, losses, strict=True) if math.isfinite(loss)]
+        if finite and bar is not None:
+            so_far = [torch.cat(column).cpu().numpy() for column in list(zip(*finite, strict=True))[:3]]
+            speed = PROCESSES * step * len(labels) / (time.perf_counter() - started)
+            figures = dict(loss=f"{so_far[0].mean():.3f}", AUC=f"{area(so_far[2], so_far[1]):.3f}")
+            figures |= {"lr": f"{trainer.optimizer.param_groups[0]['lr']:.0e}", "clips/s": f"{speed:.1f}"}
+            figures |= dict(memory=f"{memory_in_use(device):.1f} GiB") | ({"skipped": skipped} if skipped else {})
+            bar.set_postfix(figures)
+    if not finite:
+        raise FloatingPointError(f"epoch {epoch}: the loss of every step is {losses[-1]}. {NOT_FINITE_ADVICE}")
+    return scores_of(finite, started, f"epoch {epoch}", skipped)
 
 
 @torch.no_grad()  # not inference_mode: DataParallel's threads may not touch its tensors
@@ -169,12 +318,100 @@ def validate(
     *,
     frame_weight: float = 0.0,
     title: str = "validation",
+    bar: tqdm | None = None,
 ) -> Scores:
     """Score every clip of the loader, in its order."""
     model.eval()
-    started, parts, losses = time.perf_counter(), [], []
-    for clips, labels, rows in tqdm(device_batches(loader, device), total=len(loader), desc=title, leave=False):
+    started, parts = time.perf_counter(), []
+    for clips, labels, rows in device_batches(loader, device):
         output = model(normalize(to_float(clips)))
-        parts.append((output.logit, labels, rows, output.frame_logits, output.attention))
-        losses.append(total_loss(output, labels, criterion, frame_weight))
-    return scores_of(parts, losses, started, title)
+        parts.append(part_of(output, total_loss(output, labels, criterion, frame_weight), labels, rows))
+        if bar is not None:
+            bar.update()
+    return scores_of(parts, started, title)
+
+
+# %% [markdown]
+# **Several processes**, started by `torchrun`, train one model on as many GPUs, of one machine or more
+# (DistributedDataParallel). They start from equal weights, take equal shares of each batch, add up their gradients,
+# and normalise with the mean and variance of the whole batch, so that it makes no difference how many they are.
+
+
+# %%
+def join_processes(device: torch.device) -> None:
+    """Meet the other processes of torchrun, however long the first one needs to prepare the data.
+
+    Raises RuntimeError if some of them have a GPU and some have not.
+    """
+    if PROCESSES == 1 or dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(days=2)
+    )
+    atexit.register(dist.destroy_process_group)
+    kinds = [kind for kind in gathered(device.type) if kind == "cuda"]
+    if len(kinds) not in (0, PROCESSES):
+        raise RuntimeError(f"{PROCESSES} processes, but only {len(kinds)} of them have a usable GPU of their own")
+
+
+def gathered(value: object) -> list:
+    """The values of all processes, in the order of their ranks."""
+    if PROCESSES == 1:
+        return [value]
+    values = [None] * PROCESSES
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: object) -> object:
+    """The value that the first process has, in all of them."""
+    if PROCESSES == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes. Every summand has the sum of the gradients."""
+
+    @staticmethod
+    def forward(context: object, value: torch.Tensor) -> torch.Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: object, gradient: torch.Tensor) -> torch.Tensor:
+        return SumOverProcesses.forward(context, gradient)
+
+
+class SyncBatchNormCPU(nn.BatchNorm2d):
+    """What nn.SyncBatchNorm does on GPUs, for processes with equal shares of a batch on CPUs."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(images)
+        values = images.float()
+        mean = SumOverProcesses.apply(values.mean(dim=(0, 2, 3))) / PROCESSES
+        centred = values - mean[:, None, None]
+        variance = SumOverProcesses.apply(centred.square().mean(dim=(0, 2, 3))) / PROCESSES
+        count = PROCESSES * values[:, 0].numel()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(images.dtype)
+
+
+def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Make batch normalisation see the batches of all processes."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNormCPU
+    return model

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import sklearn.metrics as skm
 import torch
-from IPython.display import display
+from IPython.display import DisplayHandle, display
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -125,13 +125,16 @@ STYLE = {
 }
 
 
-def save_figure(figure: Figure, file: Path) -> None:
-    """Write a figure, show it in a notebook, and let go of it."""
+def save_figure(figure: Figure, file: Path, shown: DisplayHandle | None = None) -> DisplayHandle | None:
+    """Write a figure, show it in a notebook, and let go of it. Given what it returned, it shows the new one there."""
     with replacing(file) as partial_file:
         figure.savefig(partial_file, dpi=150)
-    if IN_NOTEBOOK:
-        display(figure)
+    if IN_NOTEBOOK and shown:
+        shown.update(figure)
+    elif IN_NOTEBOOK:
+        shown = display(figure, display_id=True)
     plt.close(figure)
+    return shown
 
 
 @plt.rc_context(STYLE)

@@ -7,13 +7,14 @@
 # On Kaggle name your dataset's folder in `DATA_DIR`, or leave it at `auto`.
 
 # %%
+import dataclasses
 import time
 from pathlib import Path
 
 import pandas as pd
 from IPython.display import display
 
-from cell_01_imports_and_setup import ENVIRONMENT
+from cell_01_imports_and_setup import ENVIRONMENT, RANK
 from cell_02_global_config import CONFIG
 from cell_03_data_processing import (
     ClipSettings,
@@ -31,6 +32,7 @@ from cell_03_data_processing import (
     save_csv,
     split_videos,
 )
+from cell_06_loss_and_utils import run_to_resume
 from cell_08_evaluation_functions import plot_samples, save_figure
 
 
@@ -39,7 +41,12 @@ def kinds_of(videos: pd.DataFrame) -> list[pd.Series]:
     return [videos.dataset, videos.label.map({0: "real", 1: "fake"}).rename("class"), videos.method]
 
 
+if RANK:
+    raise RuntimeError("torchrun is for cell_12_training_loop.py; run the cells after it with python")
 preparation_started = time.perf_counter()
+LAST_CHECKPOINT = CONFIG.work_dir / "models" / "last_checkpoint.pth"
+if CONFIG.RESUME and CONFIG.EPOCHS:
+    run_to_resume(LAST_CHECKPOINT, dataclasses.asdict(CONFIG))  # refuses other settings before anything is overwritten
 require_own_tables(CONFIG.work_dir / "data")
 for folder in ("data", "models", "results"):
     remove_partial_files(CONFIG.work_dir / folder)

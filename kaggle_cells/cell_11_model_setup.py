@@ -5,61 +5,66 @@
 # change the result must be the same then.
 
 # %%
-import dataclasses
-
 import torch
 from torch import nn
 
-from cell_01_imports_and_setup import ENVIRONMENT
+from cell_01_imports_and_setup import ENVIRONMENT, PROCESSES, RANK
 from cell_02_global_config import CONFIG, seed_everything
 from cell_05_model_definition import build_model, load_backbone_weights
-from cell_06_loss_and_utils import EarlyStopping, averaged, build_loss, data_fingerprint, settings_changed
-from cell_09_data_preparation import VIDEOS
-from cell_10_data_loaders import DEVICE, PRECISION
+from cell_06_loss_and_utils import EarlyStopping, averaged, build_loss, save_checkpoint
+from cell_07_training_functions import LossScaler, Trainer, synchronise_batch_norm
+from cell_10_data_loaders import DEVICE, LAST_CHECKPOINT, PRECISION, RESUME_FROM
 
-BEST_MODEL = CONFIG.work_dir / "models" / "best_model.pth"
-LAST_CHECKPOINT = CONFIG.work_dir / "models" / "last_checkpoint.pth"
-RUN_SETTINGS = {**dataclasses.asdict(CONFIG), "DATA": data_fingerprint(VIDEOS)}
+BEST_MODEL = LAST_CHECKPOINT.with_name("best_model.pth")
 
 seed_everything(CONFIG.SEED)
-model = build_model(CONFIG)
+MODEL = build_model(CONFIG)
+NEVER_TRAINED_ON, WEIGHTS_ORIGIN = set(CONFIG.HOLDOUT_METHODS), "those of the first process"
 if CONFIG.CHECKPOINT:
     start = torch.load(CONFIG.CHECKPOINT, map_location="cpu", weights_only=True)
-    model.load_state_dict(start["model"])
-    NEVER_TRAINED_ON = set(start["config"]["HOLDOUT_METHODS"])
+    MODEL.load_state_dict(start["model"])
+    trained_without = set(start["config"]["HOLDOUT_METHODS"])
+    NEVER_TRAINED_ON = trained_without & NEVER_TRAINED_ON if CONFIG.EPOCHS else trained_without
     WEIGHTS_ORIGIN = f"checkpoint {CONFIG.CHECKPOINT}"
+elif RANK == 0:
+    WEIGHTS_ORIGIN = load_backbone_weights(MODEL.backbone, CONFIG.BACKBONE, CONFIG.PRETRAINED, CONFIG.WEIGHTS_PATH)
+MODEL.to(DEVICE).precision = PRECISION
+if CONFIG.COMPILE and (PROCESSES > 1 or len(ENVIRONMENT.gpus) < 2):
+    MODEL.backbone.compile()
+elif CONFIG.COMPILE:
+    print("COMPILE is left out: DataParallel cannot use it, torchrun can (section 12).")
+if PROCESSES > 1:
+    synchronise_batch_norm(MODEL, DEVICE)
+    devices = [DEVICE] if DEVICE.type == "cuda" else None
+    PARALLEL_MODEL = nn.parallel.DistributedDataParallel(MODEL, devices, broadcast_buffers=False)
+elif len(ENVIRONMENT.gpus) > 1:
+    PARALLEL_MODEL = nn.DataParallel(MODEL, ENVIRONMENT.gpu_ids)
 else:
-    WEIGHTS_ORIGIN = load_backbone_weights(model.backbone, CONFIG.BACKBONE, CONFIG.PRETRAINED, CONFIG.WEIGHTS_PATH)
-    NEVER_TRAINED_ON = set(CONFIG.HOLDOUT_METHODS)
-if CONFIG.EPOCHS:
-    NEVER_TRAINED_ON &= set(CONFIG.HOLDOUT_METHODS)
-MODEL = model.to(DEVICE)
-MODEL.precision = PRECISION
+    PARALLEL_MODEL = MODEL
+
 AVERAGE = averaged(MODEL, CONFIG.EMA_DECAY)
 CRITERION = build_loss(CONFIG)
-OPTIMIZER = torch.optim.AdamW(
-    MODEL.parameters(), lr=CONFIG.LEARNING_RATE, weight_decay=CONFIG.WEIGHT_DECAY, fused=DEVICE.type == "cuda"
-)
+OPTIMIZER = torch.optim.AdamW(MODEL.parameters(), lr=CONFIG.LEARNING_RATE, weight_decay=CONFIG.WEIGHT_DECAY, fused=True)
 SCHEDULER = torch.optim.lr_scheduler.ReduceLROnPlateau(OPTIMIZER, factor=0.5, patience=CONFIG.LR_PATIENCE)
-SCALER = torch.amp.GradScaler("cuda", enabled=torch.float16 == PRECISION and DEVICE.type == "cuda")
+SCALER = LossScaler(DEVICE, PRECISION)
 STOPPER = EarlyStopping(CONFIG.PATIENCE)
+TRAINER = Trainer(PARALLEL_MODEL, CRITERION, OPTIMIZER, SCALER, CONFIG.FRAME_LOSS_WEIGHT, CONFIG.GRADIENT_CLIP, AVERAGE)
 RESUMABLE = {"model": MODEL, "optimizer": OPTIMIZER, "scheduler": SCHEDULER, "scaler": SCALER, "stopper": STOPPER}
 RESUMABLE |= {"average": AVERAGE} if AVERAGE is not None else {}
 HISTORY: list[dict] = []
+BEST: dict = {}
 
-if CONFIG.RESUME and CONFIG.EPOCHS and LAST_CHECKPOINT.exists():
-    saved_run = torch.load(LAST_CHECKPOINT, map_location="cpu", weights_only=True)
-    if changed := settings_changed(saved_run["settings"], RUN_SETTINGS):
-        raise ValueError(
-            f"{LAST_CHECKPOINT} comes from a run with other settings:\n  " + "\n  ".join(changed) + "\n"
-            "Put them back to go on with it, set RESUME=False to start again, or choose another WORK_DIR."
-        )
+if RESUME_FROM:
+    saved_run = torch.load(RESUME_FROM, map_location="cpu", weights_only=True)
     for name, part in RESUMABLE.items():
-        if saved_run[name]:  # the scaler's state is empty after epochs in another precision
+        if name != "scaler" or saved_run["precision"] == str(PRECISION):  # a scale found for fp16 is for fp16
             part.load_state_dict(saved_run[name])
-    HISTORY = saved_run["history"]
-    print(f"Going on after epoch {len(HISTORY)} of {LAST_CHECKPOINT}")
+    HISTORY, BEST = saved_run["history"], saved_run["best"]
+    WEIGHTS_ORIGIN = saved_run["initial_weights"]
+    if RANK == 0:
+        save_checkpoint(BEST_MODEL, BEST)
+    del saved_run
+    print(f"Going on after epoch {len(HISTORY)} of {RESUME_FROM}")
 
-PARALLEL_MODEL = nn.DataParallel(MODEL) if len(ENVIRONMENT.gpus) > 1 else MODEL
 parameters = sum(weight.numel() for weight in MODEL.parameters())
 print(f"{CONFIG.BACKBONE} + BiLSTM + attention: {parameters / 1e6:.1f} million parameters; weights: {WEIGHTS_ORIGIN}")

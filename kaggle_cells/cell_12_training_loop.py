@@ -3,60 +3,72 @@
 #
 # After each epoch the model is validated, and everything needed to go on is written down. The weights of the best
 # epoch are kept, with the temperature and the threshold that fit them.
+#
+# On a machine with several GPUs, all of them train one model with
+# `torchrun --nproc_per_node=4 kaggle_cells/cell_12_training_loop.py`, several times as fast as DataParallel can in a
+# notebook. Afterwards `python kaggle_cells/cell_14_results_summary.py` evaluates it.
 
 # %%
 import time
 
 import pandas as pd
+from tqdm.auto import tqdm
 
-from cell_01_imports_and_setup import STARTED
+from cell_01_imports_and_setup import PROCESSES, RANK, STARTED
 from cell_02_global_config import CONFIG, seed_everything
 from cell_03_data_processing import save_csv
-from cell_06_loss_and_utils import free_memory, model_file, save_checkpoint, unwrapped
-from cell_07_training_functions import train_one_epoch, validate
+from cell_04_dataset_class import PairDraws
+from cell_06_loss_and_utils import free_memory, model_file, previous_of, save_checkpoint, unwrapped
+from cell_07_training_functions import from_first, train_one_epoch, validate
 from cell_08_evaluation_functions import fit_temperature, fit_threshold, plot_history, probabilities, save_figure
-from cell_10_data_loaders import DEVICE, TRAIN_LOADER, TRAIN_SAMPLER, VAL_LOADER
+from cell_10_data_loaders import (
+    BATCH_SIZE_USED,
+    DEVICE,
+    LAST_CHECKPOINT,
+    PRECISION,
+    RUN_SETTINGS,
+    TEST_LOADER,
+    TRAIN_BATCHES,
+    TRAIN_LOADER,
+    VAL_LOADER,
+)
 from cell_11_model_setup import (
     AVERAGE,
+    BEST,
     BEST_MODEL,
     CRITERION,
     HISTORY,
-    LAST_CHECKPOINT,
+    MODEL,
     OPTIMIZER,
     PARALLEL_MODEL,
     RESUMABLE,
-    RUN_SETTINGS,
-    SCALER,
     SCHEDULER,
     STOPPER,
+    TRAINER,
+    WEIGHTS_ORIGIN,
 )
 
 HISTORY_FILE = CONFIG.work_dir / "results" / "training_history.csv"
-last_seconds = 0.0  # of this session's last epoch
+CURVES_FILE = HISTORY_FILE.with_suffix(".png")
+candidate = AVERAGE or (MODEL if PROCESSES > 1 else PARALLEL_MODEL)
+curves = None
+slowest, testing = HISTORY[-1]["seconds"] if HISTORY else 0.0, 0.0  # seconds that an epoch and the test will take
+if TRAINER.interrupted:
+    raise RuntimeError("Training was interrupted within an epoch: run section 11 again, it goes back to the last one")
+
 while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
-    if last_seconds and (time.time() - STARTED + 1.5 * last_seconds) / 3600 > CONFIG.TIME_BUDGET_HOURS:
-        print(f"Another epoch would pass TIME_BUDGET_HOURS = {CONFIG.TIME_BUDGET_HOURS}: run again to go on.")
+    if from_first(slowest > 0 and time.time() - STARTED + 1.1 * slowest + 2 * testing > CONFIG.time_budget):
+        print(f"Another epoch would pass the time budget of {CONFIG.time_budget / 3600:g} hours: run again to go on.")
         break
-    epoch = len(HISTORY) + 1
-    epoch_started = time.time()
-    seed_everything(CONFIG.SEED + epoch)  # an epoch's draws depend on its number alone, so a resumed run repeats them
-    TRAIN_SAMPLER.epoch = epoch
+    epoch, epoch_started = len(HISTORY) + 1, time.time()
+    seed_everything(CONFIG.SEED, epoch, RANK)  # an epoch's draws depend on its number alone, so resuming repeats them
+    draws = PairDraws(DEVICE, [CONFIG.SEED, epoch], RANK, PROCESSES)
+    TRAIN_BATCHES.set_epoch(epoch)
     learning_rate = OPTIMIZER.param_groups[0]["lr"]
-    trained = train_one_epoch(
-        PARALLEL_MODEL,
-        TRAIN_LOADER,
-        CRITERION,
-        OPTIMIZER,
-        SCALER,
-        DEVICE,
-        frame_weight=CONFIG.FRAME_LOSS_WEIGHT,
-        gradient_clip=CONFIG.GRADIENT_CLIP,
-        average=AVERAGE,
-        title=f"epoch {epoch}",
-    )
-    candidate = AVERAGE or PARALLEL_MODEL
-    validated = validate(candidate, VAL_LOADER, CRITERION, DEVICE, frame_weight=CONFIG.FRAME_LOSS_WEIGHT)
-    last_seconds = time.time() - epoch_started
+    with tqdm(total=len(TRAIN_LOADER) + len(VAL_LOADER), desc=f"epoch {epoch}", unit="batch", leave=False) as bar:
+        trained = train_one_epoch(TRAINER, TRAIN_LOADER, DEVICE, draws, epoch, bar)
+        weight = CONFIG.FRAME_LOSS_WEIGHT
+        validated = validate(candidate, VAL_LOADER, CRITERION, DEVICE, frame_weight=weight, bar=bar)
     is_best = STOPPER.update(epoch, validated.auc, validated.loss)
     SCHEDULER.step(validated.loss)
     HISTORY.append(
@@ -67,28 +79,40 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
             "val_loss": validated.loss,
             "val_auc": validated.auc,
             "learning_rate": learning_rate,
+            "skipped_steps": trained.skipped,
             "clips_per_second": len(trained.labels) / trained.seconds,
-            "seconds": last_seconds,
+            "seconds": time.time() - epoch_started,
             "best": is_best,
         }
     )
     if is_best:
         temperature = fit_temperature(validated.logits, validated.labels)
         threshold = fit_threshold(probabilities(validated.logits, temperature), validated.labels)
-        save_checkpoint(BEST_MODEL, model_file(unwrapped(candidate), CONFIG, temperature, threshold, HISTORY[-1]))
-    states = {name: part.state_dict() for name, part in RESUMABLE.items()}
-    save_checkpoint(LAST_CHECKPOINT, {**states, "history": HISTORY, "settings": RUN_SETTINGS})
-    save_csv(pd.DataFrame(HISTORY), HISTORY_FILE)
+        BEST |= model_file(unwrapped(candidate), CONFIG, temperature, threshold, HISTORY[-1])
+    if RANK == 0:
+        whole_run = {name: part.state_dict() for name, part in RESUMABLE.items()}
+        whole_run |= dict(epoch=epoch, history=HISTORY, best=BEST, settings=RUN_SETTINGS, precision=str(PRECISION))
+        whole_run |= dict(batch_size=BATCH_SIZE_USED, initial_weights=WEIGHTS_ORIGIN)
+        save_checkpoint(LAST_CHECKPOINT, whole_run, keep=previous_of(LAST_CHECKPOINT) if epoch > 1 else None)
+        if is_best:
+            save_checkpoint(BEST_MODEL, BEST)
+        save_csv(pd.DataFrame(HISTORY), HISTORY_FILE)
+        curves = save_figure(plot_history(pd.DataFrame(HISTORY)), CURVES_FILE, curves)
+    TRAINER.interrupted = False
+    slowest = max(slowest, time.time() - epoch_started)
+    testing = validated.seconds * len(TEST_LOADER) / len(VAL_LOADER)
     print(
         f"epoch {epoch:2}  loss {trained.loss:.4f}  val loss {validated.loss:.4f}  val AUC {validated.auc:.3f}"
-        f"{' *' if is_best else '  '}  lr {learning_rate:.0e}  {HISTORY[-1]['clips_per_second']:.1f} clips/s",
+        f"{' *' if is_best else '  '}  lr {learning_rate:.0e}  {HISTORY[-1]['clips_per_second']:.1f} clips/s"
+        + f"  {trained.skipped} steps skipped"
+        * bool(trained.skipped),
         flush=True,
     )
 free_memory()
 
 # %%
-if HISTORY:
+if HISTORY and RANK == 0:
     save_csv(pd.DataFrame(HISTORY), HISTORY_FILE)
-    save_figure(plot_history(pd.DataFrame(HISTORY)), CONFIG.work_dir / "results" / "training_history.png")
+    save_figure(plot_history(pd.DataFrame(HISTORY)), CURVES_FILE, curves)
     if STOPPER.should_stop:
         print(f"Stopped: none of the last {STOPPER.patience} epochs was better than {STOPPER.best_epoch}.")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from IPython.display import display
+from tqdm.auto import tqdm
 
 from cell_02_global_config import CONFIG
 from cell_03_data_processing import save_csv
@@ -37,7 +38,8 @@ MODEL_FILE = Path(CONFIG.CHECKPOINT) if CONFIG.EPOCHS == 0 else BEST_MODEL
 DETECTOR, MODEL_INFO = load_detector(MODEL_FILE, DEVICE)
 TEMPERATURE, THRESHOLD = MODEL_INFO["temperature"], MODEL_INFO["threshold"]
 
-tested = validate(DETECTOR, TEST_LOADER, CRITERION, DEVICE, title="test")
+with tqdm(total=len(TEST_LOADER), desc="test", unit="batch", leave=False) as bar:
+    tested = validate(DETECTOR, TEST_LOADER, CRITERION, DEVICE, title="test", bar=bar)
 PREDICTIONS = (
     SPLIT_TABLES["test"]
     .drop(columns=["split", "clip_file"])

@@ -55,6 +55,7 @@ results = {
     },
     "training": {
         "epochs": len(HISTORY),
+        "skipped_steps": sum(epoch["skipped_steps"] for epoch in HISTORY),
         "batch_size": BATCH_SIZE_USED,
         "precision": str(PRECISION or "torch.float32").removeprefix("torch."),
     },
