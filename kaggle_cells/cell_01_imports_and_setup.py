@@ -47,6 +47,13 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
 # A saved Kaggle version keeps every progress bar as it first appeared, at 0 %.
 if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch":
     os.environ.setdefault("TQDM_DISABLE", "1")
+# Of the processes that torchrun starts to train together, the first one prepares, writes and talks.
+RANK, LOCAL_RANK, PROCESSES = 0, 0, 1
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    RANK, LOCAL_RANK, PROCESSES = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+if RANK:
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    os.environ["TQDM_DISABLE"] = "1"
 
 import pandas as pd
 import psutil
@@ -56,13 +63,6 @@ from IPython.display import display
 STARTED = time.time()
 IN_NOTEBOOK = "__file__" not in globals()
 ON_KAGGLE = Path("/kaggle/working").is_dir()
-# Of the processes that torchrun starts to train together, the first one prepares, writes and talks.
-RANK, LOCAL_RANK, PROCESSES = 0, 0, 1
-if "TORCHELASTIC_RUN_ID" in os.environ:
-    RANK, LOCAL_RANK, PROCESSES = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-if RANK:
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    os.environ["TQDM_DISABLE"] = "1"
 
 # %% [markdown]
 # A GPU can be present and still useless: PyTorch lists a P100 as available, but recent builds hold no code for

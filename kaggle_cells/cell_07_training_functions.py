@@ -394,7 +394,7 @@ class SyncBatchNormCPU(nn.BatchNorm2d):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(images)
-        values = images.float()
+        values = images.to(self.running_mean.dtype)
         mean = SumOverProcesses.apply(values.mean(dim=(0, 2, 3))) / PROCESSES
         centred = values - mean[:, None, None]
         variance = SumOverProcesses.apply(centred.square().mean(dim=(0, 2, 3))) / PROCESSES

@@ -36,7 +36,7 @@ elif CONFIG.COMPILE:
 if PROCESSES > 1:
     synchronise_batch_norm(MODEL, DEVICE)
     devices = [DEVICE] if DEVICE.type == "cuda" else None
-    PARALLEL_MODEL = nn.parallel.DistributedDataParallel(MODEL, devices, broadcast_buffers=False)
+    PARALLEL_MODEL = nn.parallel.DistributedDataParallel(MODEL, devices)
 elif len(ENVIRONMENT.gpus) > 1:
     PARALLEL_MODEL = nn.DataParallel(MODEL, ENVIRONMENT.gpu_ids)
 else:

@@ -54,7 +54,7 @@ candidate = AVERAGE or (MODEL if PROCESSES > 1 else PARALLEL_MODEL)
 curves = None
 slowest, testing = HISTORY[-1]["seconds"] if HISTORY else 0.0, 0.0  # seconds that an epoch and the test will take
 if TRAINER.interrupted:
-    raise RuntimeError("Training was interrupted within an epoch: run section 11 again, it goes back to the last one")
+    raise RuntimeError("Training was interrupted within an epoch: run sections 10 and 11, to go back to its start")
 
 while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
     if from_first(slowest > 0 and time.time() - STARTED + 1.1 * slowest + 2 * testing > CONFIG.time_budget):

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -77,9 +78,76 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkey
     assert torch.load(file, weights_only=True) == {"epoch": 1} and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_checkpoint_reads_with_weights_only_and_any_changed_byte_is_seen(tmp_path):
+    file = tmp_path / "c.pth"
+    cell.save_checkpoint(file, {"weight": torch.arange(50.0), "history": [{"epoch": 1}]})
+    good = file.read_bytes()
+    assert cell.is_whole(file) and torch.load(file, weights_only=True)["weight"][7] == 7
+    for position in range(len(good)):
+        file.write_bytes(good[:position] + bytes([good[position] ^ 4]) + good[position + 1 :])
+        assert not cell.is_whole(file), position
+    for length in (0, 1, 64, len(good) // 2, len(good) - 1):
+        file.write_bytes(good[:length])
+        assert not cell.is_whole(file), length
+
+
+def checkpoints(folder: Path, *epochs: int, **settings: object) -> Path:
+    """A models folder after some epochs; returns where its last checkpoint is."""
+    last = folder / "last_checkpoint.pth"
+    for epoch in epochs:
+        cell.save_checkpoint(last, {"epoch": epoch, "settings": settings}, keep=cell.previous_of(last))
+    return last
+
+
+def epoch_in(file: Path) -> int:
+    return torch.load(file, weights_only=True)["epoch"]
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_which_is_never_overwritten_by_it(tmp_path, capsys):
+    last = checkpoints(tmp_path, 1, 2, 3, SEED=1)
+    assert cell.run_to_resume(last, {"SEED": 1}) == last and epoch_in(last) == 3
+    last.write_bytes(last.read_bytes()[:-100])
+    assert epoch_in(cell.run_to_resume(last, {"SEED": 1})) == 2
+    assert f"{last} is damaged" in capsys.readouterr().out
+    cell.save_checkpoint(last, {"epoch": 3, "settings": {"SEED": 1}}, keep=cell.previous_of(last))
+    assert epoch_in(last) == 3 and epoch_in(cell.previous_of(last)) == 2
+
+
+def test_a_kill_between_the_two_renames_leaves_the_one_before(tmp_path):
+    last = checkpoints(tmp_path, 1, 2, SEED=1)
+    last.unlink()
+    assert epoch_in(cell.run_to_resume(last, {"SEED": 1})) == 1
+
+
+def test_with_nothing_readable_there_is_nothing_to_go_on_from(tmp_path, capsys):
+    last = checkpoints(tmp_path, 1, SEED=1)
+    last.write_bytes(b"")
+    assert cell.run_to_resume(last, {"SEED": 1}) is None and "damaged" in capsys.readouterr().out
+    assert cell.run_to_resume(tmp_path / "none" / "last_checkpoint.pth", {"SEED": 1}) is None
+
+
+def test_on_kaggle_the_attached_run_of_these_settings_that_came_furthest_is_found(tmp_path, capsys):
+    own, inputs = tmp_path / "working" / "models" / "last_checkpoint.pth", tmp_path / "input"
+    checkpoints(inputs / "my-run" / "models", 1, 2, SEED=1)  # as Kaggle used to mount outputs
+    furthest = checkpoints(inputs / "notebooks" / "me" / "my-run" / "models", 1, 2, 3, SEED=1)  # as it does now
+    checkpoints(inputs / "other" / "models", 1, 2, 3, 4, SEED=2)
+    cell.previous_of(furthest).unlink()
+    found = cell.attached_checkpoints(inputs)
+    assert len(found) == 3 and cell.run_to_resume(own, {"SEED": 1}, found) == furthest
+    assert "other settings:\n  SEED: 2 then, 1 now" in capsys.readouterr().out
+    assert cell.run_to_resume(checkpoints(own.parent, 1, SEED=1), {"SEED": 1}, found) == own
+    with pytest.raises(ValueError, match="other settings:\n  SEED: 1 then, 5 now"):
+        cell.run_to_resume(own, {"SEED": 5}, found)
+
+
 def test_only_settings_that_shape_the_result_keep_a_run_from_going_on():
     saved = dataclasses.asdict(CONFIG)
-    assert cell.settings_changed(saved, {**saved, "EPOCHS": 99, "WORK_DIR": "elsewhere", "NUM_WORKERS": 7}) == []
+    assert (
+        cell.settings_changed(
+            saved, {**saved, "EPOCHS": 99, "WORK_DIR": "elsewhere", "NUM_WORKERS": 7, "COMPILE": True}
+        )
+        == []
+    )
     assert cell.settings_changed(saved, {**saved, "LEARNING_RATE": 0.5, "BACKBONE": "resnet18"}) == [
         "BACKBONE: 'resnet50' then, 'resnet18' now",
         "LEARNING_RATE: 0.0001 then, 0.5 now",
@@ -97,5 +165,9 @@ def test_the_fingerprint_of_the_data_ignores_where_it_is_mounted():
 
 def test_the_model_file_holds_no_paths_of_this_machine():
     config = dataclasses.replace(CONFIG, DATA_DIR="/home/me/data", WORK_DIR="/home/me/work")
-    content = cell.model_file(torch.nn.Linear(1, 1), config, 1.5, 0.4, {"epoch": 3, "val_auc": 0.9, "val_loss": 0.1})
+    model = torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(model.weight, 3)
+    content = cell.model_file(model, config, 1.5, 0.4, {"epoch": 3, "val_auc": 0.9, "val_loss": 0.1})
+    model.weight.data += 1
+    assert content["model"]["weight"].item() == 3  # a copy: it does not learn on
     assert "/home/me" not in str(content) and content["temperature"] == 1.5 and content["epoch"] == 3

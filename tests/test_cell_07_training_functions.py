@@ -1,20 +1,25 @@
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 import cell_07_training_functions as cell
 from cell_02_global_config import CONFIG
+from cell_04_dataset_class import PairDraws
 from cell_05_model_definition import Output
-from cell_06_loss_and_utils import FocalLoss
+from cell_06_loss_and_utils import FocalLoss, averaged
 
 CPU = torch.device("cpu")
 
 
 class Bright(Dataset):
     """Clips of 2 x 8 x 8 pixels whose label is their brightness."""
+
+    videos = tuple(f"video{row}.mp4" for row in range(21))
 
     def __len__(self):
         return 21
@@ -25,22 +30,41 @@ class Bright(Dataset):
 
 
 class Tiny(torch.nn.Module):
-    def __init__(self):
+    """A network without batch normalisation. `at` of its calls something happens: what `event` makes of the output."""
+
+    def __init__(self, at=(), event=None):
         super().__init__()
         self.linear = torch.nn.Linear(1, 1)
+        self.register_buffer("mean", torch.zeros(1))
+        self.calls, self.at, self.event = 0, at, event
 
     def forward(self, clips):
+        self.calls += 1
         frame_logits = self.linear(clips.mean(dim=(2, 3, 4))[..., None]).squeeze(-1)
+        if self.calls in self.at:
+            frame_logits = self.event(frame_logits)
+        if self.training:
+            self.mean.lerp_(frame_logits.detach().mean(), 0.1)
         return Output(frame_logits.mean(dim=1), frame_logits, torch.full_like(frame_logits, 0.5))
 
 
+def not_a_number(logits):
+    return logits * math.nan
+
+
+def trainer_of(model, precision=None, **options):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    return cell.Trainer(model, FocalLoss(0.0), optimizer, cell.LossScaler(CPU, precision), **options)
+
+
+def run_epoch(trainer, epoch=1, batch=4, **options):
+    draws = PairDraws(CPU, [epoch])
+    return cell.train_one_epoch(trainer, DataLoader(Bright(), batch), CPU, draws, epoch, **options)
+
+
 def trained(model, epochs=1, **options):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cuda", enabled=False)
-    loader = DataLoader(Bright(), 4)
-    return [
-        cell.train_one_epoch(model, loader, FocalLoss(0.0), optimizer, scaler, CPU, **options) for _ in range(epochs)
-    ]
+    trainer = trainer_of(model, **options)
+    return [run_epoch(trainer, epoch) for epoch in range(1, epochs + 1)]
 
 
 def test_training_lowers_the_loss_until_the_classes_are_separated():
@@ -57,18 +81,143 @@ def test_gradients_are_clipped():
     assert norm <= 1.001e-4
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run_with_advice():
+# Steps that are not finite
+
+
+def test_a_batch_that_is_not_finite_is_skipped_and_counted_and_changes_nothing():
+    torch.manual_seed(0)
+    model = Tiny(at=[3], event=not_a_number)
+    trainer = trainer_of(model, average=averaged(model, 0.5))
+    states = []
+    take_step = trainer.step
+
+    def step(*batch):
+        result = take_step(*batch)
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
+        return result
+
+    trainer.step = step
+    scores = run_epoch(trainer)
+    assert scores.skipped == 1 and math.isfinite(scores.loss) and len(scores.labels) == 17
+    assert all(torch.equal(states[2][name], states[1][name]) for name in states[1])
+    assert not torch.equal(states[3]["linear.weight"], states[2]["linear.weight"])
+    assert trainer.scaler.get_scale() == 1
+    assert all(value.isfinite().all() for value in trainer.average.state_dict().values())
+
+
+def test_an_infinite_loss_with_finite_gradients_is_skipped_too():
+    class Infinite(FocalLoss):
+        def forward(self, logits, targets):
+            return super().forward(logits, targets) + (math.inf if model.calls == 2 else 0)
+
+    torch.manual_seed(0)
     model = Tiny()
-    with torch.no_grad():
-        model.linear.weight.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="epoch 3: the loss is nan.*LEARNING_RATE"):
-        trained(model, title="epoch 3")
+    trainer = trainer_of(model)
+    trainer.criterion = Infinite(0.0)
+    assert run_epoch(trainer).skipped == 1 and model.linear.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16])
+def test_a_stream_of_batches_that_are_not_finite_ends_the_run_and_names_the_place(precision):
+    model = Tiny(at=range(2, 99), event=not_a_number)
+    with pytest.raises(FloatingPointError) as caught:
+        run_epoch(trainer_of(model, precision), epoch=3)
+    words = str(caught.value)
+    assert "epoch 3, step 6" in words and "Loss nan" in words and "loss scale" in words and "LEARNING_RATE" in words
+    assert "video20.mp4" in words and "video19.mp4" not in words
+
+
+def test_bad_steps_are_counted_across_epochs_of_few_steps():
+    trainer = trainer_of(Tiny(at=[1, 2, 4, 5, 6, 7, 8], event=not_a_number))
+    assert run_epoch(trainer, 1, batch=7).skipped == 2
+    with pytest.raises(FloatingPointError, match="epoch 2: the loss of every step is nan"):
+        run_epoch(trainer, 2, batch=7)
+    trainer = trainer_of(Tiny(at=[4, 5, 6, 7, 8], event=not_a_number))
+    assert run_epoch(trainer, 1, batch=6).skipped == 1
+    with pytest.raises(FloatingPointError, match="epoch 2, step 4: step 5 in a row"):
+        run_epoch(trainer, 2, batch=6)
+
+
+def test_gradients_too_large_for_fp16_lower_the_scale_and_are_no_error():
+    torch.manual_seed(0)
+    model = Tiny()
+    trainer = trainer_of(model, torch.float16)
+    model.linear.weight.register_hook(
+        lambda gradient: gradient * (math.inf if trainer.scaler.get_scale() > 2**7 else 1)
+    )
+    scores = [run_epoch(trainer, epoch) for epoch in (1, 2, 3)]
+    assert [epoch.skipped for epoch in scores] == [6, 3, 0] and trainer.scaler.get_scale() == 2**7
+    assert trainer_of(Tiny()).scaler.get_scale() == 1
+
+
+# Memory
+
+
+def out_of_memory_above(most):
+    class Greedy(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.sizes = []
+
+        def forward(self, clips):
+            self.sizes.append(len(clips))
+            if len(clips) > most:
+                self.mean += 100  # a failed attempt leaves its traces
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return super().forward(clips)
+
+    return Greedy
+
+
+@pytest.mark.parametrize(("most", "micro_batch"), [(3, 2), (1, 1)])
+def test_when_memory_runs_out_the_batch_stays_and_so_does_what_is_learned(most, micro_batch, capsys):
+    torch.manual_seed(0)
+    plain = Tiny()
+    greedy = out_of_memory_above(most)()
+    greedy.load_state_dict(plain.state_dict())
+    expected = run_epoch(trainer_of(plain, frame_weight=0.5, gradient_clip=1.0))
+    trainer = trainer_of(greedy, frame_weight=0.5, gradient_clip=1.0)
+    scores = run_epoch(trainer)
+    assert trainer.micro_batch == micro_batch and max(greedy.sizes[3:]) == micro_batch
+    assert torch.allclose(greedy.linear.weight, plain.linear.weight, atol=1e-6) and greedy.mean.abs() < 10
+    assert scores.loss == pytest.approx(expected.loss) and np.allclose(scores.logits, expected.logits, atol=1e-5)
+    assert "Memory ran out with 4 clips at once" in capsys.readouterr().out
+
+
+def test_when_not_even_one_clip_fits_the_error_says_what_to_do():
+    with pytest.raises(RuntimeError, match="memory ran out with 1 clips at once. Set GRADIENT_CHECKPOINTING"):
+        run_epoch(trainer_of(out_of_memory_above(0)()))
+
+
+def test_another_error_of_the_network_is_not_taken_for_a_lack_of_memory():
+    def broken(logits):
+        raise RuntimeError("shapes do not agree")
+
+    model = Tiny(at=[1], event=broken)
+    with pytest.raises(RuntimeError, match="shapes do not agree"):
+        run_epoch(trainer_of(model))
+    assert model.calls == 1
+
+
+def test_the_progress_bar_shows_loss_auc_rate_speed_and_memory():
+    with tqdm(total=6, disable=False, file=io.StringIO()) as bar:
+        run_epoch(trainer_of(Tiny(at=[2], event=not_a_number)), bar=bar)
+        assert bar.n == 6
+        for word in ("loss=", "AUC=", "lr=1e-01", "clips/s=", "GiB", "skipped=1"):
+            assert word in bar.postfix
+
+
+# Validation, and the rest
 
 
 def test_validation_scores_every_clip_once_in_order_whatever_the_batch_size():
     torch.manual_seed(0)
     model = Tiny()
     found = [cell.validate(model, DataLoader(Bright(), size), FocalLoss(2.0), CPU) for size in (1, 4, 21)]
+    with torch.no_grad():
+        spoilt = Tiny(at=[1], event=not_a_number)
+    with pytest.raises(FloatingPointError, match="validation: the loss is nan.*LEARNING_RATE"):
+        cell.validate(spoilt, DataLoader(Bright(), 4), FocalLoss(2.0), CPU)
     for scores in found:
         assert scores.rows.tolist() == list(range(21)) and scores.labels.sum() == 10
         assert np.allclose(scores.logits, found[0].logits) and scores.loss == pytest.approx(found[0].loss)

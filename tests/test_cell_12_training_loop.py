@@ -1,0 +1,300 @@
+"""Training that is killed, runs out of memory or is shared by several processes ends as if nothing had happened."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import ROOT, script
+
+CI = yaml.safe_load((ROOT / "notebooks" / "params" / "ci.yaml").read_text(encoding="utf-8"))
+TIMES = ["seconds", "clips_per_second"]
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+SECTION_12 = "import cell_12_training_loop"
+
+
+@pytest.fixture(scope="module")
+def shared(finished_run):
+    """Parameters of four epochs on the clips that are there already: three batches an epoch."""
+    videos, cache = finished_run.folder / "demo_videos_42", finished_run.folder / "cache"
+    return {
+        **CI,
+        "DATA_DIR": videos,
+        "CACHE_DIR": cache,
+        "EPOCHS": 4,
+        "EMA_DECAY": 0.9,
+        "BACKBONE": "shufflenet_v2_x0_5",
+    }
+
+
+def run(folder: Path, parameters: dict, program: str = SECTION_12, start: tuple = (), expect: int = 0) -> str:
+    """Run a program that has the cells to import, in a folder of its own; returns what it printed."""
+    folder.mkdir(exist_ok=True)
+    preamble = f"import os, signal, sys\nsys.path.insert(0, {str(ROOT / 'kaggle_cells')!r})\n"
+    (folder / "program.py").write_text(preamble + program)
+    settings = script("", folder, **parameters)
+    settings["args"] = [sys.executable, *start, str(folder / "program.py")]
+    done = subprocess.run(**settings, capture_output=True, text=True, timeout=300)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def history(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "results" / "training_history.csv").drop(columns=TIMES)
+
+
+def checkpoint(folder: Path) -> dict:
+    return torch.load(folder / "models" / "last_checkpoint.pth", weights_only=True)
+
+
+def flat(value: object, name: str = "") -> dict[str, object]:
+    """The leaves of nested dicts and lists, without times."""
+    if isinstance(value, (dict, list)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, part in items if key not in TIMES for k, v in flat(part, f"{name}/{key}").items()}
+    return {name: value}
+
+
+def same_end(first: Path, second: Path) -> None:
+    """Bit for bit: history, weights, average, optimizer, scheduler, and the best model."""
+    assert history(first).equals(history(second))
+    one, two = flat(checkpoint(first)), flat(checkpoint(second))
+    assert one.keys() == two.keys() and any("average" in name for name in one)
+    for name, value in one.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, two[name]), name
+        elif "settings" not in name:
+            assert value == two[name], name
+    models = [torch.load(folder / "models" / "best_model.pth", weights_only=True) for folder in (first, second)]
+    assert all(torch.equal(models[0]["model"][name], value) for name, value in models[1]["model"].items())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shared, tmp_path_factory) -> Path:
+    """Four epochs at once."""
+    folder = tmp_path_factory.mktemp("training") / "whole"
+    run(folder, shared)
+    assert len(history(folder)) == 4 and checkpoint(folder)["epoch"] == 4
+    return folder
+
+
+def at_step(number: int, event: str) -> str:
+    """A program in which something happens instead of one of the training's steps."""
+    return f"""
+import cell_07_training_functions as cell
+steps, take_step = [], cell.Trainer.step
+def step(self, *batch):
+    steps.append(batch)
+    if len(steps) == {number}:
+        {event}
+    return take_step(self, *batch)
+cell.Trainer.step = step
+"""
+
+
+# Killed
+
+
+def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_to_the_identical_end(shared, uninterrupted, tmp_path):
+    run(tmp_path, shared, at_step(8, KILL) + SECTION_12, expect=-9)
+    assert checkpoint(tmp_path)["epoch"] == len(history(tmp_path)) == 2
+    assert "Going on after epoch 2" in run(tmp_path, shared)
+    same_end(uninterrupted, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("moment", "program"),
+    [
+        (
+            "half of it written",
+            f"""
+import torch
+save = torch.save
+def half(content, file):
+    save(content, file)
+    if content.get("epoch") == 3 and "optimizer" in content:
+        os.truncate(file, os.path.getsize(file) // 2)
+        {KILL}
+torch.save = half
+""",
+        ),
+        (
+            "the old one moved, the new one not yet in its place",
+            f"""
+replace = os.replace
+def between(source, target):
+    if os.path.basename(target) == "last_checkpoint.pth" and os.path.exists("models/previous_checkpoint.pth"):
+        {KILL}
+    replace(source, target)
+os.replace = between
+""",
+        ),
+    ],
+)
+def test_a_run_killed_while_it_writes_its_checkpoint_goes_on_from_a_good_one(
+    shared, uninterrupted, tmp_path, moment, program
+):
+    run(tmp_path, shared, program + SECTION_12, expect=-9)
+    assert "Going on after epoch" in run(tmp_path, shared), moment
+    same_end(uninterrupted, tmp_path)
+    assert not list((tmp_path / "models").glob(".partial-*"))
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_used(shared, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "models" / "last_checkpoint.pth"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    output = run(tmp_path, shared)
+    assert "last_checkpoint.pth is damaged" in output and "Going on after epoch 3" in output
+    same_end(uninterrupted, tmp_path)
+
+
+def test_a_finished_run_is_not_repeated_and_its_best_model_is_restored(shared, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "models" / "best_model.pth").unlink()
+    output = run(tmp_path, shared)
+    assert "Going on after epoch 4" in output and "\nepoch " not in output
+    same_end(uninterrupted, tmp_path)
+
+
+def test_stopped_by_hand_in_a_notebook_training_asks_to_go_back_to_the_last_whole_epoch(
+    shared, uninterrupted, tmp_path
+):
+    program = (
+        at_step(8, "raise KeyboardInterrupt")
+        + """
+import importlib
+try:
+    import cell_12_training_loop
+except KeyboardInterrupt:
+    pass
+try:
+    import cell_12_training_loop
+except RuntimeError as error:
+    print(error)
+import cell_10_data_loaders, cell_11_model_setup
+importlib.reload(cell_10_data_loaders)
+importlib.reload(cell_11_model_setup)
+import cell_12_training_loop
+"""
+    )
+    output = run(tmp_path, shared, program)
+    assert "interrupted within an epoch: run sections 10 and 11" in output
+    assert "Going on after epoch 2" in output
+    same_end(uninterrupted, tmp_path)
+
+
+def test_on_kaggle_training_goes_on_from_an_attached_output(shared, uninterrupted, tmp_path):
+    attached = f"import cell_06_loss_and_utils as cell\ncell.attached_checkpoints = lambda: [{{}}]\n{SECTION_12}"
+    before = tmp_path / "before"
+    run(before, shared, at_step(11, KILL) + SECTION_12, expect=-9)
+    found = attached.format(f"__import__('pathlib').Path({str(before / 'models' / 'last_checkpoint.pth')!r})")
+    after = tmp_path / "after"
+    assert f"Going on after epoch 3 of {before}" in run(after, shared, found)
+    same_end(uninterrupted, after)
+
+
+# Settings
+
+
+def test_another_seed_gives_another_history(shared, uninterrupted, tmp_path):
+    run(tmp_path, {**shared, "EPOCHS": 1, "SEED": 43})
+    assert history(tmp_path).train_loss[0] != history(uninterrupted).train_loss[0]
+
+
+def test_other_settings_are_refused_before_anything_is_overwritten(shared, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.[cp][st][vh]")}
+    output = run(tmp_path, {**shared, "MAX_VIDEOS_PER_CLASS": 8, "LEARNING_RATE": 0.01}, expect=1)
+    assert "MAX_VIDEOS_PER_CLASS: 12 then, 8 now\n  LEARNING_RATE: 0.0003 then, 0.01 now" in output
+    assert len(before) > 5 and before == {file: file.stat().st_mtime_ns for file in before}
+
+
+def test_an_interrupted_run_without_time_for_another_epoch_ends_with_what_it_has(shared, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    output = run(tmp_path, {**shared, "EPOCHS": 5, "TIME_BUDGET_HOURS": 1e-6})
+    assert "Another epoch would pass the time budget" in output and len(history(tmp_path)) == 4
+
+
+def test_memory_that_runs_out_does_not_end_the_run(shared, tmp_path):
+    program = """
+import torch, cell_05_model_definition as cell
+forward = cell.DeepfakeDetector.forward
+def greedy(self, clips):
+    if self.training and len(clips) > 2:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    return forward(self, clips)
+cell.DeepfakeDetector.forward = greedy
+"""
+    output = run(tmp_path, {**shared, "EPOCHS": 2}, program + SECTION_12)
+    assert output.count("Memory ran out with 4 clips at once") == 1 and len(history(tmp_path)) == 2
+
+
+# Several processes
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def test_two_processes_train_as_one_and_validate_every_clip_once(finished_run, shared, tmp_path):
+    """Five clips to validate, which do not divide by two."""
+    tables = [finished_run.table(f"data/{name}.csv") for name in ("train", "val", "test")]
+    manifest = pd.concat([tables[0], tables[1].iloc[:5], tables[2]])
+    manifest[["path", "label", "method", "group", "split"]].to_csv(tmp_path / "videos.csv", index=False)
+    parameters = {**shared, "DATA_DIR": tmp_path / "videos.csv", "EPOCHS": 3, "DROPOUT": 0.0, "LEARNING_RATE": 1e-5}
+    program = f"{SECTION_12} as cell\nprint('validated', cell.validated.rows.tolist(), os.listdir('models'))\n"
+    outputs = [run(tmp_path / name, parameters, program, start) for name, start in (("one", ()), ("two", TORCHRUN))]
+    assert all("validated [0, 1, 2, 3, 4] " in output for output in outputs)
+    assert "Batches of 4 clips, shared by 2 processes" in outputs[1] and outputs[1].count("videos taken") == 1
+    one, two = (history(tmp_path / name) for name in ("one", "two"))
+    for column in ("val_loss", "val_auc", "train_loss", "train_auc"):
+        assert two[column].to_numpy() == pytest.approx(one[column].to_numpy(), abs=1e-3), column
+    weights = [torch.load(tmp_path / name / "models" / "best_model.pth", weights_only=True) for name in ("one", "two")]
+    assert weights[0]["model"].keys() == weights[1]["model"].keys()
+
+
+def test_processes_compute_the_gradients_and_statistics_of_one_to_the_last_digits(tmp_path):
+    """In double precision, where rounding cannot hide or make a difference."""
+    program = """
+import dataclasses, torch
+from torch import nn
+from cell_02_global_config import CONFIG, seed_everything
+from cell_05_model_definition import build_model
+from cell_06_loss_and_utils import FocalLoss
+from cell_01_imports_and_setup import PROCESSES, RANK
+from cell_07_training_functions import LossScaler, Trainer, join_processes, synchronise_batch_norm
+small = dict(BACKBONE="resnet18", LSTM_HIDDEN=16, ATTENTION_HEADS=2, DROPOUT=0.0, IMAGE_SIZE=64)
+small |= dict(GRADIENT_CHECKPOINTING=True)
+seed_everything(1)
+model, cpu = build_model(dataclasses.replace(CONFIG, **small)).double().train(), torch.device("cpu")
+join_processes(cpu)
+parallel = nn.parallel.DistributedDataParallel(synchronise_batch_norm(model, cpu)) if PROCESSES > 1 else model
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+trainer = Trainer(parallel, FocalLoss(2.0), optimizer, LossScaler(cpu, None), frame_weight=0.5)
+share = 4 // PROCESSES
+for step in range(3):
+    clips, labels = torch.randn(4, 2, 3, 64, 64, dtype=torch.double), torch.tensor([0.0, 1, 0, 1]).double()
+    trainer.step(clips[RANK * share :][:share], labels[RANK * share :][:share])
+if RANK == 0:
+    torch.save(model.state_dict(), "weights.pth")
+"""
+    for name, start in (("one", ()), ("two", TORCHRUN)):
+        run(tmp_path / name, {}, program, start)
+    one, two = (torch.load(tmp_path / name / "weights.pth", weights_only=True) for name in ("one", "two"))
+    assert all(torch.allclose(two[name], value, rtol=0, atol=1e-11) for name, value in one.items())
+
+
+def test_a_batch_that_processes_cannot_share_ends_all_of_them_with_the_reason(shared, tmp_path):
+    output = run(tmp_path, {**shared, "BATCH_SIZE": 3}, start=TORCHRUN, expect=1)
+    assert "BATCH_SIZE = 3 cannot be shared equally by 2 processes" in output
+
+
+def test_the_cells_after_training_are_not_for_torchrun(shared, tmp_path):
+    output = run(tmp_path, {**shared, "EPOCHS": 1}, "import cell_13_model_evaluation", TORCHRUN, expect=1)
+    assert "torchrun is for cell_12_training_loop.py" in output
