@@ -5,6 +5,7 @@
 # normalisation, runs on whole batches on the device: the GPU has time for it, four CPU cores have not.
 
 # %%
+import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -109,9 +110,15 @@ def to_float(clips: torch.Tensor) -> torch.Tensor:
     return clips.permute(0, 1, 4, 2, 3).float() / 255
 
 
+@functools.cache  # sending them to a GPU for each batch would make the CPU wait for it
+def imagenet_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean, std
+
+
 def normalize(clips: torch.Tensor) -> torch.Tensor:
     """Clips (B, T, 3, S, S) in 0..1 with ImageNet's mean and deviation taken out, as the backbones expect."""
-    mean, std = (torch.tensor(v, device=clips.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = imagenet_statistics(clips.device)
     return (clips - mean) / std
 
 

@@ -5,9 +5,11 @@
 # drown the few hard ones.
 
 # %%
+import copy
 import dataclasses
 import gc
 import hashlib
+import itertools
 import math
 import os
 from collections.abc import Iterable
@@ -17,7 +19,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cell_02_global_config import Config
 from cell_03_data_processing import replacing
@@ -74,9 +75,29 @@ class EarlyStopping:
         self.best, self.best_epoch, self.waited = tuple(state["best"]), state["best_epoch"], state["waited"]
 
 
-def averaged(model: nn.Module, decay: float) -> AveragedModel | None:
-    """An exponential moving average of the weights and running statistics, or None for decay 0."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+class WeightAverage(nn.Module):
+    """The running mean of a network's weights and statistics, after each step: of all steps while they are few, then
+    exponential with `decay`. Unlike torch's AveragedModel it never makes the CPU wait for the GPU."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.module, self.decay = copy.deepcopy(model).requires_grad_(False), decay
+        self.register_buffer("steps", torch.zeros((), device=next(model.parameters()).device))
+
+    def forward(self, clips: torch.Tensor) -> tuple:
+        return self.module(clips)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights of `model` as they are now."""
+        self.steps += 1
+        share = (1 / self.steps).clamp(min=1 - self.decay)
+        own, theirs = (itertools.chain(network.parameters(), network.buffers()) for network in (self.module, model))
+        for mean, value in zip(own, theirs, strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(value, share.to(mean.dtype))
+            else:
+                mean.copy_(value)
 
 
 # %% [markdown]
@@ -200,7 +221,7 @@ def model_file(model: nn.Module, config: Config, temperature: float, threshold: 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network itself, out of what trains it on several devices, or an average."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, WeightAverage)
     return unwrapped(model.module) if isinstance(model, wrappers) else model
 
 

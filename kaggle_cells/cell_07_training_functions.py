@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from sklearn.metrics import roc_auc_score
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -27,7 +26,7 @@ from cell_01_imports_and_setup import PROCESSES
 from cell_02_global_config import Config
 from cell_04_dataset_class import PairDraws, augment, normalize, to_float
 from cell_05_model_definition import Output, build_model
-from cell_06_loss_and_utils import free_memory
+from cell_06_loss_and_utils import WeightAverage, free_memory
 
 LOOK_EVERY = 10  # steps between two looks at the loss, each of which makes the CPU wait for the GPU
 BAD_STEPS = 5  # so many in a row that are not finite end the run
@@ -148,7 +147,7 @@ class Trainer:
     scaler: LossScaler
     frame_weight: float = 0.0
     gradient_clip: float = 0.0
-    average: AveragedModel | None = None
+    average: WeightAverage | None = None
     micro_batch: int | None = None
     interrupted: bool = False
     bad_in_a_row: int = 0
@@ -180,7 +179,7 @@ class Trainer:
         for buffer, kept in zip(buffers, before, strict=True):
             buffer.copy_(torch.where(finite, buffer, kept))
         if self.average is not None:
-            self.average.update_parameters(self.model)
+            self.average.update(self.model)
         return output, loss, norm
 
     def accumulate(self, clips: torch.Tensor, labels: torch.Tensor) -> tuple[Output, torch.Tensor]:
@@ -256,6 +255,11 @@ def scores_of(parts: list[Part], started: float, title: str, skipped: int = 0) -
         raise FloatingPointError(f"{title}: the loss is {loss}. {NOT_FINITE_ADVICE}")
     seconds = time.perf_counter() - started
     return Scores(loss, area(labels, logits), logits, labels, rows, frame_logits, attention, seconds, skipped)
+
+
+def progress(title: str, *loaders: DataLoader) -> tqdm:
+    """A bar for all batches of these loaders; close it, or use it in `with`."""
+    return tqdm(total=sum(map(len, loaders)), desc=title, unit="batch", leave=False)
 
 
 def memory_in_use(device: torch.device) -> float:

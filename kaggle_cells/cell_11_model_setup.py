@@ -11,7 +11,7 @@ from torch import nn
 from cell_01_imports_and_setup import ENVIRONMENT, PROCESSES, RANK
 from cell_02_global_config import CONFIG, seed_everything
 from cell_05_model_definition import build_model, load_backbone_weights
-from cell_06_loss_and_utils import EarlyStopping, averaged, build_loss, save_checkpoint
+from cell_06_loss_and_utils import EarlyStopping, WeightAverage, build_loss, save_checkpoint
 from cell_07_training_functions import LossScaler, Trainer, synchronise_batch_norm
 from cell_10_data_loaders import DEVICE, LAST_CHECKPOINT, PRECISION, RESUME_FROM
 
@@ -42,7 +42,7 @@ elif len(ENVIRONMENT.gpus) > 1:
 else:
     PARALLEL_MODEL = MODEL
 
-AVERAGE = averaged(MODEL, CONFIG.EMA_DECAY)
+AVERAGE = WeightAverage(MODEL, CONFIG.EMA_DECAY) if CONFIG.EMA_DECAY else None
 CRITERION = build_loss(CONFIG)
 OPTIMIZER = torch.optim.AdamW(MODEL.parameters(), lr=CONFIG.LEARNING_RATE, weight_decay=CONFIG.WEIGHT_DECAY, fused=True)
 SCHEDULER = torch.optim.lr_scheduler.ReduceLROnPlateau(OPTIMIZER, factor=0.5, patience=CONFIG.LR_PATIENCE)

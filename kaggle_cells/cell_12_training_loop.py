@@ -12,14 +12,13 @@
 import time
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from cell_01_imports_and_setup import PROCESSES, RANK, STARTED
 from cell_02_global_config import CONFIG, seed_everything
 from cell_03_data_processing import save_csv
 from cell_04_dataset_class import PairDraws
 from cell_06_loss_and_utils import free_memory, model_file, previous_of, save_checkpoint, unwrapped
-from cell_07_training_functions import from_first, train_one_epoch, validate
+from cell_07_training_functions import from_first, progress, train_one_epoch, validate
 from cell_08_evaluation_functions import fit_temperature, fit_threshold, plot_history, probabilities, save_figure
 from cell_10_data_loaders import (
     BATCH_SIZE_USED,
@@ -65,7 +64,7 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
     draws = PairDraws(DEVICE, [CONFIG.SEED, epoch], RANK, PROCESSES)
     TRAIN_BATCHES.set_epoch(epoch)
     learning_rate = OPTIMIZER.param_groups[0]["lr"]
-    with tqdm(total=len(TRAIN_LOADER) + len(VAL_LOADER), desc=f"epoch {epoch}", unit="batch", leave=False) as bar:
+    with progress(f"epoch {epoch}", TRAIN_LOADER, VAL_LOADER) as bar:
         trained = train_one_epoch(TRAINER, TRAIN_LOADER, DEVICE, draws, epoch, bar)
         weight = CONFIG.FRAME_LOSS_WEIGHT
         validated = validate(candidate, VAL_LOADER, CRITERION, DEVICE, frame_weight=weight, bar=bar)

@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from IPython.display import display
-from tqdm.auto import tqdm
 
 from cell_02_global_config import CONFIG
 from cell_03_data_processing import save_csv
 from cell_05_model_definition import load_detector
-from cell_07_training_functions import validate
+from cell_07_training_functions import progress, validate
 from cell_08_evaluation_functions import (
     compute_metrics,
     metrics_by_method,
@@ -38,7 +37,7 @@ MODEL_FILE = Path(CONFIG.CHECKPOINT) if CONFIG.EPOCHS == 0 else BEST_MODEL
 DETECTOR, MODEL_INFO = load_detector(MODEL_FILE, DEVICE)
 TEMPERATURE, THRESHOLD = MODEL_INFO["temperature"], MODEL_INFO["threshold"]
 
-with tqdm(total=len(TEST_LOADER), desc="test", unit="batch", leave=False) as bar:
+with progress("test", TEST_LOADER) as bar:
     tested = validate(DETECTOR, TEST_LOADER, CRITERION, DEVICE, title="test", bar=bar)
 PREDICTIONS = (
     SPLIT_TABLES["test"]

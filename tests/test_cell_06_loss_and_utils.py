@@ -49,19 +49,21 @@ def test_early_stopping_survives_a_checkpoint(tmp_path):
     assert vars(again) == vars(stopper)
 
 
-def test_the_average_follows_weights_and_statistics():
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-    average = cell.averaged(model, 0.9)
-    average.update_parameters(model)
-    before = model[0].weight.detach().clone()
-    with torch.no_grad():
-        model[0].weight += 1
-        model[1].running_mean += 1
-    average.update_parameters(model)
-    inner = cell.unwrapped(average)
-    assert torch.allclose(inner[0].weight, before + 0.1)
-    assert torch.allclose(inner[1].running_mean, torch.full((2,), 0.1))
-    assert cell.averaged(model, 0.0) is None and cell.unwrapped(torch.nn.DataParallel(model)) is model
+def test_the_average_is_the_mean_of_few_steps_and_exponential_after_many():
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.BatchNorm1d(1))
+    average = cell.WeightAverage(model, 0.75)
+    expected = 0.0
+    for step, value in enumerate((4.0, 8.0, 3.0, 7.0, 1.0, 9.0), 1):
+        torch.nn.init.constant_(model[0].weight, value)
+        model[1].running_mean.fill_(-value)
+        model[1].num_batches_tracked.fill_(step)
+        average.update(model)
+        expected += max(1 / step, 0.25) * (value - expected)
+        inner = cell.unwrapped(average)
+        assert inner[0].weight.item() == pytest.approx(expected)
+        assert inner[1].running_mean.item() == pytest.approx(-expected) and inner[1].num_batches_tracked == step
+    assert not any(weight.requires_grad for weight in average.parameters())
+    assert cell.unwrapped(torch.nn.DataParallel(model)) is model
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -11,7 +12,7 @@ import cell_07_training_functions as cell
 from cell_02_global_config import CONFIG
 from cell_04_dataset_class import PairDraws
 from cell_05_model_definition import Output
-from cell_06_loss_and_utils import FocalLoss, averaged
+from cell_06_loss_and_utils import FocalLoss, WeightAverage
 
 CPU = torch.device("cpu")
 
@@ -87,7 +88,7 @@ def test_gradients_are_clipped():
 def test_a_batch_that_is_not_finite_is_skipped_and_counted_and_changes_nothing():
     torch.manual_seed(0)
     model = Tiny(at=[3], event=not_a_number)
-    trainer = trainer_of(model, average=averaged(model, 0.5))
+    trainer = trainer_of(model, average=WeightAverage(model, 0.5))
     states = []
     take_step = trainer.step
 
@@ -148,6 +149,42 @@ def test_gradients_too_large_for_fp16_lower_the_scale_and_are_no_error():
     scores = [run_epoch(trainer, epoch) for epoch in (1, 2, 3)]
     assert [epoch.skipped for epoch in scores] == [6, 3, 0] and trainer.scaler.get_scale() == 2**7
     assert trainer_of(Tiny()).scaler.get_scale() == 1
+
+
+class Waits(TorchDispatchMode):
+    """Collects the operations by which the CPU would wait for a GPU: reading a number, sending one over."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", [None, torch.float16])
+def test_nothing_in_a_training_step_waits_for_the_device(precision):
+    model = Tiny()
+    trainer = trainer_of(model, precision, gradient_clip=1.0, average=WeightAverage(model, 0.5))
+    draws, clips, labels = (
+        PairDraws(CPU, [0]),
+        torch.zeros(4, 2, 8, 8, 3, dtype=torch.uint8),
+        torch.tensor([0.0, 1, 0, 1]),
+    )
+
+    def step():
+        output, loss, _ = trainer.step(cell.normalize(cell.augment(cell.to_float(clips), draws)), labels)
+        return cell.part_of(output, loss, labels, torch.arange(4))
+
+    step()
+    with Waits() as waits:
+        step()
+    assert {"mean", "_fused_adamw_"} < waits.seen
+    assert not waits.seen & {"_local_scalar_dense", "lift_fresh", "nonzero", "equal", "masked_select", "_unique2"}
+    with waits:
+        run_epoch(trainer)
+    assert {"_local_scalar_dense", "lift_fresh"} & waits.seen  # the looks at the loss: they would be seen
 
 
 # Memory
