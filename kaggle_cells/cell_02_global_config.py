@@ -143,6 +143,8 @@ class Config:
         for name in ("CHECKPOINT", "WEIGHTS_PATH", "PREDICT_DIR"):
             if getattr(self, name) and not Path(getattr(self, name)).exists():
                 raise ValueError(f"{name} = {getattr(self, name)!r} does not exist (seen from {Path.cwd()})")
+        if self.COMPILE and self.GRADIENT_CHECKPOINTING:
+            raise ValueError("COMPILE and GRADIENT_CHECKPOINTING do not go together: turn one of them off")
         if self.EPOCHS == 0 and not self.CHECKPOINT:
             raise ValueError("EPOCHS = 0 trains nothing: name a trained model with CHECKPOINT, or train")
 

@@ -1,7 +1,7 @@
 # %% [markdown]
 # ## 7. One epoch of training, one of validation
 #
-# Both loops take batches that are already on the device. While one is computed, a thread reads the next one and
+# Both loops take batches that are already on the device. While the GPU computes one, a thread reads the next one and
 # sends it over. The loops never wait for a result, but every tenth step, to show where they are.
 
 # %%
@@ -34,7 +34,10 @@ NOT_FINITE_ADVICE = "Try a lower LEARNING_RATE, or AMP='off' to see whether half
 
 
 def device_batches(loader: DataLoader, device: torch.device) -> Iterator[list[torch.Tensor]]:
-    """The loader's batches on the device, always one ahead."""
+    """The loader's batches on the device, always one ahead (but on the CPU, which has nothing to do it with)."""
+    if device.type == "cpu":
+        yield from loader
+        return
 
     def fetch() -> list[torch.Tensor] | None:
         batch = next(batches, None)

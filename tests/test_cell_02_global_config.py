@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import papermill
 import pytest
@@ -37,6 +38,17 @@ def test_a_value_that_cannot_work_is_one_error_that_names_the_parameter(name, va
     with pytest.raises((TypeError, ValueError), match=says) as caught:
         changed(**{name: value})
     assert name in str(caught.value)
+
+
+def test_parameters_that_exclude_each_other_are_an_error():
+    with pytest.raises(ValueError, match="COMPILE and GRADIENT_CHECKPOINTING do not go together"):
+        changed(COMPILE=True, GRADIENT_CHECKPOINTING=True)
+
+
+def test_the_time_is_limited_on_kaggle_or_where_asked_for(monkeypatch):
+    assert changed().time_budget == math.inf and changed(TIME_BUDGET_HOURS=2).time_budget == 7200
+    monkeypatch.setattr(cell, "ON_KAGGLE", True)
+    assert changed().time_budget == 11 * 3600 and changed(TIME_BUDGET_HOURS=2).time_budget == 7200
 
 
 def test_whole_numbers_and_yaml_texts_do_for_fractional_parameters():

@@ -1,5 +1,6 @@
 import io
 import math
+import time
 
 import numpy as np
 import pytest
@@ -268,7 +269,29 @@ def test_validation_changes_nothing():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_an_error_while_reading_a_batch_reaches_the_caller():
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # as a GPU is, a meta device is not the CPU
+def test_every_batch_gets_to_the_device_in_order_and_is_read_one_ahead(device):
+    read = []
+
+    class Counting(Bright):
+        def __getitem__(self, row):
+            read.append(row)
+            return super().__getitem__(row)
+
+    batches = cell.device_batches(DataLoader(Counting(), 4), torch.device(device))
+    sizes = [[len(part) for part in next(batches)]]
+    if device == "meta":
+        while len(read) < 8:
+            time.sleep(0.01)
+    assert len(read) == {"cpu": 4, "meta": 8}[device]
+    for batch in batches:
+        assert all(part.device.type == device for part in batch)
+        sizes.append([len(part) for part in batch])
+    assert sizes == [[4] * 3] * 5 + [[1] * 3] and read == list(range(21))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_an_error_while_reading_a_batch_reaches_the_caller(device):
     class Broken(Bright):
         def __getitem__(self, row):
             if row == 9:
@@ -276,7 +299,7 @@ def test_an_error_while_reading_a_batch_reaches_the_caller():
             return super().__getitem__(row)
 
     with pytest.raises(OSError, match="clip 9 is gone"):
-        list(cell.device_batches(DataLoader(Broken(), 4), CPU))
+        list(cell.device_batches(DataLoader(Broken(), 4), torch.device(device)))
 
 
 def test_the_frame_loss_uses_the_clips_label():

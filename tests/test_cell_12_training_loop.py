@@ -222,6 +222,21 @@ def test_an_interrupted_run_without_time_for_another_epoch_ends_with_what_it_has
     assert "Another epoch would pass the time budget" in output and len(history(tmp_path)) == 4
 
 
+def test_training_stops_while_there_is_time_left_for_the_results(shared, tmp_path):
+    """Epochs of five minutes and a quarter of an hour: the third one would end on the last second."""
+    program = """
+import time, cell_07_training_functions as cell
+clock, passed, take_step = time.time, [], cell.Trainer.step
+time.time = lambda: clock() + 100 * len(passed)
+def step(self, *batch):
+    passed.append(batch)
+    return take_step(self, *batch)
+cell.Trainer.step = step
+"""
+    output = run(tmp_path, {**shared, "TIME_BUDGET_HOURS": 0.25}, program + SECTION_12)
+    assert "Another epoch would pass the time budget of 0.25 hours" in output and len(history(tmp_path)) == 2
+
+
 def test_memory_that_runs_out_does_not_end_the_run(shared, tmp_path):
     program = """
 import torch, cell_05_model_definition as cell
@@ -292,7 +307,7 @@ if RANK == 0:
 
 def test_a_batch_that_processes_cannot_share_ends_all_of_them_with_the_reason(shared, tmp_path):
     output = run(tmp_path, {**shared, "BATCH_SIZE": 3}, start=TORCHRUN, expect=1)
-    assert "BATCH_SIZE = 3 cannot be shared equally by 2 processes" in output
+    assert "Batches of" not in output and "BATCH_SIZE = 3 cannot be shared equally by 2 processes" in output
 
 
 def test_the_cells_after_training_are_not_for_torchrun(shared, tmp_path):
