@@ -44,16 +44,14 @@ from pathlib import Path
 # A damaged video makes FFmpeg and OpenCV print lines that do not name it; skipped.csv does, with the reason.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
-# A saved Kaggle version keeps every progress bar as it first appeared, at 0 %.
-if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch":
-    os.environ.setdefault("TQDM_DISABLE", "1")
 # Of the processes that torchrun starts to train together, the first one prepares, writes and talks.
 RANK, LOCAL_RANK, PROCESSES = 0, 0, 1
 if "TORCHELASTIC_RUN_ID" in os.environ:
     RANK, LOCAL_RANK, PROCESSES = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 if RANK:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    os.environ["TQDM_DISABLE"] = "1"
+# A saved notebook keeps every progress bar as it first appeared, at 0 %.
+NO_BARS = RANK > 0 or "TQDM_DISABLE" in os.environ or os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch"
 
 import pandas as pd
 import psutil

@@ -34,7 +34,7 @@ LSTM_LAYERS: int = 1  # layers of the LSTM
 ATTENTION_HEADS: int = 8  # heads of the self-attention; must divide 2 * LSTM_HIDDEN
 DROPOUT: float = 0.5  # before the classifier
 GRADIENT_CHECKPOINTING: bool = False  # compute the backbone's blocks twice: less memory, more time
-COMPILE: bool = False  # torch.compile the backbone: minutes at the start, for steps that may be faster
+COMPILE: bool = False  # torch.compile the backbone: slow at the start, then perhaps faster; see the benchmark
 # Training
 EPOCHS: int = 25  # upper bound; early stopping usually ends sooner
 BATCH_SIZE: int = 0  # clips a step, of all devices together; 0: up to 8 for each GPU, fewer where memory is short
@@ -70,7 +70,7 @@ import numpy as np
 import torch
 import yaml
 
-from cell_01_imports_and_setup import IN_NOTEBOOK, ON_KAGGLE
+from cell_01_imports_and_setup import IN_NOTEBOOK, ON_KAGGLE, PROCESSES
 
 
 def between(low: float, high: float) -> dataclasses.Field:
@@ -145,6 +145,8 @@ class Config:
                 raise ValueError(f"{name} = {getattr(self, name)!r} does not exist (seen from {Path.cwd()})")
         if self.COMPILE and self.GRADIENT_CHECKPOINTING:
             raise ValueError("COMPILE and GRADIENT_CHECKPOINTING do not go together: turn one of them off")
+        if self.BATCH_SIZE % PROCESSES:
+            raise ValueError(f"BATCH_SIZE = {self.BATCH_SIZE} is no multiple of {PROCESSES}, the number of processes")
         if self.EPOCHS == 0 and not self.CHECKPOINT:
             raise ValueError("EPOCHS = 0 trains nothing: name a trained model with CHECKPOINT, or train")
 
@@ -173,6 +175,10 @@ class Config:
     def time_budget(self) -> float:
         """Seconds for the whole run."""
         return 3600 * (self.TIME_BUDGET_HOURS or (11 if ON_KAGGLE else math.inf))
+
+    @property
+    def last_checkpoint(self) -> Path:
+        return self.work_dir / "models" / "last_checkpoint.pth"
 
     @property
     def cache_dir(self) -> Path:

@@ -33,7 +33,7 @@ import psutil
 import torch
 from tqdm.auto import tqdm
 
-from cell_01_imports_and_setup import ensure_package
+from cell_01_imports_and_setup import NO_BARS, ensure_package
 from cell_02_global_config import Config
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
@@ -881,7 +881,7 @@ def cache_clips(
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         jobs = {pool.submit(outcome, row.path): row.Index for row in videos.itertuples()}
-        with tqdm(as_completed(jobs), total=len(jobs), desc="videos to clips", unit="video", leave=False) as bar:
+        with tqdm(as_completed(jobs), total=len(jobs), desc="videos to clips", leave=False, disable=NO_BARS) as bar:
             for job in bar:
                 outcomes[jobs[job]] = job.result()
                 skipped += "reason" in job.result()
@@ -1031,6 +1031,6 @@ def make_demo_set(folder: Path, per_class: int, seed: int, workers: int) -> Path
 
     with ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(make, number) for number in range(per_class)]
-        for job in tqdm(as_completed(jobs), total=per_class, desc="demo set", unit="pair", leave=False):
+        for job in tqdm(as_completed(jobs), total=per_class, desc="demo set", leave=False, disable=NO_BARS):
             job.result()
     return folder

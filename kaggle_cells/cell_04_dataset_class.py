@@ -61,7 +61,7 @@ class PairBatches(Sampler[list[int]]):
 
     def __init__(self, table: pd.DataFrame, batch_size: int, seed: int, rank: int = 0, processes: int = 1) -> None:
         if batch_size % processes:
-            raise ValueError(f"BATCH_SIZE = {batch_size} cannot be shared equally by {processes} processes")
+            raise ValueError(f"batches of {batch_size} clips cannot be shared equally by {processes} processes")
         table = table.reset_index(drop=True)
         self.reals = table.index[table.label == 0].to_numpy()
         self.fakes = table.index[table.label == 1].to_numpy()

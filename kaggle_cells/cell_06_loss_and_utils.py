@@ -8,10 +8,12 @@
 import copy
 import dataclasses
 import gc
+import glob
 import hashlib
 import itertools
 import math
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -109,20 +111,37 @@ DOES_NOT_SHAPE_TRAINING = {
     *("DATA_DIR", "WORK_DIR", "CACHE_DIR", "PREDICT_DIR", "RESUME", "NUM_WORKERS", "TIME_BUDGET_HOURS"),
     *("EPOCHS", "PATIENCE", "GRADIENT_CHECKPOINTING", "COMPILE"),
 }
+FORMAT = 2  # of last_checkpoint.pth; another one cannot be gone on from
 SUMMED = 64  # characters of a SHA-256
+
+
+def checksum(file: Path, length: int) -> bytes:
+    """The SHA-256 of the first `length` bytes of a file."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while length > 0 and (block := stream.read(min(length, 2**20))):
+            digest.update(block)
+            length -= len(block)
+    return digest.hexdigest().encode()
 
 
 def save_checkpoint(file: Path, content: dict, keep: Path | None = None) -> None:
     """Write `content` so that `file` is always the old or the new one, never a part of it; the old one becomes `keep`.
 
     The SHA-256 of all bytes becomes the comment of the archive that torch makes: `is_whole` compares them.
+    Raises OSError, with the space that is left, if it cannot be written.
     """
     with replacing(file) as partial_file:
-        torch.save(content, partial_file)
+        try:
+            torch.save(content, partial_file)
+        except RuntimeError as error:  # as which torch reports a full disk
+            free = shutil.disk_usage(file.parent).free / 2**20
+            raise OSError(f"{file} cannot be written; {free:.0f} MiB are free there: {error}") from error
         with open(partial_file, "r+b") as stream:
-            whole = stream.read()[:-2] + SUMMED.to_bytes(2, "little")  # an archive ends with its comment's length
             stream.seek(-2, os.SEEK_END)
-            stream.write(whole[-2:] + hashlib.sha256(whole).hexdigest().encode())
+            stream.write(SUMMED.to_bytes(2, "little"))  # an archive ends with its comment's length, and the comment
+            stream.flush()
+            stream.write(checksum(partial_file, stream.tell()))
             stream.flush()
             os.fsync(stream.fileno())
         if keep and file.exists():
@@ -131,8 +150,10 @@ def save_checkpoint(file: Path, content: dict, keep: Path | None = None) -> None
 
 def is_whole(file: Path) -> bool:
     """Whether every byte of a checkpoint is as it was written."""
-    data = file.read_bytes()
-    return data[-SUMMED:] == hashlib.sha256(data[:-SUMMED]).hexdigest().encode()
+    length = file.stat().st_size - SUMMED
+    with open(file, "rb") as stream:
+        stream.seek(max(length, 0))
+        return length > 0 and stream.read() == checksum(file, length)
 
 
 def settings_changed(saved: dict, config: dict) -> list[str]:
@@ -152,14 +173,24 @@ def previous_of(checkpoint: Path) -> Path:
     return checkpoint.with_name("previous_checkpoint.pth")
 
 
+def peek(checkpoint: Path) -> dict:
+    """What a checkpoint holds, without reading its weights yet."""
+    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+
+
 def readable(checkpoint: Path) -> Path | None:
     """A checkpoint, or if it is missing or damaged the one before, or None. What is damaged is said."""
     for file in (checkpoint, previous_of(checkpoint)):
-        if file.exists():
-            if is_whole(file):
+        if file.is_file():
+            if is_whole(file) and {"settings", "epoch"} <= peek(file).keys():
                 return file
-            print(f"{file} is damaged and not used.")
+            print(f"{file} is damaged or no checkpoint: it is not used.")
     return None
+
+
+def run_settings(config: Config, videos: pd.DataFrame) -> dict:
+    """What must be the same for a run to go on."""
+    return {"FORMAT": FORMAT, **dataclasses.asdict(config), "DATA": data_fingerprint(videos)}
 
 
 def run_to_resume(checkpoint: Path, settings: dict, attached: Iterable[Path] = ()) -> Path | None:
@@ -167,35 +198,28 @@ def run_to_resume(checkpoint: Path, settings: dict, attached: Iterable[Path] = (
 
     Raises ValueError, with what differs, if the run's own comes from other settings; attached ones are passed over.
     """
-
-    def look(file: Path) -> tuple[list[str], int]:
-        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        return settings_changed(saved["settings"], settings), saved["epoch"]
-
     if own := readable(checkpoint):
-        if changed := look(own)[0]:
+        if changed := settings_changed(peek(own)["settings"], settings):
             raise ValueError(
                 f"{own} comes from a run with other settings:\n  " + "\n  ".join(changed) + "\n"
-                "Put them back to go on with it, set RESUME=False to start again, or choose another WORK_DIR."
+                "Put them back to go on with it, choose another WORK_DIR (or --output), or let RESUME=False replace it."
             )
         if own != checkpoint and checkpoint.exists():
             os.replace(own, checkpoint)  # the next one to be kept as the one before must not be the damaged one
         return checkpoint if checkpoint.exists() else own
-    fitting = {}
+    epochs = {}
     for file in filter(None, map(readable, attached)):
-        changed, epoch = look(file)
-        if changed:
+        if changed := settings_changed(peek(file)["settings"], settings):
             print(f"{file} is not gone on from, since it comes from other settings:\n  " + "\n  ".join(changed))
         else:
-            fitting[file] = epoch
-    return max(fitting, key=fitting.get, default=None)
+            epochs[file] = peek(file)["epoch"]
+    return max(epochs, key=epochs.get, default=None)
 
 
 def attached_checkpoints(inputs: Path = Path("/kaggle/input")) -> list[Path]:
     """Where outputs of earlier Kaggle sessions would have their checkpoint, in both of Kaggle's layouts."""
-    places = [place for depth in (1, 2, 3) for place in inputs.glob("*/" * depth) if place.is_dir()]
-    found = [file for place in places for file in place.glob("models/*_checkpoint.pth")]
-    return sorted({file.with_name("last_checkpoint.pth") for file in found})
+    patterns = (f"{inputs}/{'*/' * depth}models/*_checkpoint.pth" for depth in (1, 2, 3))
+    return sorted({Path(file).with_name("last_checkpoint.pth") for pattern in patterns for file in glob.glob(pattern)})
 
 
 def data_fingerprint(videos: pd.DataFrame) -> str:

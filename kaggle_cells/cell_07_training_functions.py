@@ -2,7 +2,7 @@
 # ## 7. One epoch of training, one of validation
 #
 # Both loops take batches that are already on the device. While the GPU computes one, a thread reads the next one and
-# sends it over. The loops never wait for a result, but every tenth step, to show where they are.
+# sends it over. Results are read back every tenth step only, to show them: each time, the CPU waits for the GPU.
 
 # %%
 import atexit
@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -22,26 +23,26 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from cell_01_imports_and_setup import PROCESSES
+from cell_01_imports_and_setup import NO_BARS, PROCESSES
 from cell_02_global_config import Config
 from cell_04_dataset_class import PairDraws, augment, normalize, to_float
 from cell_05_model_definition import Output, build_model
-from cell_06_loss_and_utils import WeightAverage, free_memory
+from cell_06_loss_and_utils import WeightAverage, free_memory, unwrapped
 
-LOOK_EVERY = 10  # steps between two looks at the loss, each of which makes the CPU wait for the GPU
+LOOK_EVERY = 10  # steps between two looks at the loss
 BAD_STEPS = 5  # so many in a row that are not finite end the run
 NOT_FINITE_ADVICE = "Try a lower LEARNING_RATE, or AMP='off' to see whether half precision is the cause."
 
 
 def device_batches(loader: DataLoader, device: torch.device) -> Iterator[list[torch.Tensor]]:
-    """The loader's batches on the device, always one ahead (but on the CPU, which has nothing to do it with)."""
+    """The loader's batches on the device, always one ahead; on the CPU, where nothing could overlap, in turn."""
     if device.type == "cpu":
         yield from loader
         return
 
     def fetch() -> list[torch.Tensor] | None:
         batch = next(batches, None)
-        return batch and [part.to(device, non_blocking=True) for part in batch]
+        return None if batch is None else [part.to(device, non_blocking=True) for part in batch]
 
     batches = iter(loader)
     with ThreadPoolExecutor(1) as pool:
@@ -74,11 +75,11 @@ class LossScaler(torch.amp.GradScaler):
     """Leaves out optimizer steps whose gradients are not finite. The loss is scaled for fp16 only."""
 
     def __init__(self, device: torch.device, precision: torch.dtype | None) -> None:
-        self.fixed = None if precision == torch.float16 else 1.0
-        super().__init__(device.type, init_scale=self.fixed or 2.0**16)
+        self.scales = precision == torch.float16
+        super().__init__(device.type, init_scale=2.0**16 if self.scales else 1.0)
 
     def update(self) -> None:
-        super().update(self.fixed)
+        super().update(None if self.scales else 1.0)
 
 
 # %% [markdown]
@@ -89,7 +90,8 @@ class LossScaler(torch.amp.GradScaler):
 # %%
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device, or one of its libraries, has asked for memory in vain."""
-    signs = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+    signs += ("unable to find an engine to execute",)  # cuDNN, without room for its workspace
     return isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
@@ -99,9 +101,11 @@ def step_fits(config: Config, device: torch.device, precision: torch.dtype | Non
     try:
         model = build_model(config).to(device)
         model.precision = precision
+        others = [weight.clone() for weight in model.parameters()]  # what an average, or DDP's buckets, will take
         output = model(normalize(augment(to_float(clips.to(device)), PairDraws(device, [0]))))
         (output.logit.float().sum() + output.frame_logits.float().sum()).backward()
         torch.optim.AdamW(model.parameters()).step()  # its two averages of each weight need memory too
+        del others
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -160,53 +164,64 @@ class Trainer:
 
         If loss or gradients are not finite, weights and running statistics stay what they were.
         """
-        buffers = list(self.model.buffers())
-        before = [buffer.clone() for buffer in buffers]
-        while True:
-            self.optimizer.zero_grad(set_to_none=True)
-            try:
-                output, loss = self.accumulate(clips, labels)
-                break
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-            self.halve(len(clips))  # only out here, for the error keeps alive what the failed step had in memory
-            for buffer, kept in zip(buffers, before, strict=True):
-                buffer.copy_(kept)
+        statistics = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # the forward pass changes them
+        while (result := self.try_gradients(clips, labels)) is None:
+            self.halve(len(clips))
+            for buffer, before in statistics:
+                buffer.copy_(before)
             free_memory()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         finite = norm.isfinite()
-        for buffer, kept in zip(buffers, before, strict=True):
-            buffer.copy_(torch.where(finite, buffer, kept))
+        for buffer, before in statistics:
+            buffer.copy_(torch.where(finite, buffer, before))
         if self.average is not None:
             self.average.update(self.model)
-        return output, loss, norm
+        return *result, norm
+
+    def try_gradients(self, clips: torch.Tensor, labels: torch.Tensor) -> tuple[Output, torch.Tensor] | None:
+        """Output and loss, with gradients left in the weights; None if the memory is too small."""
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            return self.accumulate(clips, labels)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return None  # the error, which keeps the failed step's tensors alive, ends here
 
     def accumulate(self, clips: torch.Tensor, labels: torch.Tensor) -> tuple[Output, torch.Tensor]:
         """Forward and backward, in micro-batches: what the network said, and the loss of the whole batch."""
-        size, parts = self.micro_batch or len(clips), []
-        for some, theirs in zip(clips.split(size), labels.split(size), strict=True):
-            output = self.model(some)
-            loss = total_loss(output, theirs, self.criterion, self.frame_weight) * (len(some) / len(clips))
-            spoilt = torch.where(loss.isfinite(), 1.0, math.nan)  # a loss of infinity can have finite gradients
-            self.scaler.scale(loss).backward(spoilt)
-            parts.append((*(part.detach() for part in output), loss.detach()))
-        *outputs, losses = zip(*parts, strict=True)
-        return Output(*map(torch.cat, outputs)), torch.stack(losses).sum()
+        size, outputs, losses = self.micro_batch or len(clips), [], []
+        for some_clips, some_labels in zip(clips.split(size), labels.split(size), strict=True):
+            output = self.model(some_clips)
+            loss = total_loss(output, some_labels, self.criterion, self.frame_weight) * (len(some_clips) / len(clips))
+            # An infinite loss can have finite gradients. Starting backward from NaN makes all of them NaN, in every
+            # process, and the scaler leaves the step out.
+            self.scaler.scale(loss).backward(torch.where(loss.isfinite(), 1.0, math.nan))
+            outputs.append([part.detach() for part in output])
+            losses.append(loss.detach())
+        return Output(*map(torch.cat, zip(*outputs, strict=True))), torch.stack(losses).sum()
 
     def halve(self, batch: int) -> None:
         """Compute half as many clips at once from now on. Raises RuntimeError, with advice, where that cannot be."""
         size = self.micro_batch or batch
         if size == 1 or PROCESSES > 1:  # other processes would wait for this one, in the middle of their step
             raise RuntimeError(
-                f"memory ran out with {size} clips at once. Set GRADIENT_CHECKPOINTING=True and run again: training "
-                "goes on after its last complete epoch. Else lower BATCH_SIZE, FRAMES_PER_VIDEO or IMAGE_SIZE"
+                f"memory ran out, computing {size} at a time. Set GRADIENT_CHECKPOINTING=True and run again: training "
+                "goes on after its last complete epoch. A smaller BATCH_SIZE, FRAMES_PER_VIDEO, IMAGE_SIZE or BACKBONE "
+                "needs less too, but starts anew"
             )
         self.micro_batch = (size + 1) // 2
         print(f"Memory ran out with {size} clips at once: batches are now computed in parts of {self.micro_batch}")
+
+    def one_too_many(self, loss: float, norm: float) -> bool:
+        """Take in a step's figures; True if now so many in a row were not finite that the run must end."""
+        looks_for_scale = math.isfinite(loss) and self.scaler.get_scale() > 1  # fp16 will do with a smaller one
+        bad = not (math.isfinite(norm) or looks_for_scale)
+        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+        return self.bad_in_a_row >= BAD_STEPS
 
 
 # %% [markdown]
@@ -234,35 +249,49 @@ class Scores:
     skipped: int = 0
 
 
-Part = tuple[torch.Tensor, ...]  # of each clip of a batch: loss, logit, label, row, frame logits, attention
+class Part(NamedTuple):
+    """What one batch gave for each of its clips, (B,) or (B, T)."""
+
+    losses: torch.Tensor
+    logits: torch.Tensor
+    labels: torch.Tensor
+    rows: torch.Tensor
+    frame_logits: torch.Tensor
+    attention: torch.Tensor
 
 
 def part_of(output: Output, loss: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor) -> Part:
-    logit, frame_logits, attention = (value.detach().float() for value in output)
-    return loss.detach().expand(len(labels)), logit, labels, rows, frame_logits, attention
+    """A batch's output as it is collected, without the graph behind it; each clip has the loss of the batch."""
+    logits, frame_logits, attention = (value.detach().float() for value in output)
+    return Part(loss.detach().expand(len(labels)), logits, labels, rows, frame_logits, attention)
 
 
-def area(labels: np.ndarray, logits: np.ndarray) -> float:
+def joined(parts: list[Part]) -> Part:
+    """Batches put together, as NumPy arrays."""
+    return Part(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
+
+
+def auc_of(labels: np.ndarray, logits: np.ndarray) -> float:
     """AUC-ROC, NaN with one class."""
     return float(roc_auc_score(labels, logits)) if len(np.unique(labels)) == 2 else math.nan
 
 
 def scores_of(parts: list[Part], started: float, title: str, skipped: int = 0) -> Scores:
     """Put together what the batches gave, in all processes. Raises FloatingPointError if a loss is not finite."""
-    own = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
-    columns = [np.concatenate(column) for column in zip(*filter(None, gathered(own)), strict=True)]
-    order = np.argsort(columns[3], kind="stable")
-    losses, logits, labels, rows, frame_logits, attention = (column[order] for column in columns)
+    shares = [share for share in gathered(joined(parts) if parts else None) if share]
+    whole = Part(*(np.concatenate(column) for column in zip(*shares, strict=True)))
+    order = np.argsort(whole.rows, kind="stable")
+    losses, logits, labels, rows, frame_logits, attention = (column[order] for column in whole)
     loss = float(losses.mean(dtype=np.float64))
     if not math.isfinite(loss):
         raise FloatingPointError(f"{title}: the loss is {loss}. {NOT_FINITE_ADVICE}")
     seconds = time.perf_counter() - started
-    return Scores(loss, area(labels, logits), logits, labels, rows, frame_logits, attention, seconds, skipped)
+    return Scores(loss, auc_of(labels, logits), logits, labels, rows, frame_logits, attention, seconds, skipped)
 
 
 def progress(title: str, *loaders: DataLoader) -> tqdm:
-    """A bar for all batches of these loaders; close it, or use it in `with`."""
-    return tqdm(total=sum(map(len, loaders)), desc=title, unit="batch", leave=False)
+    """A bar for all batches of these loaders, to be used in `with`."""
+    return tqdm(total=sum(map(len, loaders)), desc=title, unit="batch", leave=False, disable=NO_BARS)
 
 
 def memory_in_use(device: torch.device) -> float:
@@ -270,6 +299,19 @@ def memory_in_use(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
     return psutil.Process().memory_info().rss / 2**30
+
+
+def show(bar: tqdm, trainer: Trainer, parts: list[Part], device: torch.device, seconds: float, skipped: int) -> None:
+    """Write behind the bar: loss and AUC so far, learning rate, speed, memory."""
+    so_far = joined(parts)
+    figures = {
+        "loss": f"{so_far.losses.mean():.3f}",
+        "AUC": f"{auc_of(so_far.labels, so_far.logits):.3f}",
+        "lr": f"{trainer.optimizer.param_groups[0]['lr']:.0e}",
+        "clips/s": f"{PROCESSES * len(so_far.labels) / seconds:.1f}",
+        "memory": f"{memory_in_use(device):.1f} GiB",
+    }
+    bar.set_postfix(figures | ({"skipped": skipped} if skipped else {}))
 
 
 def train_one_epoch(
@@ -281,36 +323,32 @@ def train_one_epoch(
     """
     trainer.model.train()
     trainer.interrupted, started = True, time.perf_counter()
-    parts, losses, unseen, skipped = [], [], [], 0
+    parts: list[Part] = []
+    waiting: list[torch.Tensor] = []  # loss and gradient norm of the steps that nobody has looked at yet
+    losses: list[float] = []  # of the others
+    skipped = 0
     for step, (clips, labels, rows) in enumerate(device_batches(loader, device), 1):
         output, loss, norm = trainer.step(normalize(augment(to_float(clips), draws)), labels)
         parts.append(part_of(output, loss, labels, rows))
-        unseen.append(torch.stack([loss, norm]))
+        waiting.append(torch.stack([loss, norm]))
         if bar is not None:
             bar.update()
-        if step % LOOK_EVERY and step < len(loader):
-            continue
-        scale = trainer.scaler.get_scale()
-        for loss, norm in torch.stack(unseen).tolist():
-            losses.append(loss)
-            skipped += not math.isfinite(norm)
-            bad = not math.isfinite(loss) or (not math.isfinite(norm) and scale <= 1)  # above, fp16 looks for its scale
-            trainer.bad_in_a_row = trainer.bad_in_a_row + 1 if bad else 0
-            if trainer.bad_in_a_row == BAD_STEPS:
-                names = ", ".join(str(loader.dataset.videos[row]) for row in parts[len(losses) - 1][3].tolist())
-                raise FloatingPointError(
-                    f"epoch {epoch}, step {len(losses)}: step {BAD_STEPS} in a row that is not finite. Loss {loss}, "
-                    f"gradient norm {norm}, loss scale {scale:g}; the clips: {names}. {NOT_FINITE_ADVICE}"
-                )
-        unseen.clear()
-        finite = [part for part, loss in zip(parts, losses, strict=True) if math.isfinite(loss)]
-        if finite and bar is not None:
-            so_far = [torch.cat(column).cpu().numpy() for column in list(zip(*finite, strict=True))[:3]]
-            speed = PROCESSES * step * len(labels) / (time.perf_counter() - started)
-            figures = dict(loss=f"{so_far[0].mean():.3f}", AUC=f"{area(so_far[2], so_far[1]):.3f}")
-            figures |= {"lr": f"{trainer.optimizer.param_groups[0]['lr']:.0e}", "clips/s": f"{speed:.1f}"}
-            figures |= dict(memory=f"{memory_in_use(device):.1f} GiB") | ({"skipped": skipped} if skipped else {})
-            bar.set_postfix(figures)
+        if step % LOOK_EVERY == 0 or step == len(loader):
+            for step_loss, step_norm in torch.stack(waiting).tolist():
+                losses.append(step_loss)
+                skipped += not math.isfinite(step_norm)
+                if trainer.one_too_many(step_loss, step_norm):
+                    names = ", ".join(str(loader.dataset.videos[row]) for row in parts[len(losses) - 1].rows.tolist())
+                    scale = trainer.scaler.get_scale()
+                    raise FloatingPointError(
+                        f"epoch {epoch}, step {len(losses)}: step {BAD_STEPS} in a row that is not finite. Loss "
+                        f"{step_loss}, gradient norm {step_norm}, loss scale {scale:g}; the clips: {names}. "
+                        + NOT_FINITE_ADVICE
+                    )
+            waiting.clear()
+            finite = [part for part, step_loss in zip(parts, losses, strict=True) if math.isfinite(step_loss)]
+            if bar is not None and finite:
+                show(bar, trainer, finite, device, time.perf_counter() - started, skipped)
     if not finite:
         raise FloatingPointError(f"epoch {epoch}: the loss of every step is {losses[-1]}. {NOT_FINITE_ADVICE}")
     return scores_of(finite, started, f"epoch {epoch}", skipped)
@@ -327,21 +365,41 @@ def validate(
     title: str = "validation",
     bar: tqdm | None = None,
 ) -> Scores:
-    """Score every clip of the loader, in its order."""
+    """Score every clip of the loader, in its order; in full precision if numbers become too large for half.
+
+    Raises FloatingPointError if the loss is not finite even then.
+    """
     model.eval()
-    started, parts = time.perf_counter(), []
-    for clips, labels, rows in device_batches(loader, device):
-        output = model(normalize(to_float(clips)))
-        parts.append(part_of(output, total_loss(output, labels, criterion, frame_weight), labels, rows))
-        if bar is not None:
-            bar.update()
-    return scores_of(parts, started, title)
+    started, network = time.perf_counter(), unwrapped(model)
+
+    def score() -> Scores:
+        parts = []
+        for clips, labels, rows in device_batches(loader, device):
+            output = model(normalize(to_float(clips)))
+            parts.append(part_of(output, total_loss(output, labels, criterion, frame_weight), labels, rows))
+            if bar is not None:
+                bar.update()
+        return scores_of(parts, started, title)
+
+    precision = getattr(network, "precision", None)
+    try:
+        return score()
+    except FloatingPointError:
+        if precision is None:
+            raise
+    print(f"{title}: numbers are too large for {precision}; scored again in float32")
+    network.precision = None
+    try:
+        return score()
+    finally:
+        network.precision = precision
 
 
 # %% [markdown]
 # **Several processes**, started by `torchrun`, train one model on as many GPUs, of one machine or more
-# (DistributedDataParallel). They start from equal weights, take equal shares of each batch, add up their gradients,
-# and normalise with the mean and variance of the whole batch, so that it makes no difference how many they are.
+# (DistributedDataParallel). A notebook is one process: on Kaggle, skip this. They start from equal weights, take equal
+# shares of each batch, add up their gradients, and normalise with the mean and variance of the whole batch: apart from
+# rounding and dropout, it makes no difference how many they are.
 
 
 # %%
@@ -355,7 +413,8 @@ def join_processes(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(days=2)
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo",
+        timeout=datetime.timedelta(days=2),
     )
     atexit.register(dist.destroy_process_group)
     kinds = [kind for kind in gathered(device.type) if kind == "cuda"]
@@ -392,7 +451,9 @@ class SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def backward(context: object, gradient: torch.Tensor) -> torch.Tensor:
-        return SumOverProcesses.forward(context, gradient)
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
 
 
 class SyncBatchNormCPU(nn.BatchNorm2d):

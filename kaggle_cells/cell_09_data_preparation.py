@@ -32,7 +32,7 @@ from cell_03_data_processing import (
     save_csv,
     split_videos,
 )
-from cell_06_loss_and_utils import run_to_resume
+from cell_06_loss_and_utils import run_settings, run_to_resume
 from cell_08_evaluation_functions import plot_samples, save_figure
 
 
@@ -44,9 +44,8 @@ def kinds_of(videos: pd.DataFrame) -> list[pd.Series]:
 if RANK:
     raise RuntimeError("torchrun is for cell_12_training_loop.py; run the cells after it with python")
 preparation_started = time.perf_counter()
-LAST_CHECKPOINT = CONFIG.work_dir / "models" / "last_checkpoint.pth"
 if CONFIG.RESUME and CONFIG.EPOCHS:
-    run_to_resume(LAST_CHECKPOINT, dataclasses.asdict(CONFIG))  # refuses other settings before anything is overwritten
+    run_to_resume(CONFIG.last_checkpoint, dataclasses.asdict(CONFIG))  # other settings are refused right here
 require_own_tables(CONFIG.work_dir / "data")
 for folder in ("data", "models", "results"):
     remove_partial_files(CONFIG.work_dir / folder)
@@ -109,6 +108,8 @@ while more_failed:  # a video that fails gives its place to another
     VIDEOS, failed = cache_clips(chosen_videos, CLIP_SETTINGS, CONFIG.cache_dir, FACE_DETECTOR, CONFIG.NUM_WORKERS)
     SKIPPED, more_failed = pd.concat([SKIPPED, failed], ignore_index=True), len(failed) > 0
 SPLIT_TABLES = {name: VIDEOS[VIDEOS.split == name].reset_index(drop=True) for name in ("train", "val", "test")}
+if CONFIG.RESUME and CONFIG.EPOCHS:
+    run_to_resume(CONFIG.last_checkpoint, run_settings(CONFIG, VIDEOS))  # and other videos here
 for name, table in {**SPLIT_TABLES, "skipped": SKIPPED}.items():
     save_csv(table, CONFIG.work_dir / "data" / f"{name}.csv")
 PREPARATION_SECONDS = time.perf_counter() - preparation_started

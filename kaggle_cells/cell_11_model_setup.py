@@ -13,34 +13,39 @@ from cell_02_global_config import CONFIG, seed_everything
 from cell_05_model_definition import build_model, load_backbone_weights
 from cell_06_loss_and_utils import EarlyStopping, WeightAverage, build_loss, save_checkpoint
 from cell_07_training_functions import LossScaler, Trainer, synchronise_batch_norm
-from cell_10_data_loaders import DEVICE, LAST_CHECKPOINT, PRECISION, RESUME_FROM
+from cell_10_data_loaders import DEVICE, PRECISION, checkpoint_to_resume
 
-BEST_MODEL = LAST_CHECKPOINT.with_name("best_model.pth")
+BEST_MODEL = CONFIG.last_checkpoint.with_name("best_model.pth")
 
 seed_everything(CONFIG.SEED)
 MODEL = build_model(CONFIG)
-NEVER_TRAINED_ON, WEIGHTS_ORIGIN = set(CONFIG.HOLDOUT_METHODS), "those of the first process"
+NEVER_TRAINED_ON = set(CONFIG.HOLDOUT_METHODS)
 if CONFIG.CHECKPOINT:
     start = torch.load(CONFIG.CHECKPOINT, map_location="cpu", weights_only=True)
     MODEL.load_state_dict(start["model"])
-    trained_without = set(start["config"]["HOLDOUT_METHODS"])
-    NEVER_TRAINED_ON = trained_without & NEVER_TRAINED_ON if CONFIG.EPOCHS else trained_without
+    held_out_then = set(start["config"]["HOLDOUT_METHODS"])
+    NEVER_TRAINED_ON = held_out_then & NEVER_TRAINED_ON if CONFIG.EPOCHS else held_out_then
     WEIGHTS_ORIGIN = f"checkpoint {CONFIG.CHECKPOINT}"
+    del start
 elif RANK == 0:
     WEIGHTS_ORIGIN = load_backbone_weights(MODEL.backbone, CONFIG.BACKBONE, CONFIG.PRETRAINED, CONFIG.WEIGHTS_PATH)
-MODEL.to(DEVICE).precision = PRECISION
-if CONFIG.COMPILE and (PROCESSES > 1 or len(ENVIRONMENT.gpus) < 2):
-    MODEL.backbone.compile()
-elif CONFIG.COMPILE:
-    print("COMPILE is left out: DataParallel cannot use it, torchrun can (section 12).")
+else:
+    WEIGHTS_ORIGIN = "those of the first process"
+MODEL.to(DEVICE)
+MODEL.precision = PRECISION
+
 if PROCESSES > 1:
     synchronise_batch_norm(MODEL, DEVICE)
     devices = [DEVICE] if DEVICE.type == "cuda" else None
-    PARALLEL_MODEL = nn.parallel.DistributedDataParallel(MODEL, devices)
+    PARALLEL_MODEL = nn.parallel.DistributedDataParallel(MODEL, devices, gradient_as_bucket_view=True)
 elif len(ENVIRONMENT.gpus) > 1:
     PARALLEL_MODEL = nn.DataParallel(MODEL, ENVIRONMENT.gpu_ids)
 else:
     PARALLEL_MODEL = MODEL
+if CONFIG.COMPILE and isinstance(PARALLEL_MODEL, nn.DataParallel):
+    print("COMPILE is left out: DataParallel cannot use it, torchrun can (section 12).")
+elif CONFIG.COMPILE:
+    MODEL.backbone.compile()
 
 AVERAGE = WeightAverage(MODEL, CONFIG.EMA_DECAY) if CONFIG.EMA_DECAY else None
 CRITERION = build_loss(CONFIG)
@@ -50,21 +55,22 @@ SCALER = LossScaler(DEVICE, PRECISION)
 STOPPER = EarlyStopping(CONFIG.PATIENCE)
 TRAINER = Trainer(PARALLEL_MODEL, CRITERION, OPTIMIZER, SCALER, CONFIG.FRAME_LOSS_WEIGHT, CONFIG.GRADIENT_CLIP, AVERAGE)
 RESUMABLE = {"model": MODEL, "optimizer": OPTIMIZER, "scheduler": SCHEDULER, "scaler": SCALER, "stopper": STOPPER}
-RESUMABLE |= {"average": AVERAGE} if AVERAGE is not None else {}
+if AVERAGE is not None:
+    RESUMABLE["average"] = AVERAGE
 HISTORY: list[dict] = []
-BEST: dict = {}
+BEST: dict = {}  # what best_model.pth holds; every checkpoint has a copy
 
-if RESUME_FROM:
-    saved_run = torch.load(RESUME_FROM, map_location="cpu", weights_only=True)
+if resume_from := checkpoint_to_resume():
+    saved_run = torch.load(resume_from, map_location="cpu", weights_only=True)
     for name, part in RESUMABLE.items():
         if name != "scaler" or saved_run["precision"] == str(PRECISION):  # a scale found for fp16 is for fp16
             part.load_state_dict(saved_run[name])
-    HISTORY, BEST = saved_run["history"], saved_run["best"]
-    WEIGHTS_ORIGIN = saved_run["initial_weights"]
-    if RANK == 0:
-        save_checkpoint(BEST_MODEL, BEST)
+    HISTORY, BEST, WEIGHTS_ORIGIN = (saved_run[name] for name in ("history", "best", "initial_weights"))
     del saved_run
-    print(f"Going on after epoch {len(HISTORY)} of {RESUME_FROM}")
+    if RANK == 0:
+        save_checkpoint(BEST_MODEL, BEST)  # it may be missing, or of an epoch that this checkpoint does not know
+    finished = len(HISTORY) >= CONFIG.EPOCHS or STOPPER.should_stop
+    print(f"Going on after epoch {len(HISTORY)} of {resume_from}" + ": training is finished." * finished)
 
 parameters = sum(weight.numel() for weight in MODEL.parameters())
 print(f"{CONFIG.BACKBONE} + BiLSTM + attention: {parameters / 1e6:.1f} million parameters; weights: {WEIGHTS_ORIGIN}")

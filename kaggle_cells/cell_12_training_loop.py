@@ -2,11 +2,10 @@
 # ## 12. Training
 #
 # After each epoch the model is validated, and everything needed to go on is written down. The weights of the best
-# epoch are kept, with the temperature and the threshold that fit them.
+# epoch, marked with a star, are kept, with the temperature and the threshold that fit them. `lr` is the learning rate.
 #
-# On a machine with several GPUs, all of them train one model with
-# `torchrun --nproc_per_node=4 kaggle_cells/cell_12_training_loop.py`, several times as fast as DataParallel can in a
-# notebook. Afterwards `python kaggle_cells/cell_14_results_summary.py` evaluates it.
+# (Not on Kaggle: `torchrun --nproc_per_node=4 kaggle_cells/cell_12_training_loop.py` trains on all GPUs of a machine,
+# and `python kaggle_cells/cell_14_results_summary.py` evaluates the model afterwards.)
 
 # %%
 import time
@@ -23,7 +22,6 @@ from cell_08_evaluation_functions import fit_temperature, fit_threshold, plot_hi
 from cell_10_data_loaders import (
     BATCH_SIZE_USED,
     DEVICE,
-    LAST_CHECKPOINT,
     PRECISION,
     RUN_SETTINGS,
     TEST_LOADER,
@@ -47,17 +45,21 @@ from cell_11_model_setup import (
     WEIGHTS_ORIGIN,
 )
 
+if TRAINER.interrupted:  # its weights are those of no epoch
+    raise RuntimeError("Training was interrupted within an epoch: run cell 11, to go back to its start, then this one")
 HISTORY_FILE = CONFIG.work_dir / "results" / "training_history.csv"
 CURVES_FILE = HISTORY_FILE.with_suffix(".png")
-candidate = AVERAGE or (MODEL if PROCESSES > 1 else PARALLEL_MODEL)
+validated_model = AVERAGE or (MODEL if PROCESSES > 1 else PARALLEL_MODEL)  # no process waits for another in validation
 curves = None
-slowest, testing = HISTORY[-1]["seconds"] if HISTORY else 0.0, 0.0  # seconds that an epoch and the test will take
-if TRAINER.interrupted:
-    raise RuntimeError("Training was interrupted within an epoch: run sections 10 and 11, to go back to its start")
+slowest_epoch, test_seconds = HISTORY[-1]["seconds"] if HISTORY else 0.0, 0.0
 
 while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
-    if from_first(slowest > 0 and time.time() - STARTED + 1.1 * slowest + 2 * testing > CONFIG.time_budget):
-        print(f"Another epoch would pass the time budget of {CONFIG.time_budget / 3600:g} hours: run again to go on.")
+    seconds_needed = 1.1 * slowest_epoch + 2 * test_seconds  # the test also draws figures
+    if from_first(slowest_epoch > 0 and time.time() - STARTED + seconds_needed > CONFIG.time_budget):  # all alike
+        print(
+            f"Stopped after {len(HISTORY)} of {CONFIG.EPOCHS} epochs: one more, of {slowest_epoch:.0f} s, would pass the "
+            f"time budget of {CONFIG.time_budget / 3600:g} hours. Run again to go on, with time for an epoch at least."
+        )
         break
     epoch, epoch_started = len(HISTORY) + 1, time.time()
     seed_everything(CONFIG.SEED, epoch, RANK)  # an epoch's draws depend on its number alone, so resuming repeats them
@@ -66,8 +68,8 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
     learning_rate = OPTIMIZER.param_groups[0]["lr"]
     with progress(f"epoch {epoch}", TRAIN_LOADER, VAL_LOADER) as bar:
         trained = train_one_epoch(TRAINER, TRAIN_LOADER, DEVICE, draws, epoch, bar)
-        weight = CONFIG.FRAME_LOSS_WEIGHT
-        validated = validate(candidate, VAL_LOADER, CRITERION, DEVICE, frame_weight=weight, bar=bar)
+        frame_weight = CONFIG.FRAME_LOSS_WEIGHT
+        validated = validate(validated_model, VAL_LOADER, CRITERION, DEVICE, frame_weight=frame_weight, bar=bar)
     is_best = STOPPER.update(epoch, validated.auc, validated.loss)
     SCHEDULER.step(validated.loss)
     HISTORY.append(
@@ -87,31 +89,41 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
     if is_best:
         temperature = fit_temperature(validated.logits, validated.labels)
         threshold = fit_threshold(probabilities(validated.logits, temperature), validated.labels)
-        BEST |= model_file(unwrapped(candidate), CONFIG, temperature, threshold, HISTORY[-1])
+        BEST |= model_file(unwrapped(validated_model), CONFIG, temperature, threshold, HISTORY[-1])
     if RANK == 0:
-        whole_run = {name: part.state_dict() for name, part in RESUMABLE.items()}
-        whole_run |= dict(epoch=epoch, history=HISTORY, best=BEST, settings=RUN_SETTINGS, precision=str(PRECISION))
-        whole_run |= dict(batch_size=BATCH_SIZE_USED, initial_weights=WEIGHTS_ORIGIN)
-        save_checkpoint(LAST_CHECKPOINT, whole_run, keep=previous_of(LAST_CHECKPOINT) if epoch > 1 else None)
+        whole_run = {
+            **{name: part.state_dict() for name, part in RESUMABLE.items()},
+            "epoch": epoch,
+            "history": HISTORY,
+            "best": BEST,
+            "settings": RUN_SETTINGS,
+            "batch_size": BATCH_SIZE_USED,
+            "precision": str(PRECISION),
+            "initial_weights": WEIGHTS_ORIGIN,
+        }
+        save_checkpoint(CONFIG.last_checkpoint, whole_run, keep=previous_of(CONFIG.last_checkpoint))
+        if epoch == 1:  # then the one before is of another run, which this one replaces
+            previous_of(CONFIG.last_checkpoint).unlink(missing_ok=True)
         if is_best:
             save_checkpoint(BEST_MODEL, BEST)
         save_csv(pd.DataFrame(HISTORY), HISTORY_FILE)
         curves = save_figure(plot_history(pd.DataFrame(HISTORY)), CURVES_FILE, curves)
     TRAINER.interrupted = False
-    slowest = max(slowest, time.time() - epoch_started)
-    testing = validated.seconds * len(TEST_LOADER) / len(VAL_LOADER)
+    slowest_epoch = max(slowest_epoch, time.time() - epoch_started)
+    test_seconds = validated.seconds * len(TEST_LOADER) / max(len(VAL_LOADER), 1)
+    skipped = f"  {trained.skipped} steps skipped" if trained.skipped else ""
     print(
         f"epoch {epoch:2}  loss {trained.loss:.4f}  val loss {validated.loss:.4f}  val AUC {validated.auc:.3f}"
-        f"{' *' if is_best else '  '}  lr {learning_rate:.0e}  {HISTORY[-1]['clips_per_second']:.1f} clips/s"
-        + f"  {trained.skipped} steps skipped"
-        * bool(trained.skipped),
+        f"{' *' if is_best else '  '}  lr {learning_rate:.0e}  {HISTORY[-1]['clips_per_second']:.1f} clips/s{skipped}",
         flush=True,
     )
 free_memory()
 
 # %%
-if HISTORY and RANK == 0:
+if HISTORY and RANK == 0:  # once more, for a run whose training was finished already
     save_csv(pd.DataFrame(HISTORY), HISTORY_FILE)
     save_figure(plot_history(pd.DataFrame(HISTORY)), CURVES_FILE, curves)
     if STOPPER.should_stop:
-        print(f"Stopped: none of the last {STOPPER.patience} epochs was better than {STOPPER.best_epoch}.")
+        print(f"Stopped: none of the last {STOPPER.patience} epochs was better than epoch {STOPPER.best_epoch}.")
+if PROCESSES > 1:
+    print("Evaluate the model with the same DEEPFAKE_ variables: python kaggle_cells/cell_14_results_summary.py")

@@ -79,7 +79,7 @@ def test_processes_share_the_batches_of_one(processes):
 
 
 def test_a_batch_that_cannot_be_shared_is_an_error():
-    with pytest.raises(ValueError, match="BATCH_SIZE = 6 cannot be shared equally by 4 processes"):
+    with pytest.raises(ValueError, match="batches of 6 clips cannot be shared equally by 4 processes"):
         cell.PairBatches(table(10, 4), 6, 1, 0, 4)
     with pytest.raises(ValueError, match="2 training clips are too few for 4 processes"):
         cell.PairBatches(table(1, 1), 8, 1, 0, 4)

@@ -223,7 +223,7 @@ def test_when_memory_runs_out_the_batch_stays_and_so_does_what_is_learned(most, 
 
 
 def test_when_not_even_one_clip_fits_the_error_says_what_to_do():
-    with pytest.raises(RuntimeError, match="memory ran out with 1 clips at once. Set GRADIENT_CHECKPOINTING"):
+    with pytest.raises(RuntimeError, match="memory ran out, computing 1 at a time. Set GRADIENT_CHECKPOINTING"):
         run_epoch(trainer_of(out_of_memory_above(0)()))
 
 

@@ -178,7 +178,7 @@ def shared(finished_run):
 
 def test_an_interrupted_training_goes_on_to_the_same_end(finished_run, shared, tmp_path):
     stopped = run_script("cell_12_training_loop", tmp_path, **shared, TIME_BUDGET_HOURS=1e-6)
-    assert "Another epoch would pass the time budget" in stopped.stdout, stopped.stdout + stopped.stderr
+    assert "Stopped after 1 of 2 epochs" in stopped.stdout, stopped.stdout + stopped.stderr
     resumed = run_script("cell_14_results_summary", tmp_path, **shared)
     assert "Going on after epoch 1" in resumed.stdout, resumed.stdout + resumed.stderr
     same_results(finished_run, Run(tmp_path, ""))
