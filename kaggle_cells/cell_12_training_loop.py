@@ -57,7 +57,7 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
     seconds_needed = 1.1 * slowest_epoch + 2 * test_seconds  # the test also draws figures
     if from_first(slowest_epoch > 0 and time.time() - STARTED + seconds_needed > CONFIG.time_budget):  # all alike
         print(
-            f"Stopped after {len(HISTORY)} of {CONFIG.EPOCHS} epochs: one more, of {slowest_epoch:.0f} s, would pass the "
+            f"Stopped after {len(HISTORY)} of {CONFIG.EPOCHS} epochs: one more, of {slowest_epoch:.0f} s, passes the "
             f"time budget of {CONFIG.time_budget / 3600:g} hours. Run again to go on, with time for an epoch at least."
         )
         break

@@ -104,6 +104,7 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted_and_changes_nothing()
     assert all(torch.equal(states[2][name], states[1][name]) for name in states[1])
     assert not torch.equal(states[3]["linear.weight"], states[2]["linear.weight"])
     assert trainer.scaler.get_scale() == 1
+    assert 0 < (trainer.average.module.linear.weight - model.linear.weight).abs() < 1  # it follows, at a distance
     assert all(value.isfinite().all() for value in trainer.average.state_dict().values())
 
 
@@ -207,19 +208,31 @@ def out_of_memory_above(most):
     return Greedy
 
 
-@pytest.mark.parametrize(("most", "micro_batch"), [(3, 2), (1, 1)])
-def test_when_memory_runs_out_the_batch_stays_and_so_does_what_is_learned(most, micro_batch, capsys):
+@pytest.mark.parametrize(("batch", "most", "micro_batch"), [(4, 3, 2), (4, 1, 1), (3, 2, 2)])
+def test_when_memory_runs_out_the_batch_stays_and_so_does_what_is_learned(batch, most, micro_batch, capsys):
     torch.manual_seed(0)
     plain = Tiny()
     greedy = out_of_memory_above(most)()
     greedy.load_state_dict(plain.state_dict())
-    expected = run_epoch(trainer_of(plain, frame_weight=0.5, gradient_clip=1.0))
+    expected = run_epoch(trainer_of(plain, frame_weight=0.5, gradient_clip=1.0), batch=batch)
     trainer = trainer_of(greedy, frame_weight=0.5, gradient_clip=1.0)
-    scores = run_epoch(trainer)
+    scores = run_epoch(trainer, batch=batch)
     assert trainer.micro_batch == micro_batch and max(greedy.sizes[3:]) == micro_batch
     assert torch.allclose(greedy.linear.weight, plain.linear.weight, atol=1e-6) and greedy.mean.abs() < 10
     assert scores.loss == pytest.approx(expected.loss) and np.allclose(scores.logits, expected.logits, atol=1e-5)
-    assert "Memory ran out with 4 clips at once" in capsys.readouterr().out
+    assert f"Memory ran out with {batch} clips at once" in capsys.readouterr().out
+
+
+def test_gradients_of_a_part_that_was_done_before_memory_ran_out_do_not_count_twice():
+    def out_of_memory(logits):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
+
+    torch.manual_seed(0)
+    plain, failing = Tiny(), Tiny(at=[2], event=out_of_memory)
+    failing.load_state_dict(plain.state_dict())
+    run_epoch(trainer_of(plain))
+    run_epoch(trainer_of(failing, micro_batch=2))
+    assert torch.allclose(failing.linear.weight, plain.linear.weight, atol=1e-6)
 
 
 def test_when_not_even_one_clip_fits_the_error_says_what_to_do():
@@ -260,6 +273,20 @@ def test_validation_scores_every_clip_once_in_order_whatever_the_batch_size():
         assert scores.rows.tolist() == list(range(21)) and scores.labels.sum() == 10
         assert np.allclose(scores.logits, found[0].logits) and scores.loss == pytest.approx(found[0].loss)
         assert scores.frame_logits.shape == scores.attention.shape == (21, 2)
+
+
+def test_what_is_too_large_for_half_precision_is_validated_in_full(capsys):
+    class Large(Tiny):
+        precision = torch.float16
+
+        def forward(self, clips):
+            output = super().forward(clips)
+            return Output(*(value * math.nan for value in output)) if self.precision else output
+
+    model = Large()
+    scores = cell.validate(model, DataLoader(Bright(), 4), FocalLoss(2.0), CPU)
+    assert math.isfinite(scores.loss) and len(scores.rows) == 21 and model.precision == torch.float16
+    assert "scored again in float32" in capsys.readouterr().out
 
 
 def test_validation_changes_nothing():

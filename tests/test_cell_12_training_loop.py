@@ -21,14 +21,8 @@ SECTION_12 = "import cell_12_training_loop"
 def shared(finished_run):
     """Parameters of four epochs on the clips that are there already: three batches an epoch."""
     videos, cache = finished_run.folder / "demo_videos_42", finished_run.folder / "cache"
-    return {
-        **CI,
-        "DATA_DIR": videos,
-        "CACHE_DIR": cache,
-        "EPOCHS": 4,
-        "EMA_DECAY": 0.9,
-        "BACKBONE": "shufflenet_v2_x0_5",
-    }
+    light = {"BACKBONE": "shufflenet_v2_x0_5", "EMA_DECAY": 0.9, "EPOCHS": 4, "LR_PATIENCE": 0}
+    return {**CI, **light, "DATA_DIR": videos, "CACHE_DIR": cache}
 
 
 def run(folder: Path, parameters: dict, program: str = SECTION_12, start: tuple = (), expect: int = 0) -> str:
@@ -78,7 +72,11 @@ def uninterrupted(shared, tmp_path_factory) -> Path:
     """Four epochs at once."""
     folder = tmp_path_factory.mktemp("training") / "whole"
     run(folder, shared)
-    assert len(history(folder)) == 4 and checkpoint(folder)["epoch"] == 4
+    saved = checkpoint(folder)
+    parts = {"model", "average", "optimizer", "scheduler", "scaler", "stopper"}
+    figures = {"epoch", "history", "best", "settings", "batch_size", "precision", "initial_weights"}
+    assert len(history(folder)) == saved["epoch"] == 4 and saved.keys() == parts | figures
+    assert history(folder).learning_rate.min() < CI["LEARNING_RATE"]  # LR_PATIENCE 0: some epoch was worse
     return folder
 
 
@@ -155,6 +153,15 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_used(shared, uninterrup
     same_end(uninterrupted, tmp_path)
 
 
+def test_a_run_that_replaces_an_older_one_never_falls_back_to_that(shared, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    run(tmp_path, {**shared, "RESUME": False}, at_step(5, KILL) + SECTION_12, expect=-9)
+    (tmp_path / "models" / "last_checkpoint.pth").write_bytes(b"damaged")
+    output = run(tmp_path, shared)
+    assert "is damaged or no checkpoint" in output and "Going on" not in output
+    same_end(uninterrupted, tmp_path)
+
+
 def test_a_finished_run_is_not_repeated_and_its_best_model_is_restored(shared, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     (tmp_path / "models" / "best_model.pth").unlink()
@@ -178,14 +185,13 @@ try:
     import cell_12_training_loop
 except RuntimeError as error:
     print(error)
-import cell_10_data_loaders, cell_11_model_setup
-importlib.reload(cell_10_data_loaders)
+import cell_11_model_setup
 importlib.reload(cell_11_model_setup)
 import cell_12_training_loop
 """
     )
     output = run(tmp_path, shared, program)
-    assert "interrupted within an epoch: run cells 10 and 11" in output
+    assert "interrupted within an epoch: run cell 11" in output
     assert "Going on after epoch 2" in output
     same_end(uninterrupted, tmp_path)
 
@@ -216,6 +222,16 @@ def test_other_settings_are_refused_before_anything_is_overwritten(shared, unint
     assert len(before) > 5 and before == {file: file.stat().st_mtime_ns for file in before}
 
 
+def test_other_videos_are_refused_before_the_tables_are_overwritten(shared, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    before = (tmp_path / "data" / "train.csv").read_bytes()
+    table = pd.concat(pd.read_csv(tmp_path / "data" / f"{name}.csv") for name in ("train", "val", "test"))
+    fewer = table.drop(index=table.index[table.split == "train"][:1])
+    fewer[["path", "label", "method", "group", "split"]].to_csv(tmp_path / "fewer.csv", index=False)
+    output = run(tmp_path, {**shared, "DATA_DIR": tmp_path / "fewer.csv"}, expect=1)
+    assert "DATA: '24 videos" in output and (tmp_path / "data" / "train.csv").read_bytes() == before
+
+
 def test_an_interrupted_run_without_time_for_another_epoch_ends_with_what_it_has(shared, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     output = run(tmp_path, {**shared, "EPOCHS": 5, "TIME_BUDGET_HOURS": 1e-6})
@@ -234,7 +250,7 @@ def step(self, *batch):
 cell.Trainer.step = step
 """
     output = run(tmp_path, {**shared, "TIME_BUDGET_HOURS": 0.25}, program + SECTION_12)
-    assert "Stopped after 2 of 4 epochs: another one, of 30" in output and "time budget of 0.25 hours" in output
+    assert "Stopped after 2 of 4 epochs: one more, of 30" in output and "time budget of 0.25 hours" in output
     assert len(history(tmp_path)) == 2
 
 
@@ -264,15 +280,34 @@ def test_two_processes_train_as_one_and_validate_every_clip_once(finished_run, s
     manifest = pd.concat([tables[0], tables[1].iloc[:5], tables[2]])
     manifest[["path", "label", "method", "group", "split"]].to_csv(tmp_path / "videos.csv", index=False)
     parameters = {**shared, "DATA_DIR": tmp_path / "videos.csv", "EPOCHS": 3, "DROPOUT": 0.0, "LEARNING_RATE": 1e-5}
-    program = f"{SECTION_12} as cell\nprint('validated', cell.validated.rows.tolist(), os.listdir('models'))\n"
+    program = f"""
+import cell_03_data_processing as data
+if os.environ.get("RANK") == "1":
+    data.replacing = None  # through which everything is written
+{SECTION_12} as cell
+print("validated", cell.validated.rows.tolist())
+"""
     outputs = [run(tmp_path / name, parameters, program, start) for name, start in (("one", ()), ("two", TORCHRUN))]
-    assert all("validated [0, 1, 2, 3, 4] " in output for output in outputs)
+    assert all("validated [0, 1, 2, 3, 4]" in output for output in outputs)
     assert "Batches of 4 clips, shared by 2 processes" in outputs[1] and outputs[1].count("videos taken") == 1
     one, two = (history(tmp_path / name) for name in ("one", "two"))
     for column in ("val_loss", "val_auc", "train_loss", "train_auc"):
         assert two[column].to_numpy() == pytest.approx(one[column].to_numpy(), abs=1e-3), column
     weights = [torch.load(tmp_path / name / "models" / "best_model.pth", weights_only=True) for name in ("one", "two")]
     assert weights[0]["model"].keys() == weights[1]["model"].keys()
+
+
+def test_there_may_be_fewer_clips_to_validate_than_processes(finished_run, shared, tmp_path):
+    tables = [finished_run.table(f"data/{name}.csv") for name in ("train", "val", "test")]
+    one_pair = tables[1][tables[1].group == tables[1].group[0]]
+    manifest = pd.concat([tables[0], one_pair, tables[2]])[["path", "label", "method", "group", "split"]]
+    manifest.to_csv(tmp_path / "videos.csv", index=False)
+    parameters = {**shared, "DATA_DIR": tmp_path / "videos.csv", "EPOCHS": 1, "BATCH_SIZE": 0}
+    program = f"{SECTION_12} as cell\nprint('validated', cell.validated.rows.tolist(), cell.BATCH_SIZE_USED)\n"
+    three = (*TORCHRUN[:-1], "--nproc_per_node=3")
+    assert "validated [0, 1] 24" in run(tmp_path, parameters, program, three)
+    resumed = run(tmp_path, {**parameters, "EPOCHS": 2}, program)
+    assert "Batches of 24 clips on cpu" in resumed and "Going on after epoch 1" in resumed
 
 
 def test_processes_compute_the_gradients_and_statistics_of_one_to_the_last_digits(tmp_path):
