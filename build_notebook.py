@@ -120,7 +120,7 @@ def run(source: str, overrides: list[list[str]], output: Path | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     parameters["WORK_DIR"] = str(folder)
     assembled, executed = folder / ".assembled.ipynb", folder / NOTEBOOK.name
-    unfinished = executed.with_suffix(".unfinished.ipynb")  # a failing run must not replace an earlier one's notebook
+    written = executed.with_suffix(".unfinished.ipynb") if executed.exists() else executed  # the old one is kept so far
     again = f"To go on with it, run the same again with --output {folder}"
     assembled.write_text(as_text(notebook), encoding="utf-8")
     print(f"Running {len(notebook.cells)} cells in {folder}", flush=True)
@@ -128,7 +128,7 @@ def run(source: str, overrides: list[list[str]], output: Path | None) -> None:
     try:
         papermill.execute_notebook(
             str(assembled),
-            str(unfinished),
+            str(written),
             parameters,
             kernel_name="python3",
             stdout_file=sys.stdout,
@@ -136,22 +136,22 @@ def run(source: str, overrides: list[list[str]], output: Path | None) -> None:
             extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns that its own loopback traffic is plain
         )
     except papermill.PapermillExecutionError as error:
-        failed = nbformat.read(unfinished, as_version=4)
+        failed = nbformat.read(written, as_version=4)
         cell = next(c for c in failed.cells if any(o.output_type == "error" for o in c.get("outputs", [])))
         raise Failure(
             f"{error.ename}: {error.evalue}\n\nThe cell that failed is in "
             f"{cell.metadata.get(SOURCE_KEY, 'the parameters given')}. "
-            f"The notebook up to it, with the whole traceback: {unfinished}\n{again}"
+            f"The notebook up to it, with the whole traceback: {written}\n{again}"
         ) from error
     except KeyboardInterrupt as error:
         raise Failure(f"\nStopped. {again}") from error
     except DeadKernelError as error:
         raise Failure(
-            f"The notebook's process died, most likely for lack of memory. As far as it came: {unfinished}\n{again}"
+            f"The notebook's process died, most likely for lack of memory. As far as it came: {written}\n{again}"
         ) from error
     finally:
         assembled.unlink(missing_ok=True)
-    os.replace(unfinished, executed)
+    os.replace(written, executed)
     print(f"\nFinished in {time.time() - started:.0f} s. Look at\n  {executed}  (the notebook with all figures)")
     for name in ("results/experiment_report.txt", "results/predictions.csv", "models/best_model.pth"):
         if (folder / name).exists():

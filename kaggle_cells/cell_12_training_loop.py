@@ -111,7 +111,7 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
     TRAINER.interrupted = False
     slowest_epoch = max(slowest_epoch, time.time() - epoch_started)
     test_seconds = validated.seconds * len(TEST_LOADER) / max(len(VAL_LOADER), 1)
-    skipped = f"  {trained.skipped} steps skipped" if trained.skipped else ""
+    skipped = f"  skipped steps: {trained.skipped}" if trained.skipped else ""
     print(
         f"epoch {epoch:2}  loss {trained.loss:.4f}  val loss {validated.loss:.4f}  val AUC {validated.auc:.3f}"
         f"{' *' if is_best else '  '}  lr {learning_rate:.0e}  {HISTORY[-1]['clips_per_second']:.1f} clips/s{skipped}",

@@ -1,5 +1,6 @@
 import json
 import re
+import signal
 import subprocess
 import sys
 
@@ -90,14 +91,39 @@ def test_overrides_are_typed_and_unknown_names_are_errors(tmp_path):
         builder.read_parameters("dmeo", [], known)
 
 
-def test_a_failing_cell_ends_the_run_with_its_error_and_its_file(tmp_path):
-    failed = run_notebook(tmp_path / "run", "ci", "-p", "DATA_DIR", str(tmp_path / "nowhere"), expect=1)
+def test_a_failing_cell_ends_the_run_with_its_error_and_its_file_and_how_to_go_on(tmp_path):
+    folder, wrong = tmp_path / "run", ("-p", "DATA_DIR", str(tmp_path / "nowhere"))
+    failed = run_notebook(folder, "ci", *wrong, expect=1)
     assert (
         "FileNotFoundError: DATA_DIR" in failed.output and "kaggle_cells/cell_09_data_preparation.py" in failed.output
     )
-    kept = nbformat.read(tmp_path / "run" / "deepfake_detection.ipynb", as_version=4)
+    kept = nbformat.read(folder / "deepfake_detection.ipynb", as_version=4)
     assert any(cell.get("outputs") for cell in kept.cells)
-    assert failed.output.rstrip().endswith("deepfake_detection.ipynb")
+    assert failed.output.rstrip().endswith(f"--output {folder}")
+
+
+def test_a_failing_run_leaves_the_notebook_of_an_earlier_one(tmp_path):
+    earlier = tmp_path / "run" / "deepfake_detection.ipynb"
+    earlier.parent.mkdir()
+    earlier.write_text("with all its figures")
+    failed = run_notebook(earlier.parent, "ci", "-p", "DATA_DIR", str(tmp_path / "nowhere"), expect=1)
+    assert earlier.read_text() == "with all its figures" and "deepfake_detection.unfinished.ipynb" in failed.output
+
+
+def test_a_folder_given_twice_is_an_error(tmp_path):
+    failed = run_notebook(tmp_path / "run", "ci", "-p", "WORK_DIR", "elsewhere", expect=1)
+    assert "both name the run's folder" in failed.output
+
+
+def test_a_stopped_run_says_how_to_go_on(tmp_path):
+    command = [sys.executable, str(ROOT / "build_notebook.py"), "run", "ci", "--output", str(tmp_path / "run")]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+    for line in running.stdout:
+        if line.startswith("Making a demo set"):
+            break
+    running.send_signal(signal.SIGINT)
+    rest = running.stdout.read()
+    assert running.wait() == 1 and f"Stopped. To go on with it, run the same again with --output {tmp_path}" in rest
 
 
 def test_kernel_metadata_is_ready_for_kaggle():

@@ -1,3 +1,4 @@
+import copy
 import io
 import math
 import time
@@ -151,6 +152,15 @@ def test_gradients_too_large_for_fp16_lower_the_scale_and_are_no_error():
     scores = [run_epoch(trainer, epoch) for epoch in (1, 2, 3)]
     assert [epoch.skipped for epoch in scores] == [6, 3, 0] and trainer.scaler.get_scale() == 2**7
     assert trainer_of(Tiny()).scaler.get_scale() == 1
+
+
+def test_gradients_are_clipped_at_their_true_size_when_the_loss_is_scaled():
+    model, norms = Tiny(), []
+    for precision in (None, torch.float16):
+        trainer = trainer_of(copy.deepcopy(model), precision, gradient_clip=1.0)
+        clips, labels = torch.ones(4, 2, 3, 8, 8), torch.tensor([0.0, 1, 1, 1])
+        norms.append(trainer.step(clips, labels)[2].item())
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[0] > 0.01
 
 
 class Waits(TorchDispatchMode):
