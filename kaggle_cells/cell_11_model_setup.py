@@ -19,7 +19,8 @@ BEST_MODEL = CONFIG.last_checkpoint.with_name("best_model.pth")
 
 seed_everything(CONFIG.SEED)
 MODEL = build_model(CONFIG)
-NEVER_TRAINED_ON = set(CONFIG.HOLDOUT_METHODS)
+NEVER_TRAINED_ON, WEIGHTS_ORIGIN = set(CONFIG.HOLDOUT_METHODS), ""
+resume_from = checkpoint_to_resume()
 if CONFIG.CHECKPOINT:
     start = torch.load(CONFIG.CHECKPOINT, map_location="cpu", weights_only=True)
     MODEL.load_state_dict(start["model"])
@@ -27,10 +28,8 @@ if CONFIG.CHECKPOINT:
     NEVER_TRAINED_ON = held_out_then & NEVER_TRAINED_ON if CONFIG.EPOCHS else held_out_then
     WEIGHTS_ORIGIN = f"checkpoint {CONFIG.CHECKPOINT}"
     del start
-elif RANK == 0:
+elif RANK == 0 and not resume_from:  # the other processes get their weights from the first one
     WEIGHTS_ORIGIN = load_backbone_weights(MODEL.backbone, CONFIG.BACKBONE, CONFIG.PRETRAINED, CONFIG.WEIGHTS_PATH)
-else:
-    WEIGHTS_ORIGIN = "those of the first process"
 MODEL.to(DEVICE)
 MODEL.precision = PRECISION
 
@@ -60,7 +59,7 @@ if AVERAGE is not None:
 HISTORY: list[dict] = []
 BEST: dict = {}  # what best_model.pth holds; every checkpoint has a copy
 
-if resume_from := checkpoint_to_resume():
+if resume_from:
     saved_run = torch.load(resume_from, map_location="cpu", weights_only=True)
     for name, part in RESUMABLE.items():
         if name != "scaler" or saved_run["precision"] == str(PRECISION):  # a scale found for fp16 is for fp16

@@ -68,6 +68,7 @@ def test_the_executed_notebook_shows_its_figures_and_no_warnings(finished_run):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
     assert [output.text for output in outputs if output.get("name") == "stderr"] == []
+    assert not any("%|" in str(output) for output in outputs), "a progress bar, kept as it first appeared"
 
 
 def test_results_are_complete_and_valid_json(finished_run):
