@@ -170,6 +170,23 @@ def test_a_finished_run_is_not_repeated_and_its_best_model_is_restored(shared, u
     same_end(uninterrupted, tmp_path)
 
 
+def test_a_resumed_run_asks_for_no_pretrained_weights_and_still_says_with_which_it_began(shared, tmp_path):
+    program = f"""
+import cell_05_model_definition as cell
+def refused(name):
+    print("asked for weights")
+    raise OSError("no internet")
+cell.imagenet_weights = refused
+{SECTION_12} as end
+print(end.WEIGHTS_ORIGIN)
+"""
+    parameters = {**shared, "PRETRAINED": True}
+    assert "asked for weights" in run(tmp_path, {**parameters, "EPOCHS": 1}, program)
+    resumed = run(tmp_path, {**parameters, "EPOCHS": 2}, program)
+    assert "asked for weights" not in resumed and "starts from random weights" not in resumed
+    assert resumed.rstrip().endswith("could not be downloaded (no internet)")
+
+
 def test_stopped_by_hand_in_a_notebook_training_asks_to_go_back_to_the_last_whole_epoch(
     shared, uninterrupted, tmp_path
 ):
