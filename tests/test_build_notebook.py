@@ -117,7 +117,9 @@ def test_a_folder_given_twice_is_an_error(tmp_path):
 
 def test_a_stopped_run_says_how_to_go_on(tmp_path):
     command = [sys.executable, str(ROOT / "build_notebook.py"), "run", "ci", "--output", str(tmp_path / "run")]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+    listening = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # even if run in the background
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    running = subprocess.Popen(command, cwd=tmp_path, **pipes, **listening)
     for line in running.stdout:
         if line.startswith("Making a demo set"):
             break
