@@ -228,9 +228,14 @@ def adopt_checkpoint(config: Config) -> Config:
     return dataclasses.replace(config, **changed)
 
 
+def mixed_seed(*numbers: int) -> int:
+    """One 32-bit seed of several numbers: SEED, epoch, ..."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def seed_everything(*numbers: int) -> None:
-    """Seed Python, NumPy and PyTorch, on every device, with one number or several: SEED, epoch, ..."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    """Seed Python, NumPy and PyTorch, on every device, with one number or several."""
+    seed = mixed_seed(*numbers)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

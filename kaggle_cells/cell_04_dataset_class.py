@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, Sampler
 
+from cell_02_global_config import mixed_seed
+
 
 class ClipDataset(Dataset):
     """Cached clips by row of a table with `path`, `clip_file` and `label`.
@@ -131,7 +133,7 @@ class PairDraws:
 
     def __init__(self, device: torch.device, seed: Sequence[int], rank: int = 0, processes: int = 1) -> None:
         self.generator = torch.Generator(device)
-        self.generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        self.generator.manual_seed(mixed_seed(*seed))
         self.rank, self.processes = rank, processes
 
     def uniform(self, clips: torch.Tensor, low: float, high: float) -> torch.Tensor:

@@ -51,6 +51,9 @@ HISTORY_FILE = CONFIG.work_dir / "results" / "training_history.csv"
 CURVES_FILE = HISTORY_FILE.with_suffix(".png")
 validated_model = AVERAGE or (MODEL if PROCESSES > 1 else PARALLEL_MODEL)  # no process waits for another in validation
 curves = None
+if HISTORY and RANK == 0:  # of earlier sessions
+    save_csv(pd.DataFrame(HISTORY), HISTORY_FILE)
+    curves = save_figure(plot_history(pd.DataFrame(HISTORY)), CURVES_FILE)
 slowest_epoch, test_seconds = HISTORY[-1]["seconds"] if HISTORY else 0.0, 0.0
 
 while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
@@ -118,12 +121,7 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
         flush=True,
     )
 free_memory()
-
-# %%
-if HISTORY and RANK == 0:  # once more, for a run whose training was finished already
-    save_csv(pd.DataFrame(HISTORY), HISTORY_FILE)
-    save_figure(plot_history(pd.DataFrame(HISTORY)), CURVES_FILE, curves)
-    if STOPPER.should_stop:
-        print(f"Stopped: none of the last {STOPPER.patience} epochs was better than epoch {STOPPER.best_epoch}.")
+if STOPPER.should_stop:
+    print(f"Stopped: none of the last {STOPPER.patience} epochs was better than epoch {STOPPER.best_epoch}.")
 if PROCESSES > 1:
     print("Evaluate the model with the same DEEPFAKE_ variables: python kaggle_cells/cell_14_results_summary.py")
