@@ -21,6 +21,7 @@ HOLDOUT_METHODS: list = []  # manipulations kept out of training and validation,
 VAL_FRACTION: float = 0.15  # share of the videos for validation, where the dataset has no split of its own
 TEST_FRACTION: float = 0.2  # share of the videos for the test, likewise
 FRAMES_PER_VIDEO: int = 16  # frames of a clip; more cost memory and time in proportion
+CLIPS_PER_VIDEO: int = 1  # clips of a video, each with other frames; training draws one, the verdict averages all
 CLIP_SECONDS: float = 8.0  # they are spread over this much of the middle of the video
 IMAGE_SIZE: int = 160  # side of the square crops, in pixels
 FACE_CROP: bool = True  # follow the face; False: take the middle of the frame
@@ -33,15 +34,24 @@ LSTM_HIDDEN: int = 256  # units of the LSTM in each direction
 LSTM_LAYERS: int = 1  # layers of the LSTM
 ATTENTION_HEADS: int = 8  # heads of the self-attention; must divide 2 * LSTM_HIDDEN
 DROPOUT: float = 0.5  # before the classifier
+TRAINABLE: str = "all"  # what of the backbone learns: all, norms (its normalisation layers) or head (nothing of it)
+MIRROR_TEST: bool = False  # score each clip and its mirror image, and average: twice the time
 GRADIENT_CHECKPOINTING: bool = False  # compute the backbone's blocks twice: less memory, more time
 COMPILE: bool = False  # torch.compile the backbone: slow at the start, then perhaps faster; see the benchmark
+# What training shows
+PAIRS: bool = True  # beside each real clip a fake made of it, in the same light; False: any fake
+SELF_BLEND: float = 0.5  # share of the fakes that are made on the spot from real clips; 1: real videos are enough
+AUGMENTATION: str = "robust"  # none, plain (crop, mirror, colour) or robust (and resolution, blur, codec, noise, ...)
 # Training
 EPOCHS: int = 25  # upper bound; early stopping usually ends sooner
 BATCH_SIZE: int = 0  # clips a step, of all devices together; 0: up to 8 for each GPU, fewer where memory is short
 LEARNING_RATE: float = 1e-4  # of AdamW; 3e-4 suits training without pretrained weights
+BACKBONE_LR: float = 1.0  # learning rate of a backbone with trained weights, as a multiple of LEARNING_RATE
+WARMUP_EPOCHS: int = 0  # epochs in which the learning rate rises from 0
 WEIGHT_DECAY: float = 1e-2  # of AdamW, on all weights
 LOSS: str = "focal"  # focal or bce
 FOCAL_GAMMA: float = 2.0  # how much the focal loss favours hard clips; 0 is bce
+LABEL_SMOOTHING: float = 0.0  # the loss asks for probabilities this much nearer to 0.5, half of it on each side
 FRAME_LOSS_WEIGHT: float = 0.5  # weight of the same loss on single frames
 GRADIENT_CLIP: float = 1.0  # largest gradient norm; 0: no limit
 LR_PATIENCE: int = 3  # epochs without a better validation loss before the learning rate is halved
@@ -98,6 +108,7 @@ class Config:
     VAL_FRACTION: float = between(0.01, 0.9)
     TEST_FRACTION: float = between(0.01, 0.9)
     FRAMES_PER_VIDEO: int = between(1, 256)
+    CLIPS_PER_VIDEO: int = between(1, 16)
     CLIP_SECONDS: float = between(0.1, 3600)
     IMAGE_SIZE: int = between(32, 1024)
     FACE_CROP: bool
@@ -109,14 +120,22 @@ class Config:
     LSTM_LAYERS: int = between(1, 8)
     ATTENTION_HEADS: int = between(1, 64)
     DROPOUT: float = between(0, 0.95)
+    TRAINABLE: str = one_of("all", "norms", "head")
+    MIRROR_TEST: bool
     GRADIENT_CHECKPOINTING: bool
     COMPILE: bool
+    PAIRS: bool
+    SELF_BLEND: float = between(0, 1)
+    AUGMENTATION: str = one_of("none", "plain", "robust")
     EPOCHS: int = between(0, 10**4)
     BATCH_SIZE: int = between(0, 4096)
     LEARNING_RATE: float = between(1e-8, 1)
+    BACKBONE_LR: float = between(0, 100)
+    WARMUP_EPOCHS: int = between(0, 10**4)
     WEIGHT_DECAY: float = between(0, 1)
     LOSS: str = one_of("focal", "bce")
     FOCAL_GAMMA: float = between(0, 10)
+    LABEL_SMOOTHING: float = between(0, 0.5)
     FRAME_LOSS_WEIGHT: float = between(0, 10)
     GRADIENT_CLIP: float = between(0, 10**3)
     LR_PATIENCE: int = between(0, 10**4)
@@ -212,7 +231,7 @@ def parameters_from_environment(environ: dict[str, str]) -> dict[str, object]:
 
 # %%
 TRAVELS_WITH_MODEL = (
-    *("FRAMES_PER_VIDEO", "CLIP_SECONDS", "IMAGE_SIZE", "FACE_CROP", "FACE_MARGIN"),
+    *("FRAMES_PER_VIDEO", "CLIPS_PER_VIDEO", "CLIP_SECONDS", "IMAGE_SIZE", "FACE_CROP", "FACE_MARGIN", "MIRROR_TEST"),
     *("BACKBONE", "LSTM_HIDDEN", "LSTM_LAYERS", "ATTENTION_HEADS"),
 )
 
@@ -222,6 +241,7 @@ def adopt_checkpoint(config: Config) -> Config:
     if not config.CHECKPOINT:
         return config
     saved = torch.load(config.CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)["config"]
+    saved = {"CLIPS_PER_VIDEO": 1, "MIRROR_TEST": False} | saved  # unknown to older files
     changed = {name: saved[name] for name in TRAVELS_WITH_MODEL if saved[name] != getattr(config, name)}
     if changed:
         print(f"From {config.CHECKPOINT}:", ", ".join(f"{name} = {value}" for name, value in changed.items()))

@@ -403,13 +403,15 @@ def check_files(videos: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, pd.Da
 
 
 # %%
-def split_videos(videos: pd.DataFrame, val: float, test: float, seed: int, holdout: Iterable[str] = ()) -> pd.DataFrame:
+def split_videos(
+    videos: pd.DataFrame, val: float, test: float, seed: int, holdout: Iterable[str] = (), real_alone: bool = False
+) -> pd.DataFrame:
     """Fill in `split`, so that no group crosses a split and each split has its share of each class and method.
 
     A split that a dataset gives is kept; one that it does not give is taken from its training videos. Fakes of
     `holdout` methods are in the test set only: those whose group is in training or validation are dropped.
 
-    Raises ValueError when a split would lack a class, with the counts.
+    Raises ValueError when a split would lack a class, with the counts; see `require_classes` for `real_alone`.
     """
     known = set(videos.method[videos.label == 1])
     if unknown := set(holdout) - known:
@@ -431,19 +433,22 @@ def split_videos(videos: pd.DataFrame, val: float, test: float, seed: int, holdo
     split = split.where(split != "", pool.group.map(deal_out(pool, shares, seed)))
     videos = videos.assign(split=split)
     videos = videos[~held | (videos.split == "test")].reset_index(drop=True)
-    require_classes(videos)
+    require_classes(videos, real_alone)
     return videos
 
 
-def require_classes(videos: pd.DataFrame) -> None:
-    """Raise ValueError, with the counts, if a split lacks a class."""
+def require_classes(videos: pd.DataFrame, real_alone: bool = False) -> None:
+    """Raise ValueError, with the counts, if a split lacks a class. With `real_alone` only the test set needs fakes."""
     if videos.label.nunique() < 2:
         raise ValueError(
             f"no {'fake' if 0 in set(videos.label) else 'real'} videos among {len(videos)} that can be used"
         )
     table = pd.crosstab(videos.split, videos.label)
     table = table.reindex(index=["train", "val", "test"], columns=[0, 1], fill_value=0)
-    if (table == 0).any(axis=None):
+    enough = table > 0
+    if real_alone:
+        enough.loc[["train", "val"], 1] = True
+    if not enough.all(axis=None):
         raise ValueError(
             f"a split lacks a class: {len(videos)} usable videos in {videos.group.nunique()} groups became\n"
             f"{table.rename(columns={0: 'real', 1: 'fake'})}\n"
@@ -760,7 +765,7 @@ def remove_partial_files(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """What shapes a clip; see the parameters of the same names."""
+    """What shapes a clip; see the parameters of the same names. `frames` are those of all clips of a video."""
 
     frames: int
     seconds: float
@@ -770,9 +775,8 @@ class ClipSettings:
 
     @classmethod
     def of(cls, config: Config) -> "ClipSettings":
-        return cls(
-            config.FRAMES_PER_VIDEO, config.CLIP_SECONDS, config.IMAGE_SIZE, config.FACE_CROP, config.FACE_MARGIN
-        )
+        frames = config.FRAMES_PER_VIDEO * getattr(config, "CLIPS_PER_VIDEO", 1)  # older model files know of one clip
+        return cls(frames, config.CLIP_SECONDS, config.IMAGE_SIZE, config.FACE_CROP, config.FACE_MARGIN)
 
 
 @dataclass

@@ -47,6 +47,11 @@ class DeepfakeDetector(nn.Module):
         lstm_hidden, lstm_layers: units in each direction, and layers.
         attention_heads: must divide 2 * lstm_hidden.
         dropout: before each classifier.
+        frames: T, the frames of a clip.
+        mirror: in evaluation, look at the mirror image as well.
+
+    In evaluation an input (B, K * T, 3, S, S) is K clips of a video, which have its frames in turn; their outputs are
+    averaged, and those of their mirror images. Any other number of frames is one clip, and so is everything in training.
 
     Set `precision` to a dtype for mixed precision. It acts inside `forward`, because DataParallel's threads would not
     take over an outer autocast's dtype.
@@ -62,6 +67,8 @@ class DeepfakeDetector(nn.Module):
         lstm_layers: int = 1,
         attention_heads: int = 8,
         dropout: float = 0.5,
+        frames: int = 16,
+        mirror: bool = False,
     ) -> None:
         super().__init__()
         width = 2 * lstm_hidden
@@ -71,13 +78,30 @@ class DeepfakeDetector(nn.Module):
         self.attention = nn.MultiheadAttention(width, attention_heads, batch_first=True)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(2 * width, 1))
+        self.frames, self.mirror = frames, mirror
+
+    def train(self, mode: bool = True) -> "DeepfakeDetector":
+        super().train(mode)
+        if not any(weight.requires_grad for weight in self.backbone.parameters()):
+            self.backbone.eval()  # a frozen backbone keeps its statistics too
+        return self
 
     def forward(self, clips: torch.Tensor) -> Output:
-        """Normalised clips (B, T, 3, S, S), float."""
+        """Normalised clips (B, T, 3, S, S), float; in evaluation (B, K * T, 3, S, S) too."""
         with torch.autocast(clips.device.type, self.precision, enabled=self.precision is not None):
-            return self._forward(clips)
+            return self._one(clips) if self.training else self._average(clips)
 
-    def _forward(self, clips: torch.Tensor) -> Output:
+    def _average(self, clips: torch.Tensor) -> Output:
+        """The mean over clips of one video and their mirror images; the frames' outputs in the order of the frames."""
+        turns = clips.shape[1] // self.frames if clips.shape[1] % self.frames == 0 else 1
+        views = clips.unflatten(1, (-1, turns)).transpose(1, 2).flatten(0, 1)
+        output = self._one(torch.cat([views, views.flip(-1)]) if self.mirror else views)
+        logit, frame_logits, attention = (part.unflatten(0, (-1, len(clips), turns)).mean(dim=0) for part in output)
+        return Output(
+            logit.mean(dim=1), frame_logits.transpose(1, 2).flatten(1), attention.transpose(1, 2).flatten(1) / turns
+        )
+
+    def _one(self, clips: torch.Tensor) -> Output:
         batch, frames = clips.shape[:2]
         described = self.backbone(clips.flatten(0, 1)).unflatten(0, (batch, frames))
         frame_logits = self.frame_head(described).squeeze(-1)
@@ -122,6 +146,15 @@ def build_backbone(name: str, image_size: int) -> tuple[nn.Module, int]:
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"BACKBONE = {name!r} cannot take IMAGE_SIZE = {image_size}: {error}") from error
     return model.train(), features
+
+
+def choose_trainable(backbone: nn.Module, which: str) -> None:
+    """Freeze a backbone's weights but for those that `which` says: all, norms (normalisation layers) or head (none)."""
+    norms = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
+    for module in backbone.modules():
+        learns = which == "all" or (which == "norms" and isinstance(module, norms))
+        for weight in module.parameters(recurse=False):
+            weight.requires_grad_(learns)
 
 
 class Recomputed:
@@ -226,7 +259,14 @@ def build_model(config: Config | SimpleNamespace) -> DeepfakeDetector:
         if not any(isinstance(module, Recomputed) for module in backbone.modules()):
             raise ValueError(f"GRADIENT_CHECKPOINTING finds no blocks in BACKBONE = {config.BACKBONE!r}: turn it off")
     model = DeepfakeDetector(
-        backbone, features, config.LSTM_HIDDEN, config.LSTM_LAYERS, config.ATTENTION_HEADS, config.DROPOUT
+        backbone,
+        features,
+        config.LSTM_HIDDEN,
+        config.LSTM_LAYERS,
+        config.ATTENTION_HEADS,
+        config.DROPOUT,
+        config.FRAMES_PER_VIDEO,
+        getattr(config, "MIRROR_TEST", False),  # older model files do not know it
     )
     return model.to(memory_format=torch.channels_last)
 

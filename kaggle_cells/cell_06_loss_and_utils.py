@@ -29,21 +29,25 @@ from cell_03_data_processing import replacing
 class FocalLoss(nn.Module):
     """Mean of (1 - p)^gamma * cross-entropy, p being the probability given to the true class.
 
-    Logits and targets have any equal shape; gamma = 0 is the plain binary cross-entropy.
+    Logits and targets have any equal shape; gamma = 0 is the plain binary cross-entropy. `smoothing` s moves the
+    targets of the cross-entropy from 0 and 1 to s / 2 and 1 - s / 2.
     """
 
-    def __init__(self, gamma: float = 2.0) -> None:
+    def __init__(self, gamma: float = 2.0, smoothing: float = 0.0) -> None:
         super().__init__()
-        self.gamma = gamma
+        self.gamma, self.smoothing = gamma, smoothing
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         missed = (1 - torch.exp(-entropy)).clamp_min(1e-6)  # 0 ** gamma has no gradient for gamma < 1
+        if self.smoothing:
+            smooth = targets.lerp(torch.full_like(targets, 0.5), self.smoothing)
+            entropy = F.binary_cross_entropy_with_logits(logits, smooth, reduction="none")
         return (missed**self.gamma * entropy).mean()
 
 
 def build_loss(config: Config) -> FocalLoss:
-    return FocalLoss(config.FOCAL_GAMMA if config.LOSS == "focal" else 0.0)
+    return FocalLoss(config.FOCAL_GAMMA if config.LOSS == "focal" else 0.0, config.LABEL_SMOOTHING)
 
 
 # %% [markdown]

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from cell_01_imports_and_setup import NO_BARS, PROCESSES
 from cell_02_global_config import Config
-from cell_04_dataset_class import PairDraws, augment, normalize, to_float
+from cell_04_dataset_class import PairDraws, augment, normalize, to_float, with_self_blends
 from cell_05_model_definition import Output, build_model
 from cell_06_loss_and_utils import WeightAverage, free_memory, unwrapped
 
@@ -97,12 +97,15 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def step_fits(config: Config, device: torch.device, precision: torch.dtype | None, batch: int) -> bool:
     """Whether the device has the memory for one training step on `batch` clips: it tries one on blank clips."""
-    clips = torch.zeros(batch, config.FRAMES_PER_VIDEO, config.IMAGE_SIZE, config.IMAGE_SIZE, 3, dtype=torch.uint8)
+    frames = config.FRAMES_PER_VIDEO * config.CLIPS_PER_VIDEO
+    clips = torch.zeros(batch, frames, config.IMAGE_SIZE, config.IMAGE_SIZE, 3, dtype=torch.uint8)
+    landmarks, rows = torch.full((batch, frames, 5, 2), math.nan), torch.arange(batch)
     try:
         model = build_model(config).to(device)
         model.precision = precision
         others = [weight.clone() for weight in model.parameters()]  # what an average, or DDP's buckets, will take
-        output = model(normalize(augment(to_float(clips.to(device)), PairDraws(device, [0]))))
+        shown = augment(clips.to(device), landmarks.to(device), rows.to(device), PairDraws(device, [0]), config)
+        output = model(normalize(shown))
         (output.logit.float().sum() + output.frame_logits.float().sum()).backward()
         torch.optim.AdamW(model.parameters()).step()  # its two averages of each weight need memory too
         del others
@@ -155,6 +158,7 @@ class Trainer:
     frame_weight: float = 0.0
     gradient_clip: float = 0.0
     average: WeightAverage | None = None
+    warmup_epochs: int = 0
     micro_batch: int | None = None
     interrupted: bool = False
     bad_in_a_row: int = 0
@@ -215,6 +219,12 @@ class Trainer:
             )
         self.micro_batch = (size + 1) // 2
         print(f"Memory ran out with {size} clips at once: batches are now computed in parts of {self.micro_batch}")
+
+    def warm_up(self, epochs: float) -> None:
+        """Set the learning rates for a step that ends `epochs` after the start, if that is within the warm-up."""
+        if epochs <= self.warmup_epochs:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * epochs / self.warmup_epochs
 
     def one_too_many(self, loss: float, norm: float) -> bool:
         """Take in a step's figures; True if now so many in a row were not finite that the run must end."""
@@ -315,9 +325,15 @@ def show(bar: tqdm, trainer: Trainer, parts: list[Part], device: torch.device, s
 
 
 def train_one_epoch(
-    trainer: Trainer, loader: DataLoader, device: torch.device, draws: PairDraws, epoch: int, bar: tqdm | None = None
+    trainer: Trainer,
+    loader: DataLoader,
+    device: torch.device,
+    draws: PairDraws,
+    epoch: int,
+    config: Config,
+    bar: tqdm | None = None,
 ) -> Scores:
-    """One pass over the loader, whose dataset has the `videos` that rows stand for.
+    """One pass over the loader, whose dataset tells the `name` of a row. The epoch counts from 1.
 
     Raises FloatingPointError, with epoch, step, loss scale and clips, if several steps in a row are not finite.
     """
@@ -327,8 +343,9 @@ def train_one_epoch(
     waiting: list[torch.Tensor] = []  # loss and gradient norm of the steps that nobody has looked at yet
     losses: list[float] = []  # of the others
     skipped = 0
-    for step, (clips, labels, rows) in enumerate(device_batches(loader, device), 1):
-        output, loss, norm = trainer.step(normalize(augment(to_float(clips), draws)), labels)
+    for step, (clips, landmarks, labels, rows) in enumerate(device_batches(loader, device), 1):
+        trainer.warm_up(epoch - 1 + step / len(loader))
+        output, loss, norm = trainer.step(normalize(augment(clips, landmarks, rows, draws, config)), labels)
         parts.append(part_of(output, loss, labels, rows))
         waiting.append(torch.stack([loss, norm]))
         if bar is not None:
@@ -338,7 +355,7 @@ def train_one_epoch(
                 losses.append(step_loss)
                 skipped += not math.isfinite(step_norm)
                 if trainer.one_too_many(step_loss, step_norm):
-                    names = ", ".join(str(loader.dataset.videos[row]) for row in parts[len(losses) - 1].rows.tolist())
+                    names = ", ".join(loader.dataset.name(row) for row in parts[len(losses) - 1].rows.tolist())
                     scale = trainer.scaler.get_scale()
                     raise FloatingPointError(
                         f"epoch {epoch}, step {len(losses)}: step {BAD_STEPS} in a row that is not finite. Loss "
@@ -365,17 +382,22 @@ def validate(
     title: str = "validation",
     bar: tqdm | None = None,
 ) -> Scores:
-    """Score every clip of the loader, in its order; in full precision if numbers become too large for half.
+    """Score every clip of the loader, in order of rows; in full precision if numbers become too large for half.
 
+    Self-blends, where the loader has some, are the same each time.
     Raises FloatingPointError if the loss is not finite even then.
     """
     model.eval()
     started, network = time.perf_counter(), unwrapped(model)
+    has_blends = any(row < 0 for row in loader.sampler)
 
     def score() -> Scores:
-        parts = []
-        for clips, labels, rows in device_batches(loader, device):
-            output = model(normalize(to_float(clips)))
+        parts, draws = [], PairDraws(device, [0])
+        for clips, landmarks, labels, rows in device_batches(loader, device):
+            clips = to_float(clips)
+            if has_blends:
+                clips = with_self_blends(clips, landmarks, rows, draws)
+            output = model(normalize(clips))
             parts.append(part_of(output, total_loss(output, labels, criterion, frame_weight), labels, rows))
             if bar is not None:
                 bar.update()

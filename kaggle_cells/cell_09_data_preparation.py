@@ -82,7 +82,9 @@ if alone.any():
     )
 
 # %%
-splits = split_videos(checked, CONFIG.VAL_FRACTION, CONFIG.TEST_FRACTION, CONFIG.SEED, CONFIG.HOLDOUT_METHODS)
+REAL_ALONE = CONFIG.SELF_BLEND == 1  # training makes its own fakes
+fractions = CONFIG.VAL_FRACTION, CONFIG.TEST_FRACTION
+splits = split_videos(checked, *fractions, CONFIG.SEED, CONFIG.HOLDOUT_METHODS, REAL_ALONE)
 LEAKING = crossing_groups(splits)
 if CONFIG.HOLDOUT_METHODS:
     print(f"{len(checked) - len(splits)} held-out fakes set aside: their recordings are not in the test set.")
@@ -101,7 +103,7 @@ FACE_DETECTOR = load_face_detector(ENVIRONMENT.device) if CONFIG.FACE_CROP else 
 SKIPPED, more_failed = refused, True
 while more_failed:  # a video that fails gives its place to another
     chosen_videos = limit_videos(splits[~splits.path.isin(SKIPPED.path)], CONFIG.MAX_VIDEOS_PER_CLASS, CONFIG.SEED)
-    require_classes(chosen_videos)
+    require_classes(chosen_videos, REAL_ALONE)
     print(
         f"{len(chosen_videos)} videos taken:", require_space(chosen_videos, CLIP_SETTINGS, CONFIG.cache_dir), flush=True
     )

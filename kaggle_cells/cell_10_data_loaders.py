@@ -45,12 +45,26 @@ if not BATCH_SIZE_USED:
 
 pinned = DEVICE.type == "cuda"
 datasets = {name: ClipDataset(table, CONFIG.NUM_WORKERS) for name, table in SPLIT_TABLES.items()}
-TRAIN_BATCHES = PairBatches(SPLIT_TABLES["train"], BATCH_SIZE_USED, CONFIG.SEED, RANK, PROCESSES)
+TRAIN_BATCHES = PairBatches(
+    SPLIT_TABLES["train"],
+    BATCH_SIZE_USED,
+    CONFIG.SEED,
+    RANK,
+    PROCESSES,
+    pairs=CONFIG.PAIRS,
+    self_blend=CONFIG.SELF_BLEND,
+)
 TRAIN_LOADER = DataLoader(datasets["train"], batch_sampler=TRAIN_BATCHES, pin_memory=pinned)
 scored_at_once = min(TRAIN_BATCHES.share, 8 * max(1, len(ENVIRONMENT.gpus)))
+scored_rows = {name: [*range(len(datasets[name]))] for name in ("val", "test")}
+if not SPLIT_TABLES["val"].label.any():
+    print(
+        "Validation has no fakes: self-blends of its real videos stand in, for the choice of epoch and threshold too."
+    )
+    scored_rows["val"] = [row for real in scored_rows["val"] for row in (real, ~real)]
 VAL_LOADER, TEST_LOADER = (  # process 1 of 3 scores the clips 1, 4, 7, ...
-    DataLoader(data, scored_at_once, sampler=range(RANK, len(data), PROCESSES), pin_memory=pinned)
-    for data in (datasets["val"], datasets["test"])
+    DataLoader(datasets[name], scored_at_once, sampler=rows[RANK::PROCESSES], pin_memory=pinned)
+    for name, rows in scored_rows.items()
 )
 
 shared = f", shared by {PROCESSES} processes" if PROCESSES > 1 else ""

@@ -10,9 +10,9 @@ from torch import nn
 
 from cell_01_imports_and_setup import ENVIRONMENT, PROCESSES, RANK
 from cell_02_global_config import CONFIG, seed_everything
-from cell_05_model_definition import build_model, load_backbone_weights
-from cell_06_loss_and_utils import EarlyStopping, WeightAverage, build_loss, save_checkpoint
-from cell_07_training_functions import LossScaler, Trainer, synchronise_batch_norm
+from cell_05_model_definition import build_model, choose_trainable, load_backbone_weights
+from cell_06_loss_and_utils import EarlyStopping, WeightAverage, build_loss, peek, save_checkpoint
+from cell_07_training_functions import LossScaler, Trainer, from_first, synchronise_batch_norm
 from cell_10_data_loaders import DEVICE, PRECISION, checkpoint_to_resume
 
 BEST_MODEL = CONFIG.last_checkpoint.with_name("best_model.pth")
@@ -28,8 +28,12 @@ if CONFIG.CHECKPOINT:
     NEVER_TRAINED_ON = held_out_then & NEVER_TRAINED_ON if CONFIG.EPOCHS else held_out_then
     WEIGHTS_ORIGIN = f"checkpoint {CONFIG.CHECKPOINT}"
     del start
-elif RANK == 0 and not resume_from:  # the other processes get their weights from the first one
+elif resume_from:
+    WEIGHTS_ORIGIN = peek(resume_from)["initial_weights"]
+elif RANK == 0:  # the other processes get their weights from the first one
     WEIGHTS_ORIGIN = load_backbone_weights(MODEL.backbone, CONFIG.BACKBONE, CONFIG.PRETRAINED, CONFIG.WEIGHTS_PATH)
+WEIGHTS_ORIGIN = from_first(WEIGHTS_ORIGIN)
+choose_trainable(MODEL.backbone, CONFIG.TRAINABLE)
 MODEL.to(DEVICE)
 MODEL.precision = PRECISION
 
@@ -48,11 +52,26 @@ elif CONFIG.COMPILE:
 
 AVERAGE = WeightAverage(MODEL, CONFIG.EMA_DECAY) if CONFIG.EMA_DECAY else None
 CRITERION = build_loss(CONFIG)
-OPTIMIZER = torch.optim.AdamW(MODEL.parameters(), lr=CONFIG.LEARNING_RATE, weight_decay=CONFIG.WEIGHT_DECAY, fused=True)
+backbone_rate = CONFIG.LEARNING_RATE * (1.0 if WEIGHTS_ORIGIN.startswith("random") else CONFIG.BACKBONE_LR)
+weights_by_rate = {CONFIG.LEARNING_RATE: [], backbone_rate: []}
+for name, weight in MODEL.named_parameters():
+    if weight.requires_grad:
+        weights_by_rate[backbone_rate if name.startswith("backbone.") else CONFIG.LEARNING_RATE].append(weight)
+groups = [{"params": weights, "lr": rate, "initial_lr": rate} for rate, weights in weights_by_rate.items() if weights]
+OPTIMIZER = torch.optim.AdamW(groups, weight_decay=CONFIG.WEIGHT_DECAY, fused=True)
 SCHEDULER = torch.optim.lr_scheduler.ReduceLROnPlateau(OPTIMIZER, factor=0.5, patience=CONFIG.LR_PATIENCE)
 SCALER = LossScaler(DEVICE, PRECISION)
 STOPPER = EarlyStopping(CONFIG.PATIENCE)
-TRAINER = Trainer(PARALLEL_MODEL, CRITERION, OPTIMIZER, SCALER, CONFIG.FRAME_LOSS_WEIGHT, CONFIG.GRADIENT_CLIP, AVERAGE)
+TRAINER = Trainer(
+    PARALLEL_MODEL,
+    CRITERION,
+    OPTIMIZER,
+    SCALER,
+    CONFIG.FRAME_LOSS_WEIGHT,
+    CONFIG.GRADIENT_CLIP,
+    AVERAGE,
+    CONFIG.WARMUP_EPOCHS,
+)
 RESUMABLE = {"model": MODEL, "optimizer": OPTIMIZER, "scheduler": SCHEDULER, "scaler": SCALER, "stopper": STOPPER}
 if AVERAGE is not None:
     RESUMABLE["average"] = AVERAGE
@@ -64,7 +83,7 @@ if resume_from:
     for name, part in RESUMABLE.items():
         if name != "scaler" or saved_run["precision"] == str(PRECISION):  # a scale found for fp16 is for fp16
             part.load_state_dict(saved_run[name])
-    HISTORY, BEST, WEIGHTS_ORIGIN = (saved_run[name] for name in ("history", "best", "initial_weights"))
+    HISTORY, BEST = saved_run["history"], saved_run["best"]
     del saved_run
     if RANK == 0:
         save_checkpoint(BEST_MODEL, BEST)  # it may be missing, or of an epoch that this checkpoint does not know

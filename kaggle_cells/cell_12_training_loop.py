@@ -70,7 +70,7 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
     TRAIN_BATCHES.set_epoch(epoch)
     learning_rate = OPTIMIZER.param_groups[0]["lr"]
     with progress(f"epoch {epoch}", TRAIN_LOADER, VAL_LOADER) as bar:
-        trained = train_one_epoch(TRAINER, TRAIN_LOADER, DEVICE, draws, epoch, bar)
+        trained = train_one_epoch(TRAINER, TRAIN_LOADER, DEVICE, draws, epoch, CONFIG, bar)
         frame_weight = CONFIG.FRAME_LOSS_WEIGHT
         validated = validate(validated_model, VAL_LOADER, CRITERION, DEVICE, frame_weight=frame_weight, bar=bar)
     is_best = STOPPER.update(epoch, validated.auc, validated.loss)

@@ -120,3 +120,35 @@ def test_a_saved_detector_scores_the_same_in_whatever_place(tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(clips).logit, model(clips).logit)
     assert content["threshold"] == 0.4 and not loaded.training
+
+
+def test_several_clips_of_a_video_and_their_mirror_images_are_averaged():
+    clips = torch.rand(2, 6, 3, 64, 64)
+    one, both = small_model(FRAMES_PER_VIDEO=3).eval(), small_model(FRAMES_PER_VIDEO=3, MIRROR_TEST=True).eval()
+    with torch.no_grad():
+        parts = [one(clips[:, start::2]) for start in (0, 1)]
+        mirrored = [one(clips[:, start::2].flip(-1)) for start in (0, 1)]
+        together, averaged = one(clips), both(clips)
+    assert torch.allclose(together.logit, (parts[0].logit + parts[1].logit) / 2, atol=1e-5)
+    assert torch.allclose(together.frame_logits[:, 1::2], parts[1].frame_logits, atol=1e-5)
+    assert torch.allclose(together.attention.sum(dim=1), torch.ones(2), atol=1e-5)
+    expected = sum(part.logit for part in parts + mirrored) / 4
+    assert torch.allclose(averaged.logit, expected, atol=1e-5) and averaged.frame_logits.shape == (2, 6)
+    assert not torch.allclose(averaged.logit, together.logit, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("which", "learns"), [("head", []), ("norms", ["bn1.weight"]), ("all", ["conv1.weight", "bn1.weight"])]
+)
+def test_only_the_chosen_part_of_the_backbone_learns(which, learns):
+    model = small_model()
+    cell.choose_trainable(model.backbone, which)
+    model.train()
+    before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
+    model(torch.rand(2, 3, 3, 64, 64)).logit.sum().backward()
+    optimizer.step()
+    changed = {name for name, value in model.backbone.state_dict().items() if not torch.equal(value, before[name])}
+    assert set(learns) <= changed and ("conv1.weight" in changed) == (which == "all")
+    assert ("bn1.running_mean" in changed) == (which != "head"), "a frozen backbone keeps its statistics"
+    assert model.head[1].weight.grad.abs().sum() > 0

@@ -23,6 +23,16 @@ def test_gamma_zero_is_cross_entropy():
     assert cell.build_loss(CONFIG).gamma == CONFIG.FOCAL_GAMMA
 
 
+def test_label_smoothing_by_hand():
+    loss = cell.FocalLoss(0.0, smoothing=0.2)(torch.tensor([math.log(9)]), torch.tensor([1.0]))
+    assert loss.item() == pytest.approx(-(0.9 * math.log(0.9) + 0.1 * math.log(0.1)))
+    least = cell.FocalLoss(0.0, smoothing=0.2)
+    assert least(torch.tensor([math.log(9)]), torch.ones(1)) < least(torch.tensor([9.0]), torch.ones(1))
+    focal = cell.FocalLoss(2.0, smoothing=0.2)(torch.tensor([math.log(9)]), torch.tensor([1.0]))
+    assert focal.item() == pytest.approx(0.1**2 * loss.item())
+    assert cell.build_loss(dataclasses.replace(CONFIG, LABEL_SMOOTHING=0.1)).smoothing == 0.1
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_extreme_logits_give_finite_gradients(gamma):
     logits = torch.tensor([-200.0, 200.0, 0.0], requires_grad=True)

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import io
 import math
 import time
@@ -17,19 +18,21 @@ from cell_05_model_definition import Output
 from cell_06_loss_and_utils import FocalLoss, WeightAverage
 
 CPU = torch.device("cpu")
+TWO_FRAMES = dataclasses.replace(CONFIG, FRAMES_PER_VIDEO=2)
 
 
 class Bright(Dataset):
     """Clips of 2 x 8 x 8 pixels whose label is their brightness."""
-
-    videos = tuple(f"video{row}.mp4" for row in range(21))
 
     def __len__(self):
         return 21
 
     def __getitem__(self, row):
         clip = torch.full((2, 8, 8, 3), 40 + 170 * (row % 2), dtype=torch.uint8)
-        return clip, torch.tensor(float(row % 2)), row
+        return clip, torch.zeros(2, 5, 2), torch.tensor(float(row % 2)), row
+
+    def name(self, row):
+        return f"video{row}.mp4"
 
 
 class Tiny(torch.nn.Module):
@@ -62,7 +65,7 @@ def trainer_of(model, precision=None, **options):
 
 def run_epoch(trainer, epoch=1, batch=4, **options):
     draws = PairDraws(CPU, [epoch])
-    return cell.train_one_epoch(trainer, DataLoader(Bright(), batch), CPU, draws, epoch, **options)
+    return cell.train_one_epoch(trainer, DataLoader(Bright(), batch), CPU, draws, epoch, TWO_FRAMES, **options)
 
 
 def trained(model, epochs=1, **options):
@@ -185,8 +188,11 @@ def test_nothing_in_a_training_step_waits_for_the_device(precision):
         torch.tensor([0.0, 1, 0, 1]),
     )
 
+    landmarks, rows = torch.full((4, 2, 5, 2), math.nan), torch.tensor([0, ~0, 1, 2])
+
     def step():
-        output, loss, _ = trainer.step(cell.normalize(cell.augment(cell.to_float(clips), draws)), labels)
+        shown = cell.augment(clips, landmarks, rows, draws, TWO_FRAMES)
+        output, loss, _ = trainer.step(cell.normalize(shown), labels)
         return cell.part_of(output, loss, labels, torch.arange(4))
 
     step()
@@ -324,7 +330,7 @@ def test_every_batch_gets_to_the_device_in_order_and_is_read_one_ahead(device):
     for batch in batches:
         assert all(part.device.type == device for part in batch)
         sizes.append([len(part) for part in batch])
-    assert sizes == [[4] * 3] * 5 + [[1] * 3] and read == list(range(21))
+    assert sizes == [[4] * 4] * 5 + [[1] * 4] and read == list(range(21))
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -378,3 +384,42 @@ def test_a_step_that_runs_out_of_memory_does_not_fit(monkeypatch):
 
     monkeypatch.setattr(cell, "build_model", lambda config: Greedy())
     assert cell.step_fits(CONFIG, CPU, None, 2) and not cell.step_fits(CONFIG, CPU, None, 4)
+
+
+# Warm-up, and validation of real videos alone
+
+
+def test_the_learning_rate_rises_step_by_step_and_then_belongs_to_the_scheduler():
+    torch.manual_seed(0)
+    trainer = trainer_of(Tiny(), warmup_epochs=2)
+    trainer.optimizer.param_groups[0]["initial_lr"] = 0.1
+    rates = []
+    take_step = trainer.step
+    trainer.step = lambda *batch: rates.append(trainer.optimizer.param_groups[0]["lr"]) or take_step(*batch)
+    for epoch in (1, 2):
+        run_epoch(trainer, epoch, batch=7)
+    assert np.allclose(rates, [0.1 * step / 6 for step in range(1, 7)])
+    trainer.optimizer.param_groups[0]["lr"] = 0.05  # as a scheduler would
+    run_epoch(trainer, 3, batch=7)
+    assert rates[-3:] == [0.05] * 3
+
+
+def test_self_blends_in_validation_are_fakes_and_the_same_each_time():
+    class Textured(Bright):
+        def __getitem__(self, row):
+            clip = torch.randint(0, 256, (2, 24, 24, 3), generator=torch.Generator().manual_seed(max(row, ~row)))
+            return clip.byte(), torch.full((2, 5, 2), math.nan), torch.tensor(float(row < 0)), row
+
+    class Variance(torch.nn.Module):
+        def forward(self, clips):
+            logits = clips.var(dim=(2, 3, 4))
+            return Output(logits.mean(dim=1), logits, torch.full_like(logits, 0.5))
+
+    rows = [row for real in range(6) for row in (real, ~real)]
+    first, second, plain = (
+        cell.validate(Variance(), DataLoader(Textured(), 4, sampler=chosen), FocalLoss(), CPU)
+        for chosen in (rows, rows, range(6))
+    )
+    assert np.array_equal(first.rows, sorted(rows)) and first.labels.tolist() == [1.0] * 6 + [0.0] * 6
+    assert np.array_equal(first.logits, second.logits) and np.array_equal(first.logits[6:], plain.logits)
+    assert (first.logits[:6][::-1] != first.logits[6:]).all()

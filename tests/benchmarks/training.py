@@ -45,7 +45,8 @@ def make_clips(folder: Path, count: int, config: Config) -> pd.DataFrame:
     shape = (config.FRAMES_PER_VIDEO, config.IMAGE_SIZE, config.IMAGE_SIZE, 3)
     for number in range(count):
         file = folder / f"{number}.npz"
-        np.savez(file, frames=rng.integers(0, 256, shape, np.uint8))
+        landmarks = np.full((config.FRAMES_PER_VIDEO, 5, 2), np.nan, np.float32)
+        np.savez(file, frames=rng.integers(0, 256, shape, np.uint8), landmarks=landmarks)
         rows.append(dict(path=f"{number}.mp4", clip_file=str(file), label=number % 2, original=str(number // 2)))
     return pd.DataFrame(rows).assign(group=lambda table: table.original)
 
@@ -114,14 +115,14 @@ class Ours:
     """The notebook's way: `epoch()` trains one and gives its clips a second."""
 
     def __init__(self, table: pd.DataFrame, config: Config, batch: int) -> None:
-        self.model = build_model(config).to(DEVICE)
+        self.config, self.model = config, build_model(config).to(DEVICE)
         self.model.precision = precision = amp_dtype(config.AMP, DEVICE)
         if config.COMPILE:
             self.model.backbone.compile()
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         scaler = LossScaler(DEVICE, precision)
         self.trainer = Trainer(self.model, build_loss(config), optimizer, scaler, 0.5, 1.0)
-        batches = PairBatches(table, batch, seed=0)
+        batches = PairBatches(table, batch, seed=0, self_blend=config.SELF_BLEND)
         data = ClipDataset(table, config.NUM_WORKERS)
         self.loader = DataLoader(data, batch_sampler=batches, pin_memory=DEVICE.type == "cuda")
         self.few = DataLoader(data, batch_sampler=list(batches)[:2])
@@ -131,7 +132,7 @@ class Ours:
 
     def epoch(self, loader: DataLoader | FromDevice | None = None) -> float:
         started = time.perf_counter()
-        scores = train_one_epoch(self.trainer, loader or self.loader, DEVICE, PairDraws(DEVICE, [0]), 1)
+        scores = train_one_epoch(self.trainer, loader or self.loader, DEVICE, PairDraws(DEVICE, [0]), 1, self.config)
         return len(scores.labels) / (time.perf_counter() - started)
 
 
