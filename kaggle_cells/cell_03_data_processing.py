@@ -453,7 +453,8 @@ def require_classes(videos: pd.DataFrame, real_alone: bool = False) -> None:
             f"a split lacks a class: {len(videos)} usable videos in {videos.group.nunique()} groups became\n"
             f"{table.rename(columns={0: 'real', 1: 'fake'})}\n"
             "More recordings help, a larger MAX_VIDEOS_PER_CLASS, or other VAL_FRACTION, TEST_FRACTION and "
-            "HOLDOUT_METHODS. data/skipped.csv lists what cannot be used."
+            "HOLDOUT_METHODS. With SELF_BLEND = 1 only the test set needs fakes. data/skipped.csv lists what cannot be "
+            "used."
         )
 
 

@@ -51,7 +51,7 @@ class DeepfakeDetector(nn.Module):
         mirror: in evaluation, look at the mirror image as well.
 
     In evaluation an input (B, K * T, 3, S, S) is K clips of a video, which have its frames in turn; their outputs are
-    averaged, and those of their mirror images. Any other number of frames is one clip, and so is everything in training.
+    averaged, and those of their mirror images. Any other number of frames is one clip, as everything is in training.
 
     Set `precision` to a dtype for mixed precision. It acts inside `forward`, because DataParallel's threads would not
     take over an outer autocast's dtype.

@@ -24,7 +24,7 @@ from torch import nn
 
 from cell_01_imports_and_setup import IN_NOTEBOOK
 from cell_03_data_processing import Clip, ClipSettings, VideoError, make_clip, replacing, videos_below
-from cell_04_dataset_class import normalize, to_float
+from cell_04_dataset_class import ClipDataset, PairDraws, normalize, self_blend, to_float
 
 
 def probabilities(logits: np.ndarray, temperature: float) -> np.ndarray:
@@ -151,6 +151,30 @@ def plot_samples(table: pd.DataFrame, per_clip: int = 6) -> Figure:
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
         row[0].set_ylabel(sample.method, rotation=0, ha="right", va="center")
+    return figure
+
+
+@plt.rc_context(STYLE)
+def plot_self_blends(table: pd.DataFrame, seed: int, clips: int = 6) -> Figure:
+    """A frame of up to `clips` real clips, the mask of a self-blend that training could make of it, and that."""
+    reals = ClipDataset(table[table.label == 0].iloc[:clips])
+    frames, landmarks, *_ = map(list, zip(*(reals[row] for row in range(len(reals))), strict=True))
+    frames, landmarks = torch.stack(frames), torch.stack(landmarks)
+    real, draws = to_float(frames).repeat_interleave(2, dim=0), PairDraws(torch.device("cpu"), [seed])
+    fake, masks = self_blend(real, landmarks.repeat_interleave(2, dim=0), draws)
+    middle = real.shape[1] // 2
+    pictures = {
+        "real": real[::2, middle].movedim(1, -1),
+        "mask": masks[::2, middle],
+        "self-blend": fake[::2, middle].movedim(1, -1),
+    }
+    figure, axes = plt.subplots(3, len(reals), figsize=(1.3 * len(reals) + 0.8, 4.2), squeeze=False)
+    for row, (name, images) in zip(axes, pictures.items(), strict=True):
+        for ax, image in zip(row, images.numpy(), strict=True):
+            ax.imshow(image, cmap="gray", vmin=0, vmax=1)
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
     return figure
 
 

@@ -16,6 +16,7 @@ from cell_02_global_config import CONFIG
 from cell_04_dataset_class import ClipDataset, PairBatches
 from cell_06_loss_and_utils import attached_checkpoints, free_memory, peek, run_settings, run_to_resume
 from cell_07_training_functions import amp_dtype, choose_batch_size, from_first, gathered, join_processes
+from cell_08_evaluation_functions import plot_self_blends, save_figure
 
 DEVICE = torch.device(ENVIRONMENT.device)
 PRECISION = amp_dtype(CONFIG.AMP, DEVICE)
@@ -73,3 +74,11 @@ print(
     f"{str(PRECISION or torch.float32).removeprefix('torch.')}: {len(TRAIN_LOADER)} for training, {len(VAL_LOADER)} "
     f"for validation, {len(TEST_LOADER)} for the test"
 )
+
+# %% [markdown]
+# `SELF_BLEND` of the fakes that training shows are made on the spot from real clips, other ones in each epoch:
+
+# %%
+if CONFIG.SELF_BLEND and CONFIG.EPOCHS and RANK == 0:
+    blends = plot_self_blends(SPLIT_TABLES["train"], CONFIG.SEED)
+    save_figure(blends, CONFIG.work_dir / "results" / "self_blends.png")

@@ -79,6 +79,7 @@ trained = (
     else "in another run, perhaps on some of these recordings"
 )
 sizes = results["data"]["videos"]
+on_blends = bool(HISTORY) and not sizes["val"]["fake"]
 unseen = " of recordings never trained on" if HISTORY and not LEAKING and not CONFIG.CHECKPOINT else ""
 
 
@@ -97,6 +98,7 @@ report = [
     f"Training   {trained}; epoch {MODEL_INFO['epoch']} was the best, validation AUC {MODEL_INFO['val_auc']:.3f}",
     f"Time       preparation {PREPARATION_SECONDS:.0f} s, training {results['seconds']['training']:.0f} s, "
     f"evaluation {EVALUATION_SECONDS:.0f} s, on {', '.join(ENVIRONMENT.gpus) or 'the CPU'}",
+    *(["Validation has no fakes: epoch, temperature and threshold were chosen on self-blends"] * on_blends),
     *(
         [f"Leakage    {len(LEAKING)} groups are in several of the given splits: the test is easier than it looks"]
         if LEAKING

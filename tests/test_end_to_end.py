@@ -66,7 +66,7 @@ def test_the_run_says_where_to_look(finished_run):
 def test_the_executed_notebook_shows_its_figures_and_no_warnings(finished_run):
     notebook = nbformat.read(finished_run.folder / "deepfake_detection.ipynb", as_version=4)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 6
     assert [output.text for output in outputs if output.get("name") == "stderr"] == []
     assert not any("%|" in str(output) for output in outputs), "a progress bar, kept as it first appeared"
 
@@ -213,3 +213,32 @@ def test_a_trained_model_scores_new_videos_without_training(finished_run, shared
     by_method = run.table("results/metrics_by_method.csv").set_index("method")
     assert not by_method.never_trained_on.any()  # holding out now does not undo that it was trained on
     assert run.results["training"]["epochs"] == 0 and math.isfinite(run.results["model"]["threshold"])
+
+
+# Training on real videos alone
+
+
+def test_real_videos_alone_train_a_detector_that_is_tested_on_every_manipulation(shared, tmp_path):
+    held_out = {
+        "HOLDOUT_METHODS": "[blend, lowres, jitter]",
+        "SELF_BLEND": 1,
+        "CLIPS_PER_VIDEO": 2,
+        "MIRROR_TEST": "true",
+    }
+    done = run_script("cell_14_results_summary", tmp_path, **{**shared, **held_out, "AUGMENTATION": "none"})
+    assert done.returncode == 0, done.stderr
+    run = Run(tmp_path, done.stdout)
+    videos = run.results["data"]["videos"]
+    assert videos["train"]["fake"] == videos["val"]["fake"] == 0 < videos["test"]["fake"]
+    assert "Validation has no fakes: self-blends" in run.output
+    assert run.table("results/metrics_by_method.csv").never_trained_on.all()
+    assert run.table("results/training_history.csv").val_auc.notna().all()
+    report = (tmp_path / "results" / "experiment_report.txt").read_text(encoding="utf-8")
+    assert "threshold were chosen on self-blends" in report
+    saved = torch.load(tmp_path / "models" / "best_model.pth", weights_only=True)["config"]
+    assert saved["CLIPS_PER_VIDEO"] == 2 and saved["MIRROR_TEST"]
+
+
+def test_without_fakes_to_train_on_a_smaller_share_of_self_blends_is_a_clear_error(shared, tmp_path):
+    done = run_script("cell_09_data_preparation", tmp_path, **shared, HOLDOUT_METHODS="[blend, lowres, jitter]")
+    assert done.returncode == 1 and "a split lacks a class" in done.stderr and "SELF_BLEND = 1" in done.stderr
