@@ -289,7 +289,7 @@ def face_mask_like(where: torch.Tensor, draws: PairDraws) -> torch.Tensor:
     across, down = (where.real - draw(-0.2, 0.2)) / width, (where.imag - 0.1 - draw(-0.3, 0.3)) / height
     angle, radius = torch.atan2(down, across), torch.hypot(across, down)
     for waves in (2, 3, 5):
-        radius = radius * (1 + draw(0, 0.08) * torch.cos(waves * angle + draw(0, 2 * math.pi)))
+        radius = radius * (1 + draw(0, 0.2 / waves) * torch.cos(waves * angle + draw(0, 2 * math.pi)))
     softness = draw(0.02, 0.3)
     inside = ((1 + softness - radius) / (2 * softness)).clamp(0, 1)
     return inside * inside * (3 - 2 * inside)
@@ -429,13 +429,13 @@ def augment(
     across, down = draw(-1, 1) * (1 - scale), draw(-1, 1) * (1 - scale)
     rows, columns = crop_matrix(clips, down, scale), crop_matrix(clips, across, scale * mirror)
     if config.AUGMENTATION == "robust":
-        worse = resolution_matrix(clips, torch.exp2(-draws.sometimes(clips, 0.3, 1.5)))
-        worse = worse @ blur_matrix(clips, draws.sometimes(clips, 0.2, 1.5))
+        worse = resolution_matrix(clips, torch.exp2(-draws.sometimes(clips, 0.2)))
+        worse = worse @ blur_matrix(clips, draws.sometimes(clips, 0.1))
         rows, columns = worse @ rows, worse @ columns
     clips = separable(clips, rows, columns)
     clips = change_colours(clips, draw(0.8, 1.2, 3), draw(0.8, 1.2), draw(0.8, 1.2))
     if config.AUGMENTATION == "robust":
         noise = torch.empty_like(clips[0]).normal_(generator=draws.generator)  # the same film for all, at its own gain
-        clips = clips + draws.sometimes(clips, 0.3, 0.05)[..., None, None] * noise
-        clips = compress(clips, draws.sometimes(clips, 0.5, 1.5))
+        clips = clips + draws.sometimes(clips, 0.1, 0.04)[..., None, None] * noise
+        clips = compress(clips, draws.sometimes(clips, 0.5, 1.2))
     return clips

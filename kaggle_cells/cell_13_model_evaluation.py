@@ -45,6 +45,9 @@ PREDICTIONS = (
     .assign(logit=tested.logits, probability=probabilities(tested.logits, TEMPERATURE))
 )
 PREDICTIONS["verdict"] = np.where(PREDICTIONS.probability >= THRESHOLD, "fake", "real")
+PREDICTIONS["frame_scores"] = [
+    " ".join(f"{score:.3f}" for score in scores) for scores in probabilities(tested.frame_logits, TEMPERATURE)
+]
 PREDICTIONS["correct"] = (PREDICTIONS.verdict == "fake") == (PREDICTIONS.label == 1)
 labels, chances = PREDICTIONS.label.to_numpy(), PREDICTIONS.probability.to_numpy()
 METRICS = {

@@ -31,7 +31,7 @@ class NoSqueeze(nn.Identity):
 def efficientnet_lite0(weights: None = None, **options: object) -> EfficientNet:
     """The network with random weights."""
     block = functools.partial(MBConv, se_layer=NoSqueeze)
-    norm = functools.partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
+    norm = functools.partial(nn.BatchNorm2d, eps=1e-3)  # the momentum of 0.01 is for long training
     network = EfficientNet([MBConvConfig(*stage, block=block) for stage in STAGES], 0.2, norm_layer=norm)
     for module in list(network.modules()):
         for name, child in module.named_children():
