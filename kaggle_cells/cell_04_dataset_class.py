@@ -215,11 +215,9 @@ def blur_matrix(clips: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     return averaging(torch.exp(-((pixels[:, None] - pixels) ** 2) / (2 * sigma**2).clamp(min=1e-3)))
 
 
-def identity_matrix(clips: torch.Tensor) -> torch.Tensor:
-    return torch.eye(clips.shape[-1], device=clips.device)
-
-
-def change_colours(clips: torch.Tensor, gains: torch.Tensor, contrast: torch.Tensor, saturation: torch.Tensor):
+def change_colours(
+    clips: torch.Tensor, gains: torch.Tensor, contrast: torch.Tensor, saturation: torch.Tensor
+) -> torch.Tensor:
     """Scale channels (B, 3), distance from the mean colour and from grey (B,) of clips (B, T, 3, S, S)."""
     gains, contrast, saturation = (value.view(len(clips), 1, -1, 1, 1) for value in (gains, contrast, saturation))
     clips = clips * gains
@@ -260,11 +258,7 @@ def face_coordinates(landmarks: torch.Tensor, size: int) -> tuple[torch.Tensor, 
     turn = ((points - middle) * face.conj()).sum(dim=-1, keepdim=True) / face.abs().square().sum()  # least squares
     middle, turn = middle[..., None], turn[..., None]
     pixels = torch.arange(size, device=landmarks.device)
-    return (
-        (torch.complex(*torch.broadcast_tensors(pixels.float(), pixels.float()[:, None])) - middle) / turn,
-        turn,
-        middle,
-    )
+    return (pixels + 1j * pixels[:, None] - middle) / turn, turn, middle
 
 
 # %% [markdown]
@@ -302,15 +296,14 @@ def self_blend(clips: torch.Tensor, landmarks: torch.Tensor, draws: PairDraws) -
     """
     frames, size = clips.shape[1], clips.shape[-1]
     where, turn, middle = face_coordinates(landmarks, size)
-
-    def draw(low: float, high: float, *shape: int) -> torch.Tensor:
-        return draws.uniform(clips, low, high, *shape)
-
+    draw = functools.partial(draws.uniform, clips)
     strength = draw(0, 1, 1)
     gains, contrast, saturation = (1 + strength * draw(-0.25, 0.25, count) for count in (3, 1, 1))
     coarse = draw(-1, 1, 1, 1)  # from the sharpest to the coarsest
     resample = resolution_matrix(clips, torch.exp2(-2 * coarse.clamp(min=0)))
-    sharpen = identity_matrix(clips).lerp(blur_matrix(clips, torch.ones_like(coarse)), coarse.clamp(max=0))
+    sharpen = torch.eye(size, device=clips.device).lerp(
+        blur_matrix(clips, torch.ones_like(coarse)), coarse.clamp(max=0)
+    )
     matrix = resample @ sharpen
     inner = separable(change_colours(clips, gains, contrast, saturation), matrix, matrix).clamp(0, 1)
 
@@ -365,7 +358,7 @@ def cut_out(clips: torch.Tensor, landmarks: torch.Tensor, draws: PairDraws) -> t
     """In some clips, an oval of one colour covers the surroundings of one landmark in all frames."""
     where, *_ = face_coordinates(landmarks, clips.shape[-1])
     radius, shape = draws.sometimes(clips, 0.15, 0.5)[..., None], draws.uniform(clips, 0.6, 1.6, 1, 1, 1)
-    centre = standard_face(clips.device)[draws.uniform(clips, 0, 5).long()].view(-1, 1, 1, 1)
+    centre = standard_face(clips.device)[draws.uniform(clips, 0, 5).long().clamp(max=4)].view(-1, 1, 1, 1)
     covered = torch.hypot((where - centre).real * shape, (where - centre).imag / shape) < radius
     return torch.where(covered[:, :, None], draws.uniform(clips, 0, 1, 1, 3, 1, 1), clips)
 
@@ -419,10 +412,7 @@ def augment(
         clips = with_self_blends(clips, landmarks, rows, draws)
     if config.AUGMENTATION == "none":
         return clips
-
-    def draw(low: float, high: float, *shape: int) -> torch.Tensor:
-        return draws.uniform(clips, low, high, *shape)
-
+    draw = functools.partial(draws.uniform, clips)
     if config.AUGMENTATION == "robust":
         clips = lose_frames(cut_out(clips, landmarks, draws), draws)
     scale, mirror = draw(0.8, 1), draw(-1, 1).sign()

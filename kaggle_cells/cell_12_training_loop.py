@@ -68,11 +68,11 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
     seed_everything(CONFIG.SEED, epoch, RANK)  # an epoch's draws depend on its number alone, so resuming repeats them
     draws = PairDraws(DEVICE, [CONFIG.SEED, epoch], RANK, PROCESSES)
     TRAIN_BATCHES.set_epoch(epoch)
-    learning_rate = OPTIMIZER.param_groups[0]["lr"]
     with progress(f"epoch {epoch}", TRAIN_LOADER, VAL_LOADER) as bar:
         trained = train_one_epoch(TRAINER, TRAIN_LOADER, DEVICE, draws, epoch, CONFIG, bar)
         frame_weight = CONFIG.FRAME_LOSS_WEIGHT
         validated = validate(validated_model, VAL_LOADER, CRITERION, DEVICE, frame_weight=frame_weight, bar=bar)
+    learning_rate = OPTIMIZER.param_groups[0]["lr"]
     is_best = STOPPER.update(epoch, validated.auc, validated.loss)
     SCHEDULER.step(validated.loss)
     HISTORY.append(

@@ -10,8 +10,9 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+import torchvision
 import yaml
-from conftest import ROOT, Run, run_notebook, run_script
+from conftest import ROOT, Run, run_notebook, run_script, script
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -242,3 +243,26 @@ def test_real_videos_alone_train_a_detector_that_is_tested_on_every_manipulation
 def test_without_fakes_to_train_on_a_smaller_share_of_self_blends_is_a_clear_error(shared, tmp_path):
     done = run_script("cell_09_data_preparation", tmp_path, **shared, HOLDOUT_METHODS="[blend, lowres, jitter]")
     assert done.returncode == 1 and "a split lacks a class" in done.stderr and "SELF_BLEND = 1" in done.stderr
+
+
+# How the backbone learns
+
+
+def test_a_backbone_with_trained_weights_learns_at_its_own_rate(shared, tmp_path):
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights.pth")
+    program = f"import sys; sys.path.insert(0, {str(ROOT / 'kaggle_cells')!r}); import cell_11_model_setup as cell\n"
+    program += "print('rates', [(group['lr'], len(group['params'])) for group in cell.OPTIMIZER.param_groups])"
+    slow = {**shared, "BACKBONE_LR": 0.1, "WORK_DIR": tmp_path}
+    rates = []
+    for changes in ({}, {"WEIGHTS_PATH": tmp_path / "weights.pth"}, {"TRAINABLE": "head"}):
+        start = script("cell_11_model_setup", tmp_path, **{**slow, **changes})
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, env=start["env"], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        rates.append(eval(re.search(r"rates (.*)", done.stdout)[1]))
+    everything = rates[0][0][1]
+    assert rates[0] == [(3e-4, everything)], "random weights learn at the full rate"
+    (head_rate, head), (backbone_rate, backbone) = rates[1]
+    assert (head_rate, backbone_rate) == (3e-4, pytest.approx(3e-5)) and head + backbone == everything
+    assert rates[2] == [(3e-4, head)]
