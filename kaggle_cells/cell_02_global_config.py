@@ -41,7 +41,7 @@ COMPILE: bool = False  # torch.compile the backbone: slow at the start, then per
 # What training shows
 PAIRS: bool = True  # beside each real clip a fake made of it, in the same light; False: any fake
 SELF_BLEND: float = 0.5  # share of the fakes that are made on the spot from real clips; 1: real videos are enough
-AUGMENTATION: str = "robust"  # none, plain (crop, mirror, colour) or robust (and resolution, blur, codec, noise, ...)
+AUGMENTATION: str = "codec"  # none; plain: crop, mirror, colour; codec: and noise, compression; robust: and more
 # Training
 EPOCHS: int = 25  # upper bound; early stopping usually ends sooner
 BATCH_SIZE: int = 0  # clips a step, of all devices together; 0: up to 8 for each GPU, fewer where memory is short
@@ -126,7 +126,7 @@ class Config:
     COMPILE: bool
     PAIRS: bool
     SELF_BLEND: float = between(0, 1)
-    AUGMENTATION: str = one_of("none", "plain", "robust")
+    AUGMENTATION: str = one_of("none", "plain", "codec", "robust")
     EPOCHS: int = between(0, 10**4)
     BATCH_SIZE: int = between(0, 4096)
     LEARNING_RATE: float = between(1e-8, 1)

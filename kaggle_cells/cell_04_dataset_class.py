@@ -327,9 +327,9 @@ def with_self_blends(
 
 
 # %% [markdown]
-# **Augmentation.** `plain` crops, mirrors and recolours. `robust` adds what happens to videos on their way through the
-# internet: fewer pixels, blur, compression, noise, lost frames; and something that hides a part of the face, as a hand
-# or a microphone does, so that no single part decides.
+# **Augmentation.** `plain` crops, mirrors and recolours. `codec` adds noise and compression, which in a real video come
+# after the manipulation: without them a self-blend would be given away by nothing but its smoothness. `robust` adds
+# fewer pixels, blur and lost frames, and something that hides a part of the face, as a hand or a microphone does.
 
 
 # %%
@@ -424,8 +424,8 @@ def augment(
         rows, columns = worse @ rows, worse @ columns
     clips = separable(clips, rows, columns)
     clips = change_colours(clips, draw(0.8, 1.2, 3), draw(0.8, 1.2), draw(0.8, 1.2))
-    if config.AUGMENTATION == "robust":
+    if config.AUGMENTATION in ("codec", "robust"):
         noise = torch.empty_like(clips[0]).normal_(generator=draws.generator)  # the same film for all, at its own gain
-        clips = clips + draws.sometimes(clips, 0.1, 0.04)[..., None, None] * noise
-        clips = compress(clips, draws.sometimes(clips, 0.5, 1.2))
+        clips = clips + draws.sometimes(clips, 0.7, 0.03)[..., None, None] * noise
+        clips = compress(clips, draws.sometimes(clips, 0.7, 0.8))
     return clips

@@ -12,7 +12,7 @@ import cell_04_dataset_class as cell
 from cell_02_global_config import CONFIG
 
 CONFIG = dataclasses.replace(CONFIG, FRAMES_PER_VIDEO=3)
-KINDS = ("none", "plain", "robust")
+KINDS = ("none", "plain", "codec", "robust")
 
 
 @pytest.fixture
@@ -133,14 +133,14 @@ def test_robust_augmentation_treats_pairs_alike_and_frames_too_but_for_the_noise
     out = shown(clips, draws(), AUGMENTATION="robust")
     assert torch.equal(out[0::2], out[1::2]) and out.min() >= 0 and out.max() <= 1
     apart = (out - out[:, :1]).abs().amax(dim=(1, 2, 3, 4))
-    assert 0.85 < (apart == 0).float().mean() < 0.95  # 10 % have noise
+    assert 0.2 < (apart == 0).float().mean() < 0.4  # 70 % have noise, which compression may swallow
 
 
 def test_without_augmentation_clips_are_as_they_were(noise):
     assert torch.equal(shown(noise, draws(), AUGMENTATION="none"), cell.to_float(noise))
 
 
-@pytest.mark.parametrize("kind", ["plain", "robust"])
+@pytest.mark.parametrize("kind", KINDS[1:])
 def test_pairs_differ_from_each_other_and_from_epoch_to_epoch(noise, kind):
     same, one = noise[:1].expand(6, -1, -1, -1, -1), draws()
     first, second = shown(same, one, AUGMENTATION=kind), shown(same, one, AUGMENTATION=kind)
@@ -245,7 +245,9 @@ def test_nothing_but_the_blend_tells_a_twin_from_its_self_blend(kind):
     rows = [row for real in range(20) for row in (real, ~real)]
     out = shown(clips, draws(2), rows, landmarks, AUGMENTATION=kind)
     real, fake = out[0::2], out[1::2]
-    equal = (real - fake).abs().amax(dim=(1, 2)) < (0.08 if kind == "robust" else 0.01)  # contrast takes a mean
+    equal = (real - fake).abs().amax(dim=(1, 2)) < (
+        0.01 if kind in ("none", "plain") else 0.08
+    )  # contrast takes a mean
     assert equal.flatten(1).float().mean(dim=1).min() > 0.5
     assert (real - fake).abs().amax(dim=(1, 2, 3, 4)).min() > 0.02
 

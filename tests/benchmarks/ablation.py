@@ -44,6 +44,7 @@ PLAIN = {  # focal loss, plateau scheduler, early stopping, crop, mirror and col
 STEPS = {  # each adds to the one before
     "plain": {},
     "frame evidence, pairs": {"FRAME_LOSS_WEIGHT": 0.5, "PAIRS": True},
+    "noise, compression": {"AUGMENTATION": "codec"},
     "self-blending": {"SELF_BLEND": 0.5},
     "several clips, mirrored": {"CLIPS_PER_VIDEO": 3, "MIRROR_TEST": True},
     "robust augmentation": {"AUGMENTATION": "robust"},
@@ -109,10 +110,13 @@ def degraded_auc(folder: Path) -> float:
 
     (model, _), logits = load_detector(folder / "models" / "best_model.pth"), []
     table = pd.read_csv(folder / "data" / "test.csv")
-    for file in table.clip_file:
-        with np.load(file) as saved, torch.inference_mode():
-            clip = torch.from_numpy(degraded(saved["frames"]))
-            logits.append(model(normalize(to_float(clip[None]))).logit.item())
+    for files in np.array_split(table.clip_file, -(-len(table) // 16)):
+        clips = []
+        for file in files:
+            with np.load(file) as saved:
+                clips.append(torch.from_numpy(degraded(saved["frames"])))
+        with torch.inference_mode():
+            logits += model(normalize(to_float(torch.stack(clips)))).logit.tolist()
     return roc_auc_score(table.label, logits)
 
 
