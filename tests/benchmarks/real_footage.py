@@ -33,7 +33,7 @@ SETTING = {
         "FRAMES_PER_VIDEO": 8,
         "IMAGE_SIZE": 112,
     },
-    **{"BACKBONE": "resnet18", "LSTM_HIDDEN": 64, "ATTENTION_HEADS": 4, "EPOCHS": 30, "PATIENCE": 30, "BATCH_SIZE": 8},
+    **{"BACKBONE": "resnet18", "LSTM_HIDDEN": 64, "ATTENTION_HEADS": 4, "EPOCHS": 20, "PATIENCE": 20, "BATCH_SIZE": 8},
     **{"LEARNING_RATE": 3e-4, "NUM_WORKERS": 1, "SELF_BLEND": 1.0},
 }
 SCORES = {"detector": "logit", "picture size": "pixels", "bytes a second": "rate"}
