@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    settings = dict(BACKBONE=given.backbone, IMAGE_SIZE=given.size, FRAMES_PER_VIDEO=given.frames, PRETRAINED=False)
+    settings = dict(BACKBONE=given.backbone, IMAGE_SIZE=given.size, FRAMES_PER_VIDEO=given.frames, CLIPS_PER_VIDEO=1)
     config = dataclasses.replace(CONFIG, **settings)
     with tempfile.TemporaryDirectory() as place:
         given.folder = given.folder or place
