@@ -103,7 +103,7 @@ def test_too_little_disk_space_is_an_error_with_both_figures_before_any_work(vid
     start["env"]["PYTHONPATH"] = str(ROOT / "kaggle_cells")
     done = subprocess.run(**start, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
-    assert "81 clips to make, 4 MiB; 0.0 GiB free" in done.stderr and "Set CACHE_DIR" in done.stderr
+    assert "81 clips to make, 12 MiB; 0.0 GiB free" in done.stderr and "Set CACHE_DIR" in done.stderr
     assert clips(tmp_path) == {}
 
 
