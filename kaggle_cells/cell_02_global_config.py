@@ -236,12 +236,16 @@ TRAVELS_WITH_MODEL = (
 )
 
 
+def saved_config(content: dict) -> dict:
+    """The configuration in a model file, with what older files do not know of as it was then."""
+    return {"CLIPS_PER_VIDEO": 1, "MIRROR_TEST": False, **content["config"]}
+
+
 def adopt_checkpoint(config: Config) -> Config:
     """`config` with the settings of its CHECKPOINT for everything that shapes clips and network."""
     if not config.CHECKPOINT:
         return config
-    saved = torch.load(config.CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)["config"]
-    saved = {"CLIPS_PER_VIDEO": 1, "MIRROR_TEST": False} | saved  # unknown to older files
+    saved = saved_config(torch.load(config.CHECKPOINT, map_location="cpu", weights_only=True, mmap=True))
     changed = {name: saved[name] for name in TRAVELS_WITH_MODEL if saved[name] != getattr(config, name)}
     if changed:
         print(f"From {config.CHECKPOINT}:", ", ".join(f"{name} = {value}" for name, value in changed.items()))

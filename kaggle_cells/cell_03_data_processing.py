@@ -776,7 +776,7 @@ class ClipSettings:
 
     @classmethod
     def of(cls, config: Config) -> "ClipSettings":
-        frames = config.FRAMES_PER_VIDEO * getattr(config, "CLIPS_PER_VIDEO", 1)  # older model files know of one clip
+        frames = config.FRAMES_PER_VIDEO * config.CLIPS_PER_VIDEO
         return cls(frames, config.CLIP_SECONDS, config.IMAGE_SIZE, config.FACE_CROP, config.FACE_MARGIN)
 
 

@@ -202,6 +202,14 @@ def crop_matrix(clips: torch.Tensor, centre: torch.Tensor, scale: torch.Tensor) 
     return (1 - (where.clamp(0, size - 1)[..., None] - pixels).abs()).clamp(min=0)
 
 
+def random_crop_and_flip(clips: torch.Tensor, draws: PairDraws) -> tuple[torch.Tensor, torch.Tensor]:
+    """Matrices for rows and for columns: a random square of 0.8..1 of the side, resized back, half of them mirrored."""
+    draw = functools.partial(draws.uniform, clips)
+    scale, mirror = draw(0.8, 1), draw(-1, 1).sign()
+    across, down = draw(-1, 1) * (1 - scale), draw(-1, 1) * (1 - scale)
+    return crop_matrix(clips, down, scale), crop_matrix(clips, across, scale * mirror)
+
+
 def resolution_matrix(clips: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """(B, S, S): reduce an axis to `factor` (B, 1, 1) of its pixels, averaging, and enlarge it again, bilinearly."""
     pixels = torch.arange(clips.shape[-1], device=clips.device)
@@ -415,9 +423,7 @@ def augment(
     draw = functools.partial(draws.uniform, clips)
     if config.AUGMENTATION == "robust":
         clips = lose_frames(cut_out(clips, landmarks, draws), draws)
-    scale, mirror = draw(0.8, 1), draw(-1, 1).sign()
-    across, down = draw(-1, 1) * (1 - scale), draw(-1, 1) * (1 - scale)
-    rows, columns = crop_matrix(clips, down, scale), crop_matrix(clips, across, scale * mirror)
+    rows, columns = random_crop_and_flip(clips, draws)
     if config.AUGMENTATION == "robust":
         worse = resolution_matrix(clips, torch.exp2(-draws.sometimes(clips, 0.2)))
         worse = worse @ blur_matrix(clips, draws.sometimes(clips, 0.1))

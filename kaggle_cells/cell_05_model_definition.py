@@ -27,7 +27,7 @@ import torchvision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cell_02_global_config import Config
+from cell_02_global_config import Config, saved_config
 
 
 class Output(NamedTuple):
@@ -266,7 +266,7 @@ def build_model(config: Config | SimpleNamespace) -> DeepfakeDetector:
         config.ATTENTION_HEADS,
         config.DROPOUT,
         config.FRAMES_PER_VIDEO,
-        getattr(config, "MIRROR_TEST", False),  # older model files do not know it
+        config.MIRROR_TEST,
     )
     return model.to(memory_format=torch.channels_last)
 
@@ -277,6 +277,7 @@ def load_detector(path: Path, device: str = "cpu") -> tuple[DeepfakeDetector, di
     The probability of a clip is `sigmoid(model(normalize(to_float(clips))).logit / temperature)`.
     """
     saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved["config"] = saved_config(saved)
     model = build_model(SimpleNamespace(**saved["config"]))
     model.load_state_dict(saved["model"])
     return model.to(device).eval(), saved

@@ -137,6 +137,15 @@ def save_figure(figure: Figure, file: Path, shown: DisplayHandle | None = None) 
     return shown
 
 
+def show_row(axes: np.ndarray, name: str, images: np.ndarray) -> None:
+    """Images (N, H, W) in 0..1 or (N, H, W, 3) side by side, with a name before them."""
+    for ax, image in zip(axes, images, strict=True):
+        ax.imshow(image, cmap="gray", vmin=0, vmax=1)
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
+
+
 @plt.rc_context(STYLE)
 def plot_samples(table: pd.DataFrame, per_clip: int = 6) -> Figure:
     """One clip of each method, up to `per_clip` of its different frames in a row."""
@@ -146,11 +155,7 @@ def plot_samples(table: pd.DataFrame, per_clip: int = 6) -> Figure:
     for row, sample in zip(axes, firsts.itertuples(), strict=True):
         with np.load(sample.clip_file) as saved:
             frames = saved["frames"]
-        for ax, frame in zip(row, frames[np.linspace(0, len(frames) - 1, per_clip).round().astype(int)], strict=True):
-            ax.imshow(frame)
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set_visible(False)
-        row[0].set_ylabel(sample.method, rotation=0, ha="right", va="center")
+        show_row(row, sample.method, frames[np.linspace(0, len(frames) - 1, per_clip).round().astype(int)])
     return figure
 
 
@@ -170,11 +175,7 @@ def plot_self_blends(table: pd.DataFrame, seed: int, clips: int = 6) -> Figure:
     }
     figure, axes = plt.subplots(3, len(reals), figsize=(1.3 * len(reals) + 0.8, 4.2), squeeze=False)
     for row, (name, images) in zip(axes, pictures.items(), strict=True):
-        for ax, image in zip(row, images.numpy(), strict=True):
-            ax.imshow(image, cmap="gray", vmin=0, vmax=1)
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set_visible(False)
-        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        show_row(row, name, images.numpy())
     return figure
 
 

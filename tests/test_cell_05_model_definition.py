@@ -122,6 +122,17 @@ def test_a_saved_detector_scores_the_same_in_whatever_place(tmp_path):
     assert content["threshold"] == 0.4 and not loaded.training
 
 
+def test_a_model_file_from_before_several_clips_is_scored_with_one(tmp_path):
+    config = {
+        name: value
+        for name, value in dataclasses.asdict(SMALL).items()
+        if name not in ("CLIPS_PER_VIDEO", "MIRROR_TEST")
+    }
+    torch.save({"model": small_model().state_dict(), "config": config}, tmp_path / "best_model.pth")
+    model, saved = cell.load_detector(tmp_path / "best_model.pth")
+    assert saved["config"]["CLIPS_PER_VIDEO"] == 1 and not model.mirror
+
+
 def test_several_clips_of_a_video_and_their_mirror_images_are_averaged():
     clips = torch.rand(2, 6, 3, 64, 64)
     one, both = small_model(FRAMES_PER_VIDEO=3).eval(), small_model(FRAMES_PER_VIDEO=3, MIRROR_TEST=True).eval()

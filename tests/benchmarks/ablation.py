@@ -85,7 +85,6 @@ def startup_folder(folder: Path, offline: bool) -> Path:
 
 def offline_backbone(folder: Path) -> dict:
     """Parameters that take EfficientNet-Lite0, with its weights written below `folder`."""
-    sys.path.insert(0, str(BENCHMARKS))
     from efficientnet_lite0 import save_weights
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +158,7 @@ def main() -> None:
     given = parser.parse_args()
     output = given.output.resolve()
     setting = yaml.safe_load(given.params.read_text()) if given.params else SETTING
-    setting = {**setting, **({"DATA_DIR": str(output / "demo"), "CACHE_DIR": str(output / "cache")})}
+    setting = {**setting, "DATA_DIR": str(output / "demo"), "CACHE_DIR": str(output / "cache")}
     setting |= offline_backbone(output) if given.offline else {}
     setting |= {name: yaml.safe_load(value) for name, value in given.p}
     startup = startup_folder(output / "ipython", given.offline)

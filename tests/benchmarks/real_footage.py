@@ -12,7 +12,6 @@ little.
 
 import argparse
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,10 +19,8 @@ import cv2
 import numpy as np
 import pandas as pd
 import yaml
-from sklearn.metrics import roc_auc_score
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from ablation import ROOT, offline_backbone, run_notebook, startup_folder
+from sklearn.metrics import roc_auc_score
 
 SETTING = {
     **{
@@ -36,7 +33,7 @@ SETTING = {
     **{"BACKBONE": "resnet18", "LSTM_HIDDEN": 64, "ATTENTION_HEADS": 4, "EPOCHS": 20, "PATIENCE": 20, "BATCH_SIZE": 8},
     **{"LEARNING_RATE": 3e-4, "NUM_WORKERS": 1, "SELF_BLEND": 1.0},
 }
-SCORES = {"detector": "logit", "picture size": "pixels", "bytes a second": "rate"}
+TRIVIA = {"picture size": "pixels", "bytes a second": "rate"}
 
 
 def with_trivia(table: pd.DataFrame) -> pd.DataFrame:
@@ -81,9 +78,7 @@ def report(tests: list[pd.DataFrame]) -> pd.DataFrame:
         fakes = len({path for part in parts for path in part.path[part.label == 1]})
         low, high = interval(parts, "logit")
         row = {"manipulation": name, "fakes": fakes, "AUC": f"{mean_auc(parts, 'logit'):.3f} [{low:.3f}, {high:.3f}]"}
-        rows.append(
-            row | {words: f"{mean_auc(parts, column):.3f}" for words, column in SCORES.items() if words != "detector"}
-        )
+        rows.append(row | {words: f"{mean_auc(parts, column):.3f}" for words, column in TRIVIA.items()})
     return pd.DataFrame(rows)
 
 
