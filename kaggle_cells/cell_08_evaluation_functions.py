@@ -164,15 +164,11 @@ def plot_self_blends(table: pd.DataFrame, seed: int, clips: int = 6) -> Figure:
     """A frame of up to `clips` real clips, the mask of a self-blend that training could make of it, and that."""
     reals = ClipDataset(table[table.label == 0].iloc[:clips])
     frames, landmarks, *_ = map(list, zip(*(reals[row] for row in range(len(reals))), strict=True))
-    frames, landmarks = torch.stack(frames), torch.stack(landmarks)
+    middle = slice(len(frames[0]) // 2, len(frames[0]) // 2 + 1)  # the one frame that is shown
+    frames, landmarks = torch.stack(frames)[:, middle], torch.stack(landmarks)[:, middle]
     real, draws = to_float(frames).repeat_interleave(2, dim=0), PairDraws(torch.device("cpu"), [seed])
     fake, masks = self_blend(real, landmarks.repeat_interleave(2, dim=0), draws)
-    middle = real.shape[1] // 2
-    pictures = {
-        "real": real[::2, middle].movedim(1, -1),
-        "mask": masks[::2, middle],
-        "self-blend": fake[::2, middle].movedim(1, -1),
-    }
+    pictures = {"real": real[::2, 0].movedim(1, -1), "mask": masks[::2, 0], "self-blend": fake[::2, 0].movedim(1, -1)}
     figure, axes = plt.subplots(3, len(reals), figsize=(1.3 * len(reals) + 0.8, 4.2), squeeze=False)
     for row, (name, images) in zip(axes, pictures.items(), strict=True):
         show_row(row, name, images.numpy())
