@@ -12,14 +12,14 @@
 DATA_DIR: str = "auto"  # dataset folder or CSV manifest; auto: below /kaggle/input, ./data, or demo: a set made here
 WORK_DIR: str = "."  # models/, results/ and data/ are written below it
 CACHE_DIR: str = ""  # clip cache; empty: /tmp/clip_cache on Kaggle, WORK_DIR/cache elsewhere
-CHECKPOINT: str = ""  # start from this best_model.pth; with 0 EPOCHS it is only evaluated and used
+CHECKPOINT: str = ""  # start from this best_model.pth; with EPOCHS = 0 it is only evaluated and used
 PREDICT_DIR: str = ""  # score every video below this folder into results/predictions.csv
 # Which videos, and what becomes of them
 MAX_VIDEOS_PER_CLASS: int = 120  # sampled evenly over manipulations; 0: all
 METHODS: list = []  # manipulations to use; empty: all, except DeepFakeDetection, which has no originals
 HOLDOUT_METHODS: list = []  # manipulations kept out of training and validation, and part of the test set
 VAL_FRACTION: float = 0.15  # share of the videos for validation, where the dataset has no split of its own
-TEST_FRACTION: float = 0.2  # share of the videos for the test, likewise
+TEST_FRACTION: float = 0.2  # share of the videos for the test, likewise; with EPOCHS = 0 up to 1, all of them
 FRAMES_PER_VIDEO: int = 16  # frames of a clip; more cost memory and time in proportion
 CLIPS_PER_VIDEO: int = 3  # clips of a video, each with other frames; training draws one, the verdict averages all
 CLIP_SECONDS: float = 8.0  # they are spread over this much of the middle of the video
@@ -58,6 +58,9 @@ LR_PATIENCE: int = 3  # epochs without a better validation loss before the learn
 PATIENCE: int = 8  # epochs without a better validation AUC before training stops
 EMA_DECAY: float = 0.98  # average the weights over the steps, the more of them the nearer to 1; 0: off
 AMP: str = "auto"  # auto: bf16 or fp16, as the GPU likes, fp32 on the CPU; or off, fp16, bf16
+# The test
+ROBUSTNESS: int = 500  # test videos scored again after each kind of compression, blur, ...; 0: none
+# The run
 TIME_BUDGET_HOURS: float = 0.0  # training stops in time for results within this; 0: 11 on Kaggle, no limit elsewhere
 RESUME: bool = True  # go on from models/last_checkpoint.pth, or on Kaggle from that of an attached output
 NUM_WORKERS: int = 2  # threads that prepare videos and read clips
@@ -106,7 +109,7 @@ class Config:
     METHODS: list
     HOLDOUT_METHODS: list
     VAL_FRACTION: float = between(0.01, 0.9)
-    TEST_FRACTION: float = between(0.01, 0.9)
+    TEST_FRACTION: float = between(0.01, 1)
     FRAMES_PER_VIDEO: int = between(1, 256)
     CLIPS_PER_VIDEO: int = between(1, 16)
     CLIP_SECONDS: float = between(0.1, 3600)
@@ -142,6 +145,7 @@ class Config:
     PATIENCE: int = between(1, 10**4)
     EMA_DECAY: float = between(0, 0.99999)
     AMP: str = one_of("auto", "off", "fp16", "bf16")
+    ROBUSTNESS: int = between(0, 10**6)
     TIME_BUDGET_HOURS: float = between(0, 10**4)
     RESUME: bool
     NUM_WORKERS: int = between(1, 64)
@@ -150,7 +154,7 @@ class Config:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             self._check(item, getattr(self, item.name))
-        if self.VAL_FRACTION + self.TEST_FRACTION > 0.9:
+        if self.EPOCHS and self.VAL_FRACTION + self.TEST_FRACTION > 0.9:
             raise ValueError(
                 f"VAL_FRACTION {self.VAL_FRACTION} and TEST_FRACTION {self.TEST_FRACTION} leave too little for "
                 "training: together at most 0.9"
@@ -166,6 +170,8 @@ class Config:
             raise ValueError("COMPILE and GRADIENT_CHECKPOINTING do not go together: turn one of them off")
         if self.BATCH_SIZE % PROCESSES:
             raise ValueError(f"BATCH_SIZE = {self.BATCH_SIZE} is no multiple of {PROCESSES}, the number of processes")
+        if self.DATA_DIR == "none" and (self.EPOCHS or not self.PREDICT_DIR):
+            raise ValueError("DATA_DIR = 'none' is for scoring PREDICT_DIR with a CHECKPOINT and EPOCHS = 0")
         if self.EPOCHS == 0 and not self.CHECKPOINT:
             raise ValueError("EPOCHS = 0 trains nothing: name a trained model with CHECKPOINT, or train")
 

@@ -39,7 +39,10 @@ from cell_02_global_config import Config
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 SPLITS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")  # folder: split
 SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
+VIDEO_COLUMNS = ("path", "label", "method", "split", "dataset", "original", "group")  # of the table of videos
+CLIP_COLUMNS = ("clip_file", "face_share", "distinct_frames")  # and of what the cache adds to it
 CLASSES = {"real": 0, "0": 0, "fake": 1, "1": 1}
+EVERY_CLASS = dict.fromkeys(("train", "val", "test"), (0, 1))  # what a run needs: in each split, which labels
 FF_METHODS = ("Deepfakes", "Face2Face", "FaceShifter", "FaceSwap", "NeuralTextures", "DeepFakeDetection")
 FF_REAL = dict.fromkeys(("original", "youtube", "actors"), "real")
 
@@ -404,14 +407,19 @@ def check_files(videos: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, pd.Da
 
 # %%
 def split_videos(
-    videos: pd.DataFrame, val: float, test: float, seed: int, holdout: Iterable[str] = (), real_alone: bool = False
+    videos: pd.DataFrame,
+    val: float,
+    test: float,
+    seed: int,
+    holdout: Iterable[str] = (),
+    needed: dict[str, tuple[int, ...]] = EVERY_CLASS,
 ) -> pd.DataFrame:
     """Fill in `split`, so that no group crosses a split and each split has its share of each class and method.
 
     A split that a dataset gives is kept; one that it does not give is taken from its training videos. Fakes of
     `holdout` methods are in the test set only: those whose group is in training or validation are dropped.
 
-    Raises ValueError when a split would lack a class, with the counts; see `require_classes` for `real_alone`.
+    Raises ValueError when a split would lack a class that is `needed`, with the counts.
     """
     known = set(videos.method[videos.label == 1])
     if unknown := set(holdout) - known:
@@ -433,22 +441,19 @@ def split_videos(
     split = split.where(split != "", pool.group.map(deal_out(pool, shares, seed)))
     videos = videos.assign(split=split)
     videos = videos[~held | (videos.split == "test")].reset_index(drop=True)
-    require_classes(videos, real_alone)
+    require_classes(videos, needed)
     return videos
 
 
-def require_classes(videos: pd.DataFrame, real_alone: bool = False) -> None:
-    """Raise ValueError, with the counts, if a split lacks a class. With `real_alone` only the test set needs fakes."""
-    if videos.label.nunique() < 2:
-        raise ValueError(
-            f"no {'fake' if 0 in set(videos.label) else 'real'} videos among {len(videos)} that can be used"
-        )
+def require_classes(videos: pd.DataFrame, needed: dict[str, tuple[int, ...]] = EVERY_CLASS) -> None:
+    """Raise ValueError, with the counts, if a split lacks a class that is `needed` there, or has no videos at all."""
+    wanted = {label for labels in needed.values() for label in labels}
+    if missing := wanted - {*videos.label}:
+        kind = ("real", "fake")[min(missing)]
+        raise ValueError(f"no {kind} videos among {len(videos)} that can be used")
     table = pd.crosstab(videos.split, videos.label)
     table = table.reindex(index=["train", "val", "test"], columns=[0, 1], fill_value=0)
-    enough = table > 0
-    if real_alone:
-        enough.loc[["train", "val"], 1] = True
-    if not enough.all(axis=None):
+    if not all(table.loc[split].any() and table.loc[split, list(labels)].all() for split, labels in needed.items()):
         raise ValueError(
             f"a split lacks a class: {len(videos)} usable videos in {videos.group.nunique()} groups became\n"
             f"{table.rename(columns={0: 'real', 1: 'fake'})}\n"
@@ -893,11 +898,10 @@ def cache_clips(
                 bar.set_postfix(skipped=skipped, refresh=False)
     finally:
         pool.shutdown(cancel_futures=True)
-    columns = ["clip_file", "face_share", "distinct_frames"]
-    table = videos.join(pd.DataFrame.from_dict(outcomes, orient="index", columns=[*columns, "reason"]))
+    table = videos.join(pd.DataFrame.from_dict(outcomes, orient="index", columns=[*CLIP_COLUMNS, "reason"]))
     usable = table.reason.isna()
     good = table[usable].drop(columns="reason").astype({"distinct_frames": int})
-    return good.reset_index(drop=True), table[~usable].drop(columns=columns).reset_index(drop=True)
+    return good.reset_index(drop=True), table[~usable].drop(columns=[*CLIP_COLUMNS]).reset_index(drop=True)
 
 
 # %% [markdown]

@@ -7,7 +7,7 @@
 # %%
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -25,13 +25,15 @@ class ClipDataset(Dataset):
     An item is (clip (T, S, S, 3) uint8, landmarks (T, 5, 2) float, label float, row number). The row ~r, which is
     negative, stands for the self-blend of row r: the clip of r, called fake, for `augment` to make it one. Batches are
     read by `workers` threads: reading a cached file needs no process of its own, so nothing is copied between processes
-    and no worker ever has to import a notebook.
+    and no worker ever has to import a notebook. `change` is applied to each clip's array.
     """
 
-    def __init__(self, table: pd.DataFrame, workers: int = 1) -> None:
+    def __init__(
+        self, table: pd.DataFrame, workers: int = 1, change: Callable[[np.ndarray], np.ndarray] = lambda clip: clip
+    ) -> None:
         self.files, self.videos = list(table.clip_file), list(table.path)
         self.labels = torch.tensor(table.label.to_numpy(), dtype=torch.float32)
-        self.pool = ThreadPoolExecutor(workers)
+        self.workers, self.change, self.pool = workers, change, ThreadPoolExecutor(workers)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -39,7 +41,8 @@ class ClipDataset(Dataset):
     def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
         label = self.labels[row] if row >= 0 else torch.tensor(1.0)
         with np.load(self.files[max(row, ~row)]) as saved:
-            return torch.from_numpy(saved["frames"]), torch.from_numpy(saved["landmarks"]), label, row
+            frames, landmarks = self.change(saved["frames"]), saved["landmarks"]
+        return torch.from_numpy(frames), torch.from_numpy(landmarks), label, row
 
     def __getitems__(self, rows: list[int]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
         return list(self.pool.map(self.__getitem__, rows))

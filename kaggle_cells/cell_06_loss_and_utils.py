@@ -113,7 +113,7 @@ class WeightAverage(nn.Module):
 # %%
 DOES_NOT_SHAPE_TRAINING = {
     *("DATA_DIR", "WORK_DIR", "CACHE_DIR", "PREDICT_DIR", "RESUME", "NUM_WORKERS", "TIME_BUDGET_HOURS"),
-    *("EPOCHS", "PATIENCE", "GRADIENT_CHECKPOINTING", "COMPILE"),
+    *("EPOCHS", "PATIENCE", "GRADIENT_CHECKPOINTING", "COMPILE", "ROBUSTNESS"),
 }
 FORMAT = 2  # of last_checkpoint.pth; another one cannot be gone on from
 SUMMED = 64  # characters of a SHA-256
@@ -233,14 +233,28 @@ def data_fingerprint(videos: pd.DataFrame) -> str:
     return f"{len(rows)} videos, {digest[:12]}"
 
 
-def model_file(model: nn.Module, config: Config, temperature: float, threshold: float, history_row: dict) -> dict:
-    """What best_model.pth holds: all that is needed to score videos as in training, on any machine. A copy."""
+def model_file(
+    model: nn.Module,
+    config: Config,
+    calibration: tuple[float, float, float],
+    trained_on: Iterable[str],
+    history_row: dict,
+) -> dict:
+    """What best_model.pth holds: all that is needed to score videos as in training, on any machine. A copy.
+
+    `calibration` is temperature, offset and threshold. The offset becomes a part of the weights, of the bias that all
+    logits have in common: P(fake) is `sigmoid(logit / temperature)`. `trained_on` are the names of manipulations.
+    """
     paths = dict.fromkeys(("DATA_DIR", "WORK_DIR", "CACHE_DIR", "CHECKPOINT", "PREDICT_DIR", "WEIGHTS_PATH"), "")
+    weights = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+    temperature, offset, threshold = calibration
+    weights["frame_head.1.bias"] -= offset
     return {
         "format": 1,
-        "model": {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()},
+        "model": weights,
         "config": {**dataclasses.asdict(config), **paths},
         "classes": ["real", "fake"],
+        "trained_on": sorted(trained_on),
         "temperature": temperature,
         "threshold": threshold,
         **{name: history_row[name] for name in ("epoch", "val_auc", "val_loss")},

@@ -1,16 +1,20 @@
 # %% [markdown]
-# ## 8. Calibration, metrics, figures, prediction
+# ## 8. Calibration, metrics, explanations, figures, prediction
 #
-# A network's raw score is not a probability, and 0.5 is rarely the best place to decide. Both are put right on
-# the **validation** set: one temperature that divides the logits (Guo et al., 2017), and the threshold with the
-# best balanced accuracy. The test set is used for nothing but the numbers at the end.
+# A network's raw score is not a probability, and its zero is rarely the best place to decide. Both are put right on
+# the **validation** set, by Platt scaling: an offset and a temperature, after which 0.5 means undecided where real and
+# fake are equally likely. The threshold is the one with the best balanced accuracy. The test set is used for nothing but
+# the numbers at the end.
 
 # %%
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import matplotlib.pyplot as plt
@@ -20,11 +24,25 @@ import sklearn.metrics as skm
 import torch
 from IPython.display import DisplayHandle, display
 from matplotlib.figure import Figure
+from scipy.optimize import minimize
 from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
-from cell_01_imports_and_setup import IN_NOTEBOOK
-from cell_03_data_processing import Clip, ClipSettings, VideoError, make_clip, replacing, videos_below
+from cell_01_imports_and_setup import IN_NOTEBOOK, NO_BARS
+from cell_03_data_processing import (
+    Clip,
+    ClipSettings,
+    VideoError,
+    load_face_detector,
+    make_clip,
+    replacing,
+    save_csv,
+    videos_below,
+)
 from cell_04_dataset_class import ClipDataset, PairDraws, normalize, self_blend, to_float
+from cell_05_model_definition import DeepfakeDetector, Output, load_detector
+from cell_07_training_functions import validate
 
 
 def probabilities(logits: np.ndarray, temperature: float) -> np.ndarray:
@@ -32,10 +50,25 @@ def probabilities(logits: np.ndarray, temperature: float) -> np.ndarray:
     return 1 / (1 + np.exp(-np.clip(logits.astype(np.float64) / temperature, -50, 50)))
 
 
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature between 0.25 and 16 with the lowest log loss."""
-    candidates = np.geomspace(0.25, 16, 241)
-    return float(min(candidates, key=lambda t: skm.log_loss(labels, probabilities(logits, t), labels=[0, 1])))
+def fit_calibration(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Temperature (0.25 to 16) and offset that give `probabilities(logits - offset, temperature)` the least log loss.
+
+    Both classes count half, however many videos they have. The targets are Platt's (1999), a little inside of 0 and 1,
+    so that a few videos that happen to be told apart perfectly do not make the network certain of everything.
+    """
+    fakes, reals = np.sum(labels == 1), np.sum(labels == 0)
+    targets = np.where(labels == 1, (fakes + 1) / (fakes + 2), 1 / (reals + 2))
+    weights = np.where(labels == 1, 0.5 / max(fakes, 1), 0.5 / max(reals, 1))
+    scale = max(float(np.std(logits)), 1e-3)
+
+    def loss(at: np.ndarray) -> float:
+        chances = probabilities(logits - at[1] * scale, np.exp(at[0]))
+        return -np.sum(weights * (targets * np.log(chances) + (1 - targets) * np.log1p(-chances)))
+
+    limits = [(np.log(0.25), np.log(16)), (logits.min() / scale - 1, logits.max() / scale + 1)]
+    start = [np.log(np.clip(scale, 0.25, 16)), np.median(logits) / scale]
+    found = minimize(loss, start, method="L-BFGS-B", bounds=limits).x
+    return float(np.exp(found[0])), float(found[1] * scale)
 
 
 def fit_threshold(chances: np.ndarray, labels: np.ndarray) -> float:
@@ -48,62 +81,214 @@ def fit_threshold(chances: np.ndarray, labels: np.ndarray) -> float:
 
 
 # %% [markdown]
-# **Metrics.** Fake is the positive class. Those that need a threshold use the fitted one; AUC, EER and the two
-# losses do not depend on it. What one class alone cannot define is `None`, never a 0 that looks like a result.
-
+# **Metrics.** Fake is the positive class. What the videos at hand do not define, the AUC of one class alone say, is
+# `None`, never a 0 that looks like a result.
+#
+# A number from 48 videos could well have been another one. So each comes with an interval: the test is repeated a
+# thousand times with recordings drawn from it at random, some several times, some not at all (the bootstrap), and 95 %
+# of the results lie within. Whole groups are drawn, for videos of one recording are no independent witnesses.
 
 # %%
-def equal_error_rate(labels: np.ndarray, chances: np.ndarray) -> float:
-    """Where the share of reals called fake equals the share of fakes called real, on the interpolated ROC curve."""
-    false_alarm, hit, _ = skm.roc_curve(labels, chances)
-    gap = false_alarm - (1 - hit)
-    after = int(np.argmax(gap >= 0))
-    if after == 0:
-        return float(false_alarm[0])
-    weight = -gap[after - 1] / (gap[after] - gap[after - 1])
-    return float(false_alarm[after - 1] + weight * (false_alarm[after] - false_alarm[after - 1]))
+DECISIONS = ("accuracy", "balanced_accuracy", "precision", "recall", "specificity", "f1")  # depend on the threshold
+RESAMPLINGS = 1000
+Interval = tuple[float | None, float | None]
+
+
+def counted_metrics(
+    labels: np.ndarray, chances: np.ndarray, threshold: float, counts: np.ndarray
+) -> dict[str, np.ndarray]:
+    """All metrics of probabilities (N,) against labels (N,), 1 being fake, with NaN for what is undefined.
+
+    `counts` (R, N) says how often each video counts; each metric is (R,). AUC-PR is the average precision; the rate of
+    fakes found at a false alarm rate is the best one of those reached within it; the EER is on the interpolated ROC
+    curve; the expected calibration error has ten bins of equal width.
+    """
+    fake, real, total = counts * (labels == 1), counts * (labels == 0), counts.sum(axis=1)
+    fakes, reals, called = fake.sum(axis=1), real.sum(axis=1), chances >= threshold
+    tp, fp = fake[:, called].sum(axis=1), real[:, called].sum(axis=1)
+    falling = np.argsort(-chances, kind="stable")
+    last = np.append(np.flatnonzero(np.diff(chances[falling])), len(chances) - 1)  # of those with one score
+    hits, alarms = (np.pad(part[:, falling].cumsum(axis=1)[:, last], ((0, 0), (1, 0))) for part in (fake, real))
+    surprise = -np.log(np.clip(np.where(labels == 1, chances, 1 - chances), 1e-15, 1))
+    bins = np.eye(10)[np.minimum((10 * chances).astype(int), 9)]
+    each = np.arange(len(counts))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        both = np.where((fakes > 0) & (reals > 0), 1, np.nan)
+        tpr, fpr = hits / fakes[:, None], alarms / reals[:, None]
+        gap = fpr + tpr - 1  # rises from -1 to 1, and is 0 where both errors are equal
+        after = np.maximum((gap >= 0).argmax(axis=1), 1)
+        before, beyond = gap[each, after - 1], gap[each, after]
+        steps = np.diff(hits) / fakes[:, None]
+        return {
+            "auc_roc": np.sum(np.diff(fpr) * (tpr[:, 1:] + tpr[:, :-1]) / 2, axis=1) * both,
+            "auc_pr": np.sum(steps * np.nan_to_num(hits / (hits + alarms))[:, 1:], axis=1) * both,
+            "eer": fpr[each, after - 1] - before / (beyond - before) * np.diff(fpr)[each, after - 1],
+            "tpr_at_1_fpr": np.where(fpr <= 0.01, tpr, 0).max(axis=1) * both,
+            "tpr_at_5_fpr": np.where(fpr <= 0.05, tpr, 0).max(axis=1) * both,
+            "accuracy": (tp + reals - fp) / total,
+            "balanced_accuracy": (tp / fakes + 1 - fp / reals) / 2,
+            "precision": tp / (tp + fp),
+            "recall": tp / fakes,
+            "specificity": 1 - fp / reals,
+            "f1": 2 * tp / (fakes + tp + fp),
+            "log_loss": counts @ surprise / total,
+            "brier": counts @ (chances - labels) ** 2 / total,
+            "ece": np.abs(counts @ (bins * (chances - labels)[:, None])).sum(axis=1) / total,
+        }
 
 
 def compute_metrics(labels: np.ndarray, chances: np.ndarray, threshold: float) -> dict[str, float | None]:
-    """All metrics of probabilities (N,) against labels (N,), 1 being fake."""
-    called = (chances >= threshold).astype(int)
-    (tn, fp), (fn, tp) = skm.confusion_matrix(labels, called, labels=[0, 1]).tolist()
-
-    def share(part: int, whole: int) -> float | None:
-        return part / whole if whole else None
-
-    metrics = {
-        "accuracy": share(tp + tn, len(labels)),
-        "balanced_accuracy": None,
-        "precision": share(tp, tp + fp),
-        "recall": share(tp, tp + fn),
-        "specificity": share(tn, tn + fp),
-        "f1": share(2 * tp, 2 * tp + fp + fn),
-        "auc_roc": None,
-        "auc_pr": None,
-        "eer": None,
-        "log_loss": float(skm.log_loss(labels, chances, labels=[0, 1])),
-        "brier": float(np.mean((chances - labels) ** 2)),
-    }
-    if tp + fn and tn + fp:
-        metrics |= {
-            "balanced_accuracy": (metrics["recall"] + metrics["specificity"]) / 2,
-            "auc_roc": float(skm.roc_auc_score(labels, chances)),
-            "auc_pr": float(skm.average_precision_score(labels, chances)),
-            "eer": equal_error_rate(labels, chances),
-        }
-    return metrics
+    """All metrics of probabilities (N,) against labels (N,), 1 being fake; see `counted_metrics`."""
+    found = counted_metrics(labels, chances, threshold, np.ones((1, len(labels))))
+    return {name: None if np.isnan(value[0]) else float(value[0]) for name, value in found.items()}
 
 
-def metrics_by_method(table: pd.DataFrame, threshold: float, holdout: set[str]) -> pd.DataFrame:
-    """Each manipulation against all real videos of a table with label, method and probability."""
+def bootstrap(
+    labels: np.ndarray, chances: np.ndarray, threshold: float, groups: np.ndarray, seed: int = 0
+) -> dict[str, Interval]:
+    """The 95 % interval of each metric: percentiles over resamplings of whole groups (Efron, 1979)."""
+    names, group = np.unique(groups, return_inverse=True)
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(RESAMPLINGS // 100):
+        drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=100)
+        found.append(counted_metrics(labels, chances, threshold, drawn[:, group]))
+
+    def interval(values: np.ndarray) -> Interval:
+        values = values[~np.isnan(values)]
+        return tuple(np.percentile(values, [2.5, 97.5]).tolist()) if len(values) else (None, None)
+
+    return {name: interval(np.concatenate([part[name] for part in found])) for name in found[0]}
+
+
+def metrics_by(column: str, table: pd.DataFrame, threshold: float, never_trained_on: set[str] = frozenset()):
+    """A row for each manipulation, against all real videos; or for each dataset, against its own.
+
+    Args:
+        column: "method" or "dataset".
+        table: label, method, dataset, group and probability of each video.
+        never_trained_on: methods that are marked.
+    """
     reals, rows = table[table.label == 0], []
-    for method, fakes in table[table.label == 1].groupby("method"):
-        both = pd.concat([reals, fakes])
-        metrics = compute_metrics(both.label.to_numpy(), both.probability.to_numpy(), threshold)
-        chosen = {name: metrics[name] for name in ("auc_roc", "eer", "recall")}
-        rows.append({"method": method, "fakes": len(fakes), "never_trained_on": method in holdout, **chosen})
+    for name, part in (table[table.label == 1] if column == "method" else table).groupby(column):
+        both = pd.concat([reals, part]) if column == "method" else part
+        values = both.label.to_numpy(), both.probability.to_numpy(), threshold
+        metrics, (low, high) = compute_metrics(*values), bootstrap(*values, both.group.to_numpy())["auc_roc"]
+        row = {column: name, "reals": int((both.label == 0).sum()), "fakes": int((both.label == 1).sum())}
+        row |= {"never_trained_on": name in never_trained_on} if column == "method" else {}
+        row |= {"auc_roc": metrics["auc_roc"], "auc_low": low, "auc_high": high}
+        rows.append(row | {key: metrics[key] for key in ("eer", "recall", "specificity")})
     return pd.DataFrame(rows)
+
+
+def in_words(value: float | None, interval: Interval = (None, None)) -> str:
+    """A metric as people read it: 0.944 [0.902, 0.975], or undefined."""
+    if value is None or np.isnan(value):
+        return "undefined"
+    return f"{value:.3f}" + ("" if interval[0] is None else " [{:.3f}, {:.3f}]".format(*interval))
+
+
+# %% [markdown]
+# **Robustness.** A video on the internet has been compressed, reduced and filtered on its way. The test clips are
+# scored again after each of these, which says how much of the result survives. (It is the face crops in the cache that
+# are changed, so a change counts more here than the same one to a whole video.)
+
+
+# %%
+def jpeg(frame: np.ndarray, quality: float) -> np.ndarray:
+    _, file = cv2.imencode(".jpg", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, int(quality)])
+    return cv2.cvtColor(cv2.imdecode(file, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+
+def reduced(frame: np.ndarray, share: float) -> np.ndarray:
+    small = cv2.resize(frame, None, fx=share, fy=share, interpolation=cv2.INTER_AREA)
+    return cv2.resize(small, frame.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def blurred(frame: np.ndarray, sigma: float) -> np.ndarray:
+    return cv2.GaussianBlur(frame, (0, 0), sigma)
+
+
+def noisy(frame: np.ndarray, sigma: float) -> np.ndarray:
+    rng = np.random.default_rng(int(frame.sum(dtype=np.int64)))  # the same each time, another in each frame
+    return (frame + rng.normal(0, sigma, frame.shape)).round().clip(0, 255).astype(np.uint8)
+
+
+def brighter(frame: np.ndarray, factor: float) -> np.ndarray:
+    return (frame * factor).round().clip(0, 255).astype(np.uint8)
+
+
+DEGRADATIONS: dict[str, tuple[Callable[[np.ndarray, float], np.ndarray], tuple[float, ...]]] = {
+    "JPEG quality": (jpeg, (90, 70, 50, 30)),
+    "resolution": (reduced, (0.5, 0.25)),
+    "blur, sigma in pixels": (blurred, (1, 2)),
+    "noise, sigma of 255": (noisy, (5, 10)),
+    "brightness": (brighter, (0.5, 1.5)),
+}
+DEGRADED_PASSES = sum(len(strengths) for _, strengths in DEGRADATIONS.values())
+
+
+def measure_robustness(model: DeepfakeDetector, table: pd.DataFrame, loader: DataLoader, videos: int) -> pd.DataFrame:
+    """AUCs, with intervals, of tested videos (or an even selection of so many) after each degradation.
+
+    `table` has the logits of the intact clips, which give the first row, as they came from `loader`.
+    """
+    by_kind = table.sort_values(["label", "method"], kind="stable")
+    chosen = by_kind.iloc[np.linspace(0, len(by_kind) - 1, min(videos, len(by_kind))).round().astype(int)]
+    device, rows = next(model.parameters()).device, []
+    changes = [(name, change, strength) for name, (change, strengths) in DEGRADATIONS.items() for strength in strengths]
+    with tqdm(changes, desc="robustness", leave=False, disable=NO_BARS) as bar:
+        for name, change, strength in [("none", None, None), *bar]:
+            if change:
+                data = ClipDataset(chosen, loader.dataset.workers, partial(change_frames, change, strength))
+                again = DataLoader(data, loader.batch_size, pin_memory=loader.pin_memory)
+                scored = validate(model, again, nn.BCEWithLogitsLoss(), device, title=name).logits
+            else:
+                scored = chosen.logit.to_numpy()
+            values = chosen.label.to_numpy(), probabilities(scored, 1.0), 0.5
+            low, high = bootstrap(*values, chosen.group.to_numpy())["auc_roc"]
+            row = {"degradation": name, "strength": strength, "auc_roc": compute_metrics(*values)["auc_roc"]}
+            rows.append(row | {"auc_low": low, "auc_high": high, "videos": len(chosen)})
+    return pd.DataFrame(rows)
+
+
+def change_frames(change: Callable[[np.ndarray, float], np.ndarray], strength: float, clip: np.ndarray) -> np.ndarray:
+    """A clip (T, S, S, 3) uint8 with each frame changed."""
+    return np.stack([change(frame, strength) for frame in clip])
+
+
+# %% [markdown]
+# **Explanations.** Three things tell what a verdict rests on: the single frames' scores, how much the clip looks at
+# each frame, and where in a frame the signs of a fake are. The last is a heat map by Grad-CAM (Selvaraju et al., 2017):
+# the features of the last convolutional block, each weighted with how much the clip's logit would rise if there were
+# more of it. It shows what the network reacts to, which need not be what was done to the video.
+
+
+# %%
+def heat_maps(model: DeepfakeDetector, clips: torch.Tensor) -> tuple[torch.Tensor, Output]:
+    """Grad-CAM of normalised clips (B, T, 3, S, S), one clip a video: heat (B, T, S, S), at least 0, and the output.
+
+    The heat is comparable between clips of one model. Raises ValueError if the backbone has no maps of features.
+    """
+    maps: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple, output: object) -> None:
+        if isinstance(output, torch.Tensor) and output.ndim == 4 and output.shape[-1] > 1:
+            maps[:] = [output]
+
+    hooks = [module.register_forward_hook(keep) for module in model.backbone.modules()]
+    try:
+        # Outside of training, cuDNN's LSTM has no gradient.
+        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+            output = model(clips)
+            if not maps:
+                raise ValueError("this backbone has no maps of features: there is nothing to draw a heat map from")
+            (gradient,) = torch.autograd.grad(output.logit.sum(), maps[0])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    heat = (gradient.mean(dim=(2, 3), keepdim=True) * maps[0]).sum(dim=1, keepdim=True).clamp(min=0).detach()
+    heat = nn.functional.interpolate(heat.float(), clips.shape[-2:], mode="bilinear", align_corners=False)
+    return heat.view(-1, *clips.shape[:2], *clips.shape[-2:])[0], Output(*(part.detach() for part in output))
 
 
 # %% [markdown]
@@ -112,16 +297,18 @@ def metrics_by_method(table: pd.DataFrame, threshold: float, holdout: set[str]) 
 
 # %%
 REAL_COLOUR, FAKE_COLOUR = "#0072B2", "#D55E00"
+WIDTH = 7  # inches; with letters of 12 points it can be read on a phone
 STYLE = {
     "figure.constrained_layout.use": True,
     "figure.dpi": 110,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlelocation": "left",
+    "axes.titlesize": 12,
     "axes.grid": True,
     "grid.alpha": 0.25,
     "legend.frameon": False,
-    "font.size": 11,
+    "font.size": 12,
 }
 
 
@@ -147,11 +334,11 @@ def show_row(axes: np.ndarray, name: str, images: np.ndarray) -> None:
 
 
 @plt.rc_context(STYLE)
-def plot_samples(table: pd.DataFrame, per_clip: int = 6) -> Figure:
+def plot_samples(table: pd.DataFrame, per_clip: int = 5) -> Figure:
     """One clip of each method, up to `per_clip` of its different frames in a row."""
     firsts = table.sort_values(["label", "method", "path"]).groupby("method", sort=False).head(1)
     per_clip = min(per_clip, int(firsts.distinct_frames.max()))
-    figure, axes = plt.subplots(len(firsts), per_clip, figsize=(1.3 * per_clip, 1.35 * len(firsts)), squeeze=False)
+    figure, axes = plt.subplots(len(firsts), per_clip, figsize=(WIDTH, 1.15 * len(firsts)), squeeze=False)
     for row, sample in zip(axes, firsts.itertuples(), strict=True):
         with np.load(sample.clip_file) as saved:
             frames = saved["frames"]
@@ -160,7 +347,7 @@ def plot_samples(table: pd.DataFrame, per_clip: int = 6) -> Figure:
 
 
 @plt.rc_context(STYLE)
-def plot_self_blends(table: pd.DataFrame, seed: int, clips: int = 6) -> Figure:
+def plot_self_blends(table: pd.DataFrame, seed: int, clips: int = 5) -> Figure:
     """A frame of up to `clips` real clips, the mask of a self-blend that training could make of it, and that."""
     reals = ClipDataset(table[table.label == 0].iloc[:clips])
     frames, landmarks, *_ = map(list, zip(*(reals[row] for row in range(len(reals))), strict=True))
@@ -169,7 +356,7 @@ def plot_self_blends(table: pd.DataFrame, seed: int, clips: int = 6) -> Figure:
     real, draws = to_float(frames).repeat_interleave(2, dim=0), PairDraws(torch.device("cpu"), [seed])
     fake, masks = self_blend(real, landmarks.repeat_interleave(2, dim=0), draws)
     pictures = {"real": real[::2, 0].movedim(1, -1), "mask": masks[::2, 0], "self-blend": fake[::2, 0].movedim(1, -1)}
-    figure, axes = plt.subplots(3, len(reals), figsize=(1.3 * len(reals) + 0.8, 4.2), squeeze=False)
+    figure, axes = plt.subplots(3, len(reals), figsize=(WIDTH, 3.5), squeeze=False)
     for row, (name, images) in zip(axes, pictures.items(), strict=True):
         show_row(row, name, images.numpy())
     return figure
@@ -179,16 +366,17 @@ def plot_self_blends(table: pd.DataFrame, seed: int, clips: int = 6) -> Figure:
 def plot_history(history: pd.DataFrame) -> Figure:
     """Losses and AUCs by epoch, the best epoch marked."""
     best = history.loc[history.best].iloc[-1]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3))
     for ax, quantity, name in zip(axes, ("loss", "auc"), ("loss", "AUC"), strict=True):
         ax.plot(history.epoch, history[f"train_{quantity}"], ".-", color="0.55", label="training")
         ax.plot(history.epoch, history[f"val_{quantity}"], ".-", color=FAKE_COLOUR, label="validation")
-        ax.axvline(best.epoch, color="0.3", linewidth=0.8, linestyle=":")
+        ax.axvline(best.epoch, color="0.3", linewidth=0.8, linestyle=":", label="best epoch")
         ax.set(xlabel="epoch", ylabel=name)
         ax.xaxis.get_major_locator().set_params(integer=True)
-    axes[0].legend()
+    axes[0].legend(fontsize=10)
     figure.suptitle(
-        f"Best validation AUC {best.val_auc:.3f}, in epoch {best.epoch:.0f} of {len(history)}", x=0.02, ha="left"
+        f"Best validation AUC {best.val_auc:.3f}, in epoch {best.epoch:.0f} of {len(history)}",
+        **{"x": 0.02, "ha": "left", "fontsize": 12},
     )
     return figure
 
@@ -211,24 +399,30 @@ def plot_confusion(labels: np.ndarray, chances: np.ndarray, threshold: float) ->
 
 
 @plt.rc_context(STYLE)
-def plot_curves(labels: np.ndarray, chances: np.ndarray, threshold: float) -> Figure:
-    """ROC and precision-recall curves, the decision threshold marked."""
+def plot_curves(table: pd.DataFrame, threshold: float, auc: Interval) -> Figure:
+    """ROC and precision-recall curves with the threshold marked, of a table with label, method and probability.
+
+    The pale ROC curves are those of single methods against all real videos; `auc` is the interval of the whole.
+    """
+    labels, chances = table.label.to_numpy(), table.probability.to_numpy()
     metrics = compute_metrics(labels, chances, threshold)
-    false_alarm, hit, _ = skm.roc_curve(labels, chances)
-    precision, recall, _ = skm.precision_recall_curve(labels, chances)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4.2))
-    axes[0].plot(false_alarm, hit, color=FAKE_COLOUR)
-    axes[0].plot([0, 1], [0, 1], color="0.6", linestyle=":")
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.9))
+    if metrics["auc_roc"] is None:
+        figure.suptitle("No curves: the test set has one class alone", x=0.02, ha="left", fontsize=12)
+        return figure
+    for method in sorted(table.method[labels == 1].unique()):
+        part = table[(labels == 0) | (table.method == method)]
+        axes[0].plot(*skm.roc_curve(part.label, part.probability)[:2], color="0.75", linewidth=1)
+    axes[0].plot(*skm.roc_curve(labels, chances)[:2], color=FAKE_COLOUR)
+    axes[0].plot([0, 1], [0, 1], color="0.5", linestyle=":")
     axes[0].plot(1 - metrics["specificity"], metrics["recall"], "o", color="black", label=f"threshold {threshold:.2f}")
-    axes[0].set(
-        xlabel="reals called fake",
-        ylabel="fakes found",
-        title=f"AUC {metrics['auc_roc']:.3f}, EER {metrics['eer']:.1%}",
-    )
-    axes[0].legend(loc="lower right")
+    axes[0].set(xlabel="reals called fake", ylabel="fakes found", title=f"AUC {in_words(metrics['auc_roc'], auc)}")
+    axes[0].legend(loc="lower right", fontsize=10)
+    precision, recall, _ = skm.precision_recall_curve(labels, chances)
     axes[1].plot(recall, precision, color=FAKE_COLOUR)
-    axes[1].axhline(labels.mean(), color="0.6", linestyle=":")
-    axes[1].set(xlabel="recall", ylabel="precision", title=f"Average precision {metrics['auc_pr']:.3f}")
+    axes[1].plot(metrics["recall"], metrics["precision"] or 0, "o", color="black")
+    axes[1].axhline(labels.mean(), color="0.5", linestyle=":")
+    axes[1].set(xlabel="fakes found (recall)", ylabel="precision", title=f"AUC-PR {metrics['auc_pr']:.3f}")
     for ax in axes:
         ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     return figure
@@ -238,7 +432,7 @@ def plot_curves(labels: np.ndarray, chances: np.ndarray, threshold: float) -> Fi
 def plot_scores(table: pd.DataFrame, threshold: float) -> Figure:
     """Every probability as a dot, a row a method: where the two classes overlap."""
     methods = ["real", *sorted(table.method[table.label == 1].unique())]
-    figure, ax = plt.subplots(figsize=(9, 1 + 0.55 * len(methods)))
+    figure, ax = plt.subplots(figsize=(WIDTH, 1.2 + 0.5 * len(methods)))
     for row, method in enumerate(methods):
         chances = table.probability[
             table.label == 0 if method == "real" else (table.label == 1) & (table.method == method)
@@ -246,7 +440,7 @@ def plot_scores(table: pd.DataFrame, threshold: float) -> Figure:
         height = row + np.random.default_rng(0).uniform(-0.25, 0.25, len(chances))
         ax.scatter(chances, height, s=18, alpha=0.6, linewidth=0, color=FAKE_COLOUR if row else REAL_COLOUR)
     ax.axvline(threshold, color="black", linewidth=1)
-    ax.annotate(f" threshold {threshold:.2f}", (threshold, -0.6), va="center", fontsize=9)
+    ax.annotate(f" threshold {threshold:.2f}", (threshold, -0.6), va="center", fontsize=10)
     ax.set(yticks=range(len(methods)), yticklabels=methods, xlim=(-0.02, 1.02), ylim=(len(methods) - 0.5, -0.8))
     wrong = int(((table.probability >= threshold) != (table.label == 1)).sum())
     ax.set(xlabel="P(fake)", title=f"{wrong} of {len(table)} videos on the wrong side")
@@ -254,78 +448,230 @@ def plot_scores(table: pd.DataFrame, threshold: float) -> Figure:
     return figure
 
 
+@plt.rc_context(STYLE)
+def plot_calibration(labels: np.ndarray, chances: np.ndarray) -> Figure:
+    """How many of the videos with about the same P(fake) are fake, with 95 % intervals (Wilson's), and how many are."""
+    bins = np.minimum((10 * chances).astype(int), 9)
+    figure, (ax, below) = plt.subplots(2, 1, figsize=(5, 5.4), height_ratios=[3, 1], sharex=True)
+    ax.plot([0, 1], [0, 1], color="0.5", linestyle=":")
+    for place in np.unique(bins):
+        here, z = labels[bins == place], 1.96
+        n, share = len(here), here.mean()
+        middle, half = (share + z**2 / 2 / n), z * np.sqrt(share * (1 - share) / n + z**2 / 4 / n**2)
+        low, high = (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+        ax.plot(2 * [chances[bins == place].mean()], [low, high], color=FAKE_COLOUR, linewidth=1, alpha=0.6)
+        ax.plot(chances[bins == place].mean(), share, "o", color=FAKE_COLOUR)
+    ax.set(ylabel="share that is fake", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    edges = np.linspace(0, 1, 11)
+    both = [chances[labels == 0], chances[labels == 1]]
+    below.hist(both, edges, stacked=True, color=[REAL_COLOUR, FAKE_COLOUR], label=["real", "fake"])
+    below.set(xlabel="P(fake)", ylabel="videos")
+    below.legend(fontsize=10)
+    ece = compute_metrics(labels, chances, 0.5)["ece"]
+    ax.set_title(f"P(fake) is off by {100 * ece:.0f} points on average (ECE)")
+    return figure
+
+
+@plt.rc_context(STYLE)
+def plot_robustness(table: pd.DataFrame) -> Figure:
+    """The AUC after each degradation, from the mildest to the worst, beside that of the intact clips."""
+    intact, changed = table.iloc[0], table.iloc[1:]
+    kinds = changed.groupby("degradation", sort=False)
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(WIDTH, 3.4), sharey=True, width_ratios=[len(part) + 1 for _, part in kinds]
+    )
+    for ax, (name, part) in zip(axes, kinds, strict=True):
+        values = pd.concat([table.iloc[:1], part]).astype({"auc_roc": float, "auc_low": float, "auc_high": float})
+        places = np.arange(len(values))
+        ax.fill_between(places, values.auc_low, values.auc_high, color=FAKE_COLOUR, alpha=0.15, linewidth=0)
+        ax.plot(places, values.auc_roc, ".-", color=FAKE_COLOUR)
+        ax.axhline(0.5, color="0.5", linestyle=":")
+        ax.set_xticks(places, ["0", *(f"{strength:g}" for strength in part.strength)], fontsize=10)
+        ax.set_xlabel(name.replace(", ", ",\n"), fontsize=10)
+    axes[0].set(ylabel="AUC", ylim=(np.nanmin([0.45, *table.auc_low.astype(float)]), 1.01))
+    if pd.isna(intact.auc_roc):
+        title = "No AUC: the test set has one class alone"
+    else:
+        worst = changed.loc[changed.auc_roc.astype(float).idxmin()]
+        title = f"AUC {intact.auc_roc:.3f} intact; at the worst {worst.auc_roc:.3f}, {worst.degradation.split(',')[0]} "
+        title += f"{worst.strength:g}"
+    figure.suptitle(title, x=0.02, ha="left", fontsize=12)
+    return figure
+
+
+def in_short(row: pd.Series, letters: int = 34) -> str:
+    """What a test video is, what it was called, and its name."""
+    truth = "real" if row.label == 0 else f"fake ({row.method})" if row.method != "fake" else "fake"
+    name = Path(row.path).name
+    name = name if len(name) <= letters else f"{name[: letters - 10]}…{name[-9:]}"
+    return f"{truth}, P(fake) {row.probability:.2f}: {'right' if row.correct else 'wrong'}. {name}"
+
+
+def pick_examples(table: pd.DataFrame, threshold: float) -> pd.DataFrame:
+    """Of right and wrong, real and fake test videos the most confident one each."""
+    surest = table.assign(distance=(table.probability - threshold).abs()).sort_values("distance", ascending=False)
+    return surest.groupby(["correct", "label"], sort=True).head(1).sort_values(["correct", "label"], ascending=False)
+
+
+@plt.rc_context(STYLE)
+def plot_explanations(examples: pd.DataFrame, model: DeepfakeDetector, temperature: float, shown: int = 6) -> Figure:
+    """Frames in order, heat maps, and a line of frame scores over bars of attention, for each row of `examples`.
+
+    All heat maps have one scale. Of longer clips, `shown` frames are drawn, and all scores.
+    """
+    device, clips = next(model.parameters()).device, []
+    for file in examples.clip_file:
+        with np.load(file) as saved:  # one of the clips of the video
+            clips.append(torch.from_numpy(saved["frames"])[:: max(1, len(saved["frames"]) // model.frames)])
+    found = [heat_maps(model, normalize(to_float(clip[None].to(device)))) for clip in clips]
+    hottest = max(float(heat.max()) for heat, _ in found) or 1.0
+    frames, rows = len(clips[0]), len(examples)
+    shown = min(shown, frames)
+    figure = plt.figure(figsize=(WIDTH, 4.3 * rows))
+    for part, clip, (heat, output), (_, example) in zip(
+        np.atleast_1d(figure.subfigures(rows, 1)), clips, found, examples.iterrows(), strict=True
+    ):
+        part.suptitle(in_short(example), x=0.02, ha="left", fontsize=12)
+        axes = part.subplot_mosaic(
+            [[f"frame {i}" for i in range(shown)], [f"heat {i}" for i in range(shown)], ["scores"] * shown],
+            height_ratios=[1, 1, 1.15],
+        )
+        places = np.linspace(0, frames - 1, shown).round().astype(int)
+        for i, t in enumerate(places):
+            axes[f"frame {i}"].imshow(clip[t])
+            axes[f"frame {i}"].set_title(f"{t + 1}", fontsize=10, loc="center")
+            axes[f"heat {i}"].imshow(clip[t].float().mean(dim=-1), cmap="gray", vmin=0, vmax=255)
+            map_ = (heat[0, t] / hottest).cpu().numpy()
+            axes[f"heat {i}"].imshow(map_, cmap="inferno", vmin=0, vmax=1, alpha=0.15 + 0.6 * map_)
+            for ax in (axes[f"frame {i}"], axes[f"heat {i}"]):
+                ax.set_axis_off()
+        times, scores = np.arange(1, frames + 1), probabilities(output.frame_logits[0].cpu().numpy(), temperature)
+        attention = output.attention[0].cpu().numpy()
+        axes["scores"].bar(times, attention / attention.max(), color="0.85", label="attention (of the largest)")
+        axes["scores"].plot(times, scores, ".-", color=FAKE_COLOUR, label="P(fake) of the frame")
+        axes["scores"].set(xlabel="frame", ylim=(0, 1.05), xlim=(0.4, frames + 0.6))
+        axes["scores"].xaxis.get_major_locator().set_params(integer=True)
+        axes["scores"].legend(fontsize=9, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), borderaxespad=0.1)
+    return figure
+
+
+@plt.rc_context(STYLE)
+def plot_mistakes(table: pd.DataFrame, threshold: float, most: int = 8) -> Figure:
+    """The middle frame of the most confident errors, with what they are and what they were called."""
+    wrong = table[~table.correct].assign(distance=(table.probability - threshold).abs())
+    worst = wrong.sort_values("distance", ascending=False).head(most)
+    columns = 4
+    rows = max(1, -(-len(worst) // columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 2.6 * rows if len(worst) else 1), squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for ax, row in zip(axes.flat, worst.itertuples(), strict=False):
+        with np.load(row.clip_file) as saved:
+            ax.imshow(saved["frames"][len(saved["frames"]) // 2])
+        name = Path(row.path).name
+        name = name if len(name) <= 18 else f"{name[:9]}…{name[-8:]}"
+        ax.set_title(f"{name}\n{row.method}, P(fake) {row.probability:.2f}", fontsize=9, loc="center")
+    title = f"{len(wrong)} of {len(table)} videos called wrong" if len(wrong) else f"No mistake in {len(table)} videos"
+    title += f"; the {len(worst)} surest" * (len(wrong) > len(worst))
+    figure.suptitle(title, x=0.02, ha="left", fontsize=12)
+    return figure
+
+
 # %% [markdown]
-# **Your own videos** go the same way as the training videos did: `predict_video` for one, `predict_folder` for
-# many, whose decoding runs ahead in threads while the network scores.
+# **Your own videos** go the same way as the training videos did. A `Predictor` is made from the file of a model alone,
+# with all settings in it: `Predictor.load("best_model.pth").predict_video("video.mp4")`. In a folder, decoding runs
+# ahead in threads while the network scores; a few clips at a time are in memory, however many videos there are.
 
 
 # %%
 @dataclass(frozen=True)
 class Prediction:
-    """What the detector says of a video. `frame_scores` (T,) are the single frames' P(fake)."""
+    """What the detector says of a video. `frame_scores` (T,) are the single frames' P(fake); `face_share` is the share
+    of the frames looked at that show the face: without any, the verdict is on the middle of the picture."""
 
     probability: float
     verdict: str
     frame_scores: np.ndarray
     face_share: float
 
-
-def score_clip(clip: Clip, model: nn.Module, temperature: float, threshold: float) -> Prediction:
-    """The prediction for one clip. `model` is in eval mode; the clip goes to its device."""
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        output = model(normalize(to_float(torch.from_numpy(clip.frames)[None].to(device))))
-    chance = float(probabilities(output.logit.cpu().numpy(), temperature)[0])
-    frame_scores = probabilities(output.frame_logits[0].cpu().numpy(), temperature)
-    return Prediction(chance, "fake" if chance >= threshold else "real", frame_scores, clip.face_share)
+    @property
+    def face_found(self) -> bool:
+        return self.face_share > 0
 
 
-def predict_video(
-    path: Path,
-    model: nn.Module,
-    settings: ClipSettings,
-    detector: nn.Module | None,
-    temperature: float = 1.0,
-    threshold: float = 0.5,
-) -> Prediction:
-    """Score one video file. Raises VideoError with the reason if it cannot be used."""
-    return score_clip(make_clip(Path(path), settings, detector), model, temperature, threshold)
+@dataclass(frozen=True)
+class Predictor:
+    """A detector with everything that it takes to score videos as in training. `model` is in eval mode."""
 
+    model: nn.Module
+    settings: ClipSettings
+    face_detector: nn.Module | None
+    temperature: float = 1.0
+    threshold: float = 0.5
 
-def predict_folder(
-    folder: Path,
-    model: nn.Module,
-    settings: ClipSettings,
-    detector: nn.Module | None,
-    temperature: float = 1.0,
-    threshold: float = 0.5,
-    workers: int = 2,
-) -> pd.DataFrame:
-    """Score every video below a folder (or one file): a row each, with `error` instead of a score for bad ones."""
-    paths = deque(videos_below(folder) if folder.is_dir() else [folder])
-    waiting: deque[tuple[Path, Future]] = deque()
-    rows = []
+    @classmethod
+    def load(cls, file: Path, device: str = "cpu") -> "Predictor":
+        """The detector in a best_model.pth."""
+        model, saved = load_detector(Path(file), device)
+        settings = ClipSettings.of(SimpleNamespace(**saved["config"]))
+        faces = load_face_detector(device) if settings.face_crop else None
+        return cls(model, settings, faces, saved["temperature"], saved["threshold"])
 
-    def prepare(path: Path) -> tuple[Clip, float]:
-        started = time.perf_counter()
-        return make_clip(path, settings, detector), time.perf_counter() - started
+    def predict_clip(self, clip: Clip) -> Prediction:
+        """Score what `make_clip` has made of a video; it goes to the device of the model."""
+        device = next(self.model.parameters()).device
+        with torch.inference_mode():
+            output = self.model(normalize(to_float(torch.from_numpy(clip.frames)[None].to(device))))
+        chance = float(probabilities(output.logit.cpu().numpy(), self.temperature)[0])
+        frame_scores = probabilities(output.frame_logits[0].cpu().numpy(), self.temperature)
+        return Prediction(chance, "fake" if chance >= self.threshold else "real", frame_scores, clip.face_share)
 
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        while paths or waiting:
-            while paths and len(waiting) < 2 * workers:
-                waiting.append((path := paths.popleft(), pool.submit(prepare, path)))
-            path, job = waiting.popleft()
-            row = dict(path=str(path), probability=None, verdict=None, threshold=threshold)
-            row |= dict(face_share=None, seconds=None, error="")
-            rows.append(row)
-            try:
-                clip, seconds = job.result()
-            except (VideoError, cv2.error) as error:
-                row["error"] = str(error)
-                continue
+    def predict_video(self, path: Path) -> Prediction:
+        """Score one video file. Raises VideoError with the reason if it cannot be used."""
+        return self.predict_clip(make_clip(Path(path), self.settings, self.face_detector))
+
+    def clips(self, paths: list[Path], workers: int) -> Iterator[tuple[Path, Clip | str, float]]:
+        """Each video with its clip, or with what is wrong with it, and the seconds that took; made ahead in threads."""
+
+        def prepare(path: Path) -> tuple[Path, Clip | str, float]:
             started = time.perf_counter()
-            found = score_clip(clip, model, temperature, threshold)
-            row |= dict(probability=found.probability, verdict=found.verdict, face_share=found.face_share)
-            row["seconds"] = round(seconds + time.perf_counter() - started, 3)
-    columns = ["path", "probability", "verdict", "threshold", "face_share", "seconds", "error"]
-    return pd.DataFrame(rows, columns=columns)
+            try:
+                clip = make_clip(path, self.settings, self.face_detector)
+            except (VideoError, cv2.error) as error:
+                clip = str(error)
+            return path, clip, time.perf_counter() - started
+
+        waiting, todo = deque[Future](), deque(paths)
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            while todo or waiting:
+                while todo and len(waiting) < 2 * workers:
+                    waiting.append(pool.submit(prepare, todo.popleft()))
+                yield waiting.popleft().result()
+
+    def predict_folder(self, folder: Path, workers: int = 2, file: Path | None = None) -> pd.DataFrame:
+        """Score every video below a folder (or one file): a row each, with `error` instead of a score for bad ones.
+
+        The table so far is written to `file` every 20 seconds, so that a run that is cut short loses little.
+        """
+        paths = videos_below(folder) if folder.is_dir() else [folder]
+        columns = ["path", "probability", "verdict", "threshold", "face_share", "seconds", "error"]
+        rows, written = [], time.perf_counter()
+        with tqdm(total=len(paths), desc="your videos", leave=False, disable=NO_BARS) as bar:
+            for path, clip, seconds in self.clips(paths, workers):
+                row = dict.fromkeys(columns) | dict(path=str(path), threshold=self.threshold, error="")
+                started = time.perf_counter()
+                if isinstance(clip, str):
+                    row["error"] = clip
+                else:
+                    found = self.predict_clip(clip)
+                    row |= dict(probability=found.probability, verdict=found.verdict, face_share=found.face_share)
+                    row["seconds"] = round(seconds + time.perf_counter() - started, 3)
+                rows.append(row)
+                bar.update()
+                if file and time.perf_counter() - written > 20:
+                    save_csv(pd.DataFrame(rows, columns=columns), file)
+                    written = time.perf_counter()
+        table = pd.DataFrame(rows, columns=columns)
+        if file:
+            save_csv(table, file)
+        return table

@@ -39,26 +39,28 @@ def checkpoint_to_resume() -> Path | None:
 BATCH_SIZE_USED = CONFIG.BATCH_SIZE
 if interrupted_run := checkpoint_to_resume():
     BATCH_SIZE_USED = peek(interrupted_run)["batch_size"]
-if not BATCH_SIZE_USED:
+if CONFIG.EPOCHS and not BATCH_SIZE_USED:
     fits_everywhere = min(gathered(choose_batch_size(CONFIG, DEVICE, PRECISION)))
     BATCH_SIZE_USED = fits_everywhere * max(PROCESSES, len(ENVIRONMENT.gpus))
     free_memory()
 
 pinned = DEVICE.type == "cuda"
 datasets = {name: ClipDataset(table, CONFIG.NUM_WORKERS) for name, table in SPLIT_TABLES.items()}
-TRAIN_BATCHES = PairBatches(
-    SPLIT_TABLES["train"],
-    BATCH_SIZE_USED,
-    CONFIG.SEED,
-    RANK,
-    PROCESSES,
-    pairs=CONFIG.PAIRS,
-    self_blend=CONFIG.SELF_BLEND,
-)
-TRAIN_LOADER = DataLoader(datasets["train"], batch_sampler=TRAIN_BATCHES, pin_memory=pinned)
-scored_at_once = min(TRAIN_BATCHES.share, 8 * max(1, len(ENVIRONMENT.gpus)))
+TRAIN_BATCHES, TRAIN_LOADER, scored_at_once = None, [], 8 * max(1, len(ENVIRONMENT.gpus))
+if CONFIG.EPOCHS:
+    TRAIN_BATCHES = PairBatches(
+        SPLIT_TABLES["train"],
+        BATCH_SIZE_USED,
+        CONFIG.SEED,
+        RANK,
+        PROCESSES,
+        pairs=CONFIG.PAIRS,
+        self_blend=CONFIG.SELF_BLEND,
+    )
+    TRAIN_LOADER = DataLoader(datasets["train"], batch_sampler=TRAIN_BATCHES, pin_memory=pinned)
+    scored_at_once = min(scored_at_once, TRAIN_BATCHES.share)
 scored_rows = {name: [*range(len(datasets[name]))] for name in ("val", "test")}
-if not SPLIT_TABLES["val"].label.any():
+if CONFIG.EPOCHS and not SPLIT_TABLES["val"].label.any():
     print(
         "Validation has no fakes: self-blends of its real videos stand in, for the choice of epoch and threshold too."
     )
@@ -70,7 +72,7 @@ VAL_LOADER, TEST_LOADER = (  # process 1 of 3 scores the clips 1, 4, 7, ...
 
 shared = f", shared by {PROCESSES} processes" if PROCESSES > 1 else ""
 print(
-    f"Batches of {BATCH_SIZE_USED} clips{shared} on {ENVIRONMENT.device} in "
+    f"Batches of {BATCH_SIZE_USED or scored_at_once} clips{shared} on {ENVIRONMENT.device} in "
     f"{str(PRECISION or torch.float32).removeprefix('torch.')}: {len(TRAIN_LOADER)} for training, {len(VAL_LOADER)} "
     f"for validation, {len(TEST_LOADER)} for the test"
 )

@@ -13,19 +13,19 @@ from cell_02_global_config import CONFIG, seed_everything
 from cell_05_model_definition import build_model, choose_trainable, load_backbone_weights
 from cell_06_loss_and_utils import EarlyStopping, WeightAverage, build_loss, peek, save_checkpoint
 from cell_07_training_functions import LossScaler, Trainer, from_first, synchronise_batch_norm
-from cell_10_data_loaders import DEVICE, PRECISION, checkpoint_to_resume
+from cell_10_data_loaders import DEVICE, PRECISION, SPLIT_TABLES, checkpoint_to_resume
 
 BEST_MODEL = CONFIG.last_checkpoint.with_name("best_model.pth")
 
 seed_everything(CONFIG.SEED)
 MODEL = build_model(CONFIG)
-NEVER_TRAINED_ON, WEIGHTS_ORIGIN = set(CONFIG.HOLDOUT_METHODS), ""
+TRAINED_ON, WEIGHTS_ORIGIN = {*SPLIT_TABLES["train"].method} - {"real"}, ""  # manipulations; where weights are from
 resume_from = checkpoint_to_resume()
 if CONFIG.CHECKPOINT:
     start = torch.load(CONFIG.CHECKPOINT, map_location="cpu", weights_only=True)
     MODEL.load_state_dict(start["model"])
-    held_out_then = set(start["config"]["HOLDOUT_METHODS"])
-    NEVER_TRAINED_ON = held_out_then & NEVER_TRAINED_ON if CONFIG.EPOCHS else held_out_then
+    tested = {*SPLIT_TABLES["test"].method} - {"real"}
+    TRAINED_ON |= {*start.get("trained_on", tested - {*start["config"]["HOLDOUT_METHODS"]})}  # older files lack it
     WEIGHTS_ORIGIN = f"checkpoint {CONFIG.CHECKPOINT}"
     del start
 elif resume_from:

@@ -18,7 +18,14 @@ from cell_03_data_processing import save_csv
 from cell_04_dataset_class import PairDraws
 from cell_06_loss_and_utils import free_memory, model_file, previous_of, save_checkpoint, unwrapped
 from cell_07_training_functions import from_first, progress, train_one_epoch, validate
-from cell_08_evaluation_functions import fit_temperature, fit_threshold, plot_history, probabilities, save_figure
+from cell_08_evaluation_functions import (
+    DEGRADED_PASSES,
+    fit_calibration,
+    fit_threshold,
+    plot_history,
+    probabilities,
+    save_figure,
+)
 from cell_10_data_loaders import (
     BATCH_SIZE_USED,
     DEVICE,
@@ -41,6 +48,7 @@ from cell_11_model_setup import (
     RESUMABLE,
     SCHEDULER,
     STOPPER,
+    TRAINED_ON,
     TRAINER,
     WEIGHTS_ORIGIN,
 )
@@ -54,10 +62,12 @@ curves = None
 if HISTORY and RANK == 0:  # of earlier sessions
     save_csv(pd.DataFrame(HISTORY), HISTORY_FILE)
     curves = save_figure(plot_history(pd.DataFrame(HISTORY)), CURVES_FILE)
+test_share = min(1, CONFIG.ROBUSTNESS / max(1, len(TEST_LOADER.dataset)))
+test_passes = 2 + DEGRADED_PASSES * test_share  # the test itself, figures and explanations, robustness
 slowest_epoch, test_seconds = HISTORY[-1]["seconds"] if HISTORY else 0.0, 0.0
 
 while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
-    seconds_needed = 1.1 * slowest_epoch + 2 * test_seconds  # the test also draws figures
+    seconds_needed = 1.1 * slowest_epoch + test_passes * test_seconds
     if from_first(slowest_epoch > 0 and time.time() - STARTED + seconds_needed > CONFIG.time_budget):  # all alike
         print(
             f"Stopped after {len(HISTORY)} of {CONFIG.EPOCHS} epochs: one more, of {slowest_epoch:.0f} s, passes the "
@@ -90,9 +100,10 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
         }
     )
     if is_best:
-        temperature = fit_temperature(validated.logits, validated.labels)
-        threshold = fit_threshold(probabilities(validated.logits, temperature), validated.labels)
-        BEST |= model_file(unwrapped(validated_model), CONFIG, temperature, threshold, HISTORY[-1])
+        temperature, offset = fit_calibration(validated.logits, validated.labels)
+        threshold = fit_threshold(probabilities(validated.logits - offset, temperature), validated.labels)
+        calibration = temperature, offset, threshold
+        BEST |= model_file(unwrapped(validated_model), CONFIG, calibration, TRAINED_ON, HISTORY[-1])
     if RANK == 0:
         whole_run = {
             **{name: part.state_dict() for name, part in RESUMABLE.items()},

@@ -2,7 +2,7 @@
 # ## 13. The test set, and your own videos
 #
 # The best model meets recordings that it has not seen in any form. Everything below is computed from the file
-# that you would take away, in full precision, with the temperature and threshold stored in it.
+# that you would take away, in full precision, with the calibration and threshold stored in it.
 
 # %%
 import time
@@ -17,65 +17,121 @@ from cell_03_data_processing import save_csv
 from cell_05_model_definition import load_detector
 from cell_07_training_functions import progress, validate
 from cell_08_evaluation_functions import (
+    DECISIONS,
+    Predictor,
+    bootstrap,
     compute_metrics,
-    metrics_by_method,
+    in_words,
+    measure_robustness,
+    metrics_by,
+    pick_examples,
+    plot_calibration,
     plot_confusion,
     plot_curves,
+    plot_explanations,
+    plot_mistakes,
+    plot_robustness,
     plot_scores,
-    predict_folder,
     probabilities,
     save_figure,
 )
 from cell_09_data_preparation import CLIP_SETTINGS, FACE_DETECTOR, SPLIT_TABLES
 from cell_10_data_loaders import DEVICE, TEST_LOADER
-from cell_11_model_setup import CRITERION, NEVER_TRAINED_ON
+from cell_11_model_setup import CRITERION, TRAINED_ON
 from cell_12_training_loop import BEST_MODEL
 
 evaluation_started = time.perf_counter()
 RESULTS = CONFIG.work_dir / "results"
+FIGURES = RESULTS / "evaluation"
 MODEL_FILE = Path(CONFIG.CHECKPOINT) if CONFIG.EPOCHS == 0 else BEST_MODEL
 DETECTOR, MODEL_INFO = load_detector(MODEL_FILE, DEVICE)
 TEMPERATURE, THRESHOLD = MODEL_INFO["temperature"], MODEL_INFO["threshold"]
+PREDICTIONS = SPLIT_TABLES["test"].drop(columns="split")
+METRICS, INTERVALS, BY_METHOD, BY_DATASET, ROBUSTNESS_TABLE = {}, {}, *3 * [pd.DataFrame()]
 
-with progress("test", TEST_LOADER) as bar:
-    tested = validate(DETECTOR, TEST_LOADER, CRITERION, DEVICE, title="test", bar=bar)
-PREDICTIONS = (
-    SPLIT_TABLES["test"]
-    .drop(columns=["split", "clip_file"])
-    .assign(logit=tested.logits, probability=probabilities(tested.logits, TEMPERATURE))
-)
-PREDICTIONS["verdict"] = np.where(PREDICTIONS.probability >= THRESHOLD, "fake", "real")
-PREDICTIONS["frame_scores"] = [
-    " ".join(f"{score:.3f}" for score in scores) for scores in probabilities(tested.frame_logits, TEMPERATURE)
-]
-PREDICTIONS["correct"] = (PREDICTIONS.verdict == "fake") == (PREDICTIONS.label == 1)
-labels, chances = PREDICTIONS.label.to_numpy(), PREDICTIONS.probability.to_numpy()
-METRICS = {
-    "at fitted threshold": compute_metrics(labels, chances, THRESHOLD),
-    "at 0.5": compute_metrics(labels, chances, 0.5),
-}
-BY_METHOD = metrics_by_method(PREDICTIONS, THRESHOLD, NEVER_TRAINED_ON)
-save_csv(PREDICTIONS, RESULTS / "test_predictions.csv")
-save_csv(BY_METHOD, RESULTS / "metrics_by_method.csv")
-EVALUATION_SECONDS = time.perf_counter() - evaluation_started
+if len(PREDICTIONS):
+    with progress("test", TEST_LOADER) as bar:
+        tested = validate(DETECTOR, TEST_LOADER, CRITERION, DEVICE, title="test", bar=bar)
+    PREDICTIONS["logit"] = tested.logits
+    PREDICTIONS["probability"] = probabilities(tested.logits, TEMPERATURE)
+    PREDICTIONS["verdict"] = np.where(PREDICTIONS.probability >= THRESHOLD, "fake", "real")
+    PREDICTIONS["frame_scores"] = [
+        " ".join(f"{score:.3f}" for score in scores) for scores in probabilities(tested.frame_logits, TEMPERATURE)
+    ]
+    PREDICTIONS["correct"] = (PREDICTIONS.verdict == "fake") == (PREDICTIONS.label == 1)
+    save_csv(PREDICTIONS.drop(columns="clip_file"), RESULTS / "test_predictions.csv")
 
-display(pd.DataFrame(METRICS).round(3), BY_METHOD.round(3))
-
-# %%
-save_figure(plot_curves(labels, chances, THRESHOLD), RESULTS / "evaluation" / "roc_pr_curves.png")
-save_figure(plot_scores(PREDICTIONS, THRESHOLD), RESULTS / "evaluation" / "score_distribution.png")
-save_figure(plot_confusion(labels, chances, THRESHOLD), RESULTS / "evaluation" / "confusion_matrix.png")
+    labels, chances = PREDICTIONS.label.to_numpy(), PREDICTIONS.probability.to_numpy()
+    for name, threshold in {"at_fitted_threshold": THRESHOLD, "at_0.5": 0.5}.items():
+        METRICS[name] = compute_metrics(labels, chances, threshold)
+        INTERVALS[name] = bootstrap(labels, chances, threshold, PREDICTIONS.group.to_numpy())
+    fitted, plain = (
+        {metric: in_words(value, INTERVALS[name][metric]) for metric, value in METRICS[name].items()}
+        for name in METRICS
+    )
+    display(
+        pd.DataFrame({"test set [95 % interval]": {name: fitted[name] for name in fitted if name not in DECISIONS}}),
+        pd.DataFrame({f"threshold {THRESHOLD:.3f}": fitted, "threshold 0.5": plain}).loc[[*DECISIONS]],
+    )
 
 # %% [markdown]
-# With `PREDICT_DIR`, the model scores your own videos; no labels are needed. Give it the whole shot: a verdict on
-# a face that the detector did not find (`face_share` 0) means little.
+# Each manipulation against all real videos of the test set, and each dataset by itself if there are several:
 
 # %%
+if len(PREDICTIONS):
+    unseen = {*PREDICTIONS.method} - TRAINED_ON
+    BY_METHOD = metrics_by("method", PREDICTIONS, THRESHOLD, unseen)
+    save_csv(BY_METHOD, RESULTS / "metrics_by_method.csv")
+    display(BY_METHOD.round(3))
+    if PREDICTIONS.dataset.nunique() > 1:
+        BY_DATASET = metrics_by("dataset", PREDICTIONS, THRESHOLD)
+        save_csv(BY_DATASET, RESULTS / "metrics_by_dataset.csv")
+        display(BY_DATASET.round(3))
+
+# %%
+if len(PREDICTIONS):
+    auc_interval = INTERVALS["at_fitted_threshold"]["auc_roc"]
+    save_figure(plot_curves(PREDICTIONS, THRESHOLD, auc_interval), FIGURES / "roc_pr_curves.png")
+    save_figure(plot_scores(PREDICTIONS, THRESHOLD), FIGURES / "score_distribution.png")
+    save_figure(plot_confusion(labels, chances, THRESHOLD), FIGURES / "confusion_matrix.png")
+    save_figure(plot_calibration(labels, chances), FIGURES / "calibration.png")
+
+# %% [markdown]
+# How much of this survives what happens to videos on their way through the internet?
+
+# %%
+if len(PREDICTIONS) and CONFIG.ROBUSTNESS:
+    ROBUSTNESS_TABLE = measure_robustness(DETECTOR, PREDICTIONS, TEST_LOADER, CONFIG.ROBUSTNESS)
+    save_figure(plot_robustness(ROBUSTNESS_TABLE), FIGURES / "robustness.png")
+
+# %% [markdown]
+# What do verdicts rest on? The most confident right and wrong ones, for real and fake videos: frames in order, signs
+# of a fake in them, and each frame's own score over how much attention it got. Then the surest of all mistakes.
+
+# %%
+if len(PREDICTIONS):
+    examples = pick_examples(PREDICTIONS, THRESHOLD)
+    save_figure(plot_explanations(examples, DETECTOR, TEMPERATURE), FIGURES / "explanations.png")
+    save_figure(plot_mistakes(PREDICTIONS, THRESHOLD), FIGURES / "mistakes.png")
+EVALUATION_SECONDS = time.perf_counter() - evaluation_started
+
+# %% [markdown]
+# **Your own videos.** `predict_video("my_video.mp4")` scores one, right here. With `PREDICT_DIR`, all videos below a
+# folder are scored; no labels are needed. A verdict on a face that was not found (`face_share` 0) means little, as does
+# any on videos that are unlike those in training.
+
+# %%
+PREDICTOR = Predictor(DETECTOR, CLIP_SETTINGS, FACE_DETECTOR, TEMPERATURE, THRESHOLD)
+predict_video = PREDICTOR.predict_video
+SCORED = pd.DataFrame()
 if CONFIG.PREDICT_DIR:
-    scored = predict_folder(
-        Path(CONFIG.PREDICT_DIR), DETECTOR, CLIP_SETTINGS, FACE_DETECTOR, TEMPERATURE, THRESHOLD, CONFIG.NUM_WORKERS
+    prediction_started = time.perf_counter()
+    SCORED = PREDICTOR.predict_folder(Path(CONFIG.PREDICT_DIR), CONFIG.NUM_WORKERS, RESULTS / "predictions.csv")
+    seconds = time.perf_counter() - prediction_started
+    verdicts = SCORED.verdict.value_counts()
+    print(
+        f"{len(SCORED)} videos below {CONFIG.PREDICT_DIR} in {seconds:.0f} s: {verdicts.get('fake', 0)} called fake, "
+        f"{verdicts.get('real', 0)} real; {(SCORED.error != '').sum()} could not be read, and in "
+        f"{(SCORED.face_share == 0).sum()} no face was found. All are in {RESULTS / 'predictions.csv'}"
     )
-    save_csv(scored, RESULTS / "predictions.csv")
-    fine = int((scored.error == "").sum())
-    print(f"{fine} of {len(scored)} videos below {CONFIG.PREDICT_DIR} scored, in {RESULTS / 'predictions.csv'}")
-    display(scored.head(20))
+    display(SCORED.sort_values("probability", ascending=False).head(20))

@@ -9,26 +9,39 @@ import dataclasses
 import json
 import time
 
+import pandas as pd
+
 from cell_01_imports_and_setup import ENVIRONMENT, STARTED
 from cell_02_global_config import CONFIG
 from cell_03_data_processing import replacing
+from cell_08_evaluation_functions import DECISIONS, in_words
 from cell_09_data_preparation import DATA_ORIGIN, LEAKING, PREPARATION_SECONDS, SKIPPED, VIDEOS
 from cell_10_data_loaders import BATCH_SIZE_USED, PRECISION
-from cell_11_model_setup import HISTORY, WEIGHTS_ORIGIN
+from cell_11_model_setup import HISTORY, TRAINED_ON, WEIGHTS_ORIGIN
 from cell_13_model_evaluation import (
+    BY_DATASET,
     BY_METHOD,
     EVALUATION_SECONDS,
+    INTERVALS,
     METRICS,
     MODEL_FILE,
     MODEL_INFO,
     RESULTS,
+    ROBUSTNESS_TABLE,
+    SCORED,
     TEMPERATURE,
     THRESHOLD,
 )
 
+
+def records(table: pd.DataFrame) -> list[dict]:
+    """The rows of a table for JSON, which knows null but no NaN."""
+    return table.astype(object).where(table.notna(), None).to_dict(orient="records")
+
+
 counts = VIDEOS.groupby(["split", "label"]).size()
 results = {
-    "format": 1,
+    "format": 2,
     "config": dataclasses.asdict(CONFIG),
     "environment": dataclasses.asdict(ENVIRONMENT),
     "data": {
@@ -48,6 +61,7 @@ results = {
     "model": {
         "file": str(MODEL_FILE),
         "initial_weights": WEIGHTS_ORIGIN,
+        "trained_on": sorted(TRAINED_ON),
         "epoch": MODEL_INFO["epoch"],
         "validation_auc": MODEL_INFO["val_auc"],
         "temperature": TEMPERATURE,
@@ -65,63 +79,108 @@ results = {
         "evaluation": EVALUATION_SECONDS,
         "this_session": time.time() - STARTED,
     },
-    "metrics": {name.replace(" ", "_"): values for name, values in METRICS.items()},
-    "metrics_by_method": BY_METHOD.to_dict(orient="records"),
+    "metrics": METRICS,
+    "intervals": INTERVALS,
+    "metrics_by_method": records(BY_METHOD),
+    "metrics_by_dataset": records(BY_DATASET),
+    "robustness": records(ROBUSTNESS_TABLE),
+    "predictions": {"videos": len(SCORED), "errors": int((SCORED.error != "").sum())} if len(SCORED) else None,
 }
 with replacing(RESULTS / "experiment_results.json") as partial_file:
-    partial_file.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    partial_file.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+# %% [markdown]
+# The report:
+
 
 # %%
-fitted, plain = METRICS.values()
-trained = (
-    f"{len(HISTORY)} epoch{'s' * (len(HISTORY) != 1)}"
-    if HISTORY
-    else "in another run, perhaps on some of these recordings"
-)
+def count(number: int, name: str) -> str:
+    return f"{number} {name}{'s' * (number != 1)}"
+
+
+def with_interval(row: dict) -> str:
+    return in_words(row["auc_roc"], (row["auc_low"], row["auc_high"]))
+
+
 sizes = results["data"]["videos"]
-on_blends = bool(HISTORY) and not sizes["val"]["fake"]
-unseen = " of recordings never trained on" if HISTORY and not LEAKING and not CONFIG.CHECKPOINT else ""
-
-
-def in_words(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.3f}"
-
-
+tested_videos = f"{count(sizes['test']['real'], 'real video')} and {count(sizes['test']['fake'], 'fake')}"
+trained = "in another run, perhaps on some of these recordings"
+if HISTORY:
+    trained = f"{count(len(HISTORY), 'epoch')} with {', '.join(sorted(TRAINED_ON)) or 'real videos alone'}"
+notes = [
+    "Numbers within one dataset say little about manipulations and cameras that it does not contain.",
+    "P(fake) is meant for real and fake videos that are equally frequent.",
+]
+if "random" in WEIGHTS_ORIGIN:
+    notes.append("The backbone did not start from ImageNet's weights, with which it would have learned far more.")
+if HISTORY and not sizes["val"]["fake"]:
+    notes.append("Validation has no fakes: epoch, calibration and threshold were chosen on self-blends.")
+if LEAKING:
+    notes.append(f"Leakage: {len(LEAKING)} groups are in several of the given splits: the test is easier than it looks")
+if CONFIG.FACE_CROP and (faceless := results["data"]["without_face"]):
+    notes.append(f"In {faceless} videos no face was found; the network saw the middle of their frames.")
+if SCORED.get("face_share", pd.Series(dtype=float)).eq(0).any():
+    notes.append("In some of your own videos no face was found: their verdicts mean little.")
 report = [
-    "Video deepfake detection: experiment report",
+    "VIDEO DEEPFAKE DETECTION: EXPERIMENT REPORT",
     "",
-    f"Data       {DATA_ORIGIN}: {len(VIDEOS)} videos in {VIDEOS.group.nunique()} groups, {len(SKIPPED)} skipped",
-    *(f"           {split:5} {size['real']:5} real, {size['fake']:5} fake" for split, size in sizes.items()),
-    f"Clips      {CONFIG.FRAMES_PER_VIDEO} frames of {CONFIG.IMAGE_SIZE} x {CONFIG.IMAGE_SIZE} pixels"
-    + (f"; no face found in {results['data']['without_face']} videos" if CONFIG.FACE_CROP else "; face crop off"),
-    f"Model      {CONFIG.BACKBONE} + BiLSTM + self-attention; initial weights: {WEIGHTS_ORIGIN}",
-    f"Training   {trained}; epoch {MODEL_INFO['epoch']} was the best, validation AUC {MODEL_INFO['val_auc']:.3f}",
-    f"Time       preparation {PREPARATION_SECONDS:.0f} s, training {results['seconds']['training']:.0f} s, "
+    "Data",
+    f"  {DATA_ORIGIN}: {count(len(VIDEOS), 'video')}, {count(VIDEOS.group.nunique(), 'group')}; {len(SKIPPED)} skipped",
+    *(f"  {split:10} {n['real']:5} real, {n['fake']:5} fake" for split, n in sizes.items() if any(n.values())),
+    "",
+    "Method",
+    f"  clips      {CONFIG.CLIPS_PER_VIDEO} x {CONFIG.FRAMES_PER_VIDEO} frames a video, {CONFIG.IMAGE_SIZE} pixels, "
+    + ("of the face" if CONFIG.FACE_CROP else "of the middle of the frame"),
+    f"  model      {CONFIG.BACKBONE} + BiLSTM + self-attention; initial weights: {WEIGHTS_ORIGIN}",
+    f"  training   {trained}; epoch {MODEL_INFO['epoch']} was the best, validation AUC {MODEL_INFO['val_auc']:.3f}",
+    f"  decision   temperature {TEMPERATURE:.2f} and threshold {THRESHOLD:.3f}, fitted on the validation set",
+    f"  time       preparation {PREPARATION_SECONDS:.0f} s, training {results['seconds']['training']:.0f} s, "
     f"evaluation {EVALUATION_SECONDS:.0f} s, on {', '.join(ENVIRONMENT.gpus) or 'the CPU'}",
-    *(["Validation has no fakes: epoch, temperature and threshold were chosen on self-blends"] * on_blends),
-    *(
-        [f"Leakage    {len(LEAKING)} groups are in several of the given splits: the test is easier than it looks"]
-        if LEAKING
-        else []
-    ),
+]
+if METRICS:
+    fitted, plain = (
+        {metric: in_words(value, INTERVALS[name][metric]) for metric, value in METRICS[name].items()}
+        for name in METRICS
+    )
+    unseen = ", recordings never trained on" if HISTORY and not LEAKING and not CONFIG.CHECKPOINT else ""
+    report += [
+        "",
+        f"Result: test set of {tested_videos}{unseen}",
+        "  Fake is the positive class; in brackets 95 % intervals, from resampled groups.",
+        *(f"  {name.replace('_', ' '):20}{fitted[name]}" for name in fitted if name not in DECISIONS),
+        "",
+        f"  {'':20}{f'threshold {THRESHOLD:.3f}':26}threshold 0.5",
+        *(f"  {name.replace('_', ' '):20}{fitted[name]:26}{plain[name]}" for name in DECISIONS),
+        *(
+            f"  undefined, for the test set has no {kind} videos: the metrics that need both"
+            for kind in ("real", "fake")
+            if not sizes["test"][kind]
+        ),
+        "",
+        "By manipulation: AUC against all real videos",
+        *(
+            f"  {row['method']:20}{with_interval(row):26}"
+            f"{count(row['fakes'], 'fake')}{', never trained on' * row['never_trained_on']}"
+            for row in results["metrics_by_method"]
+        ),
+    ]
+if results["metrics_by_dataset"]:
+    report += ["", "By dataset: AUC of its own videos"]
+    report += [
+        f"  {row['dataset'][:19]:20}{with_interval(row):26}{row['reals']} real, {count(row['fakes'], 'fake')}"
+        for row in results["metrics_by_dataset"]
+    ]
+if results["robustness"]:
+    videos = results["robustness"][0]["videos"]
+    report += ["", f"Robustness: AUC of {count(videos, 'test video')} after a change to the face crops"]
+    report += [f"  {r['degradation']:22} {r['strength'] or '':<5} {with_interval(r)}" for r in results["robustness"]]
+report += ["", "Caveats", *(f"  {note}" for note in notes)]
+report += [
     "",
-    f"Test set, {sizes['test']['real']} real and {sizes['test']['fake']} fake videos{unseen}; "
-    "fake is the positive class:",
-    "",
-    f"{'':20}at {THRESHOLD:.3f}    at 0.500",
-    *(f"{name.replace('_', ' '):18}{in_words(fitted[name]):>10}  {in_words(plain[name]):>10}" for name in fitted),
-    "",
-    "AUC by manipulation, each against all real videos:",
-    *(
-        f"{row['method']:18}{in_words(row['auc_roc']):>10}  {row['fakes']} fakes"
-        f"{', never trained on' * row['never_trained_on']}"
-        for row in results["metrics_by_method"]
-    ),
-    "",
-    "The threshold and the temperature were fitted on the validation set. Numbers within one dataset say little",
-    "about manipulations and cameras that it does not contain.",
-    "",
-    f"To use the model, set CHECKPOINT={MODEL_FILE}, EPOCHS=0 and PREDICT_DIR to your videos.",
+    "To use the model",
+    f"  set CHECKPOINT={MODEL_FILE}, EPOCHS=0, and PREDICT_DIR to your videos;",
+    "  or in Python, with kaggle_cells/ in sys.path:",
+    f'  from cell_08_evaluation_functions import Predictor; Predictor.load("{MODEL_FILE}").predict_video("video.mp4")',
 ]
 with replacing(RESULTS / "experiment_report.txt") as partial_file:
     partial_file.write_text("\n".join(report) + "\n", encoding="utf-8")
