@@ -12,14 +12,14 @@
 DATA_DIR: str = "auto"  # dataset folder or CSV manifest; auto: below /kaggle/input, ./data, or demo: a set made here
 WORK_DIR: str = "."  # models/, results/ and data/ are written below it
 CACHE_DIR: str = ""  # clip cache; empty: /tmp/clip_cache on Kaggle, WORK_DIR/cache elsewhere
-CHECKPOINT: str = ""  # start from this best_model.pth; with EPOCHS = 0 it is only evaluated and used
+CHECKPOINT: str = ""  # start from this best_model.pth; with EPOCHS 0 it is only evaluated and used
 PREDICT_DIR: str = ""  # score every video below this folder into results/predictions.csv
 # Which videos, and what becomes of them
 MAX_VIDEOS_PER_CLASS: int = 120  # sampled evenly over manipulations; 0: all
 METHODS: list = []  # manipulations to use; empty: all, except DeepFakeDetection, which has no originals
 HOLDOUT_METHODS: list = []  # manipulations kept out of training and validation, and part of the test set
 VAL_FRACTION: float = 0.15  # share of the videos for validation, where the dataset has no split of its own
-TEST_FRACTION: float = 0.2  # share of the videos for the test, likewise; with EPOCHS = 0 up to 1, all of them
+TEST_FRACTION: float = 0.2  # share of the videos for the test, likewise; with EPOCHS 0 up to 1, all of them
 FRAMES_PER_VIDEO: int = 16  # frames of a clip; more cost memory and time in proportion
 CLIPS_PER_VIDEO: int = 3  # clips of a video, each with other frames; training draws one, the verdict averages all
 CLIP_SECONDS: float = 8.0  # they are spread over this much of the middle of the video

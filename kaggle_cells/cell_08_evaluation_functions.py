@@ -3,8 +3,8 @@
 #
 # A network's raw score is not a probability, and its zero is rarely the best place to decide. Both are put right on
 # the **validation** set, by Platt scaling: an offset and a temperature, after which 0.5 means undecided where real and
-# fake are equally likely. The threshold is the one with the best balanced accuracy. The test set is used for nothing but
-# the numbers at the end.
+# fake are equally likely. The threshold is the one with the best balanced accuracy. The test set is used for nothing
+# but the numbers at the end.
 
 # %%
 import time
@@ -217,14 +217,14 @@ def brighter(frame: np.ndarray, factor: float) -> np.ndarray:
     return (frame * factor).round().clip(0, 255).astype(np.uint8)
 
 
-DEGRADATIONS: dict[str, tuple[Callable[[np.ndarray, float], np.ndarray], tuple[float, ...]]] = {
-    "JPEG quality": (jpeg, (90, 70, 50, 30)),
-    "resolution": (reduced, (0.5, 0.25)),
-    "blur, sigma in pixels": (blurred, (1, 2)),
-    "noise, sigma of 255": (noisy, (5, 10)),
-    "brightness": (brighter, (0.5, 1.5)),
+DEGRADATIONS: dict[str, tuple[Callable[[np.ndarray, float], np.ndarray], dict[str, float | None]]] = {
+    "JPEG quality": (jpeg, {"none": None, "90": 90, "70": 70, "50": 50, "30": 30}),  # None: nothing is changed
+    "resolution": (reduced, {"1": None, "1/2": 0.5, "1/4": 0.25}),
+    "blur, sigma in pixels": (blurred, {"0": None, "1": 1, "2": 2}),
+    "noise, sigma of 255": (noisy, {"0": None, "5": 5, "10": 10}),
+    "brightness": (brighter, {"0.5": 0.5, "1": None, "1.5": 1.5}),
 }
-DEGRADED_PASSES = sum(len(strengths) for _, strengths in DEGRADATIONS.values())
+DEGRADED_PASSES = sum(len(strengths) - 1 for _, strengths in DEGRADATIONS.values())
 
 
 def measure_robustness(model: DeepfakeDetector, table: pd.DataFrame, loader: DataLoader, videos: int) -> pd.DataFrame:
@@ -235,7 +235,12 @@ def measure_robustness(model: DeepfakeDetector, table: pd.DataFrame, loader: Dat
     by_kind = table.sort_values(["label", "method"], kind="stable")
     chosen = by_kind.iloc[np.linspace(0, len(by_kind) - 1, min(videos, len(by_kind))).round().astype(int)]
     device, rows = next(model.parameters()).device, []
-    changes = [(name, change, strength) for name, (change, strengths) in DEGRADATIONS.items() for strength in strengths]
+    changes = [
+        (name, change, strength)
+        for name, (change, strengths) in DEGRADATIONS.items()
+        for strength in strengths.values()
+        if strength
+    ]
     with tqdm(changes, desc="robustness", leave=False, disable=NO_BARS) as bar:
         for name, change, strength in [("none", None, None), *bar]:
             if change:
@@ -258,21 +263,26 @@ def change_frames(change: Callable[[np.ndarray, float], np.ndarray], strength: f
 
 # %% [markdown]
 # **Explanations.** Three things tell what a verdict rests on: the single frames' scores, how much the clip looks at
-# each frame, and where in a frame the signs of a fake are. The last is a heat map by Grad-CAM (Selvaraju et al., 2017):
-# the features of the last convolutional block, each weighted with how much the clip's logit would rise if there were
-# more of it. It shows what the network reacts to, which need not be what was done to the video.
+# each frame, and where in a frame the signs of a fake are. The last is a heat map in the manner of Grad-CAM (Selvaraju
+# et al., 2017): the features that the backbone finds at a place, weighted with how much the clip's logit would rise if
+# there were more of them. It shows what the network reacts to, which need not be what was done to the video.
+#
+# Grad-CAM takes the last convolutional block and one weight for a whole picture. On small pictures that points nowhere:
+# ResNet's last block divides 96 pixels into 3 x 3 fields, each of which has seen all of the face. So the last block
+# with fields of at most 16 pixels is used, with a weight for each field (LayerCAM, Jiang et al., 2021).
 
 
 # %%
 def heat_maps(model: DeepfakeDetector, clips: torch.Tensor) -> tuple[torch.Tensor, Output]:
-    """Grad-CAM of normalised clips (B, T, 3, S, S), one clip a video: heat (B, T, S, S), at least 0, and the output.
+    """LayerCAM of normalised clips (B, T, 3, S, S), one clip a video: heat (B, T, S, S), at least 0, and the output.
 
     The heat is comparable between clips of one model. Raises ValueError if the backbone has no maps of features.
     """
     maps: list[torch.Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple, output: object) -> None:
-        if isinstance(output, torch.Tensor) and output.ndim == 4 and output.shape[-1] > 1:
+        side = output.shape[-1] if isinstance(output, torch.Tensor) and output.ndim == 4 else 0
+        if side and side == output.shape[-2] and 16 * side >= clips.shape[-1]:
             maps[:] = [output]
 
     hooks = [module.register_forward_hook(keep) for module in model.backbone.modules()]
@@ -286,7 +296,7 @@ def heat_maps(model: DeepfakeDetector, clips: torch.Tensor) -> tuple[torch.Tenso
     finally:
         for hook in hooks:
             hook.remove()
-    heat = (gradient.mean(dim=(2, 3), keepdim=True) * maps[0]).sum(dim=1, keepdim=True).clamp(min=0).detach()
+    heat = (gradient.clamp(min=0) * maps[0]).sum(dim=1, keepdim=True).clamp(min=0).detach()
     heat = nn.functional.interpolate(heat.float(), clips.shape[-2:], mode="bilinear", align_corners=False)
     return heat.view(-1, *clips.shape[:2], *clips.shape[-2:])[0], Output(*(part.detach() for part in output))
 
@@ -406,13 +416,14 @@ def plot_curves(table: pd.DataFrame, threshold: float, auc: Interval) -> Figure:
     """
     labels, chances = table.label.to_numpy(), table.probability.to_numpy()
     metrics = compute_metrics(labels, chances, threshold)
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.9))
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.7))
     if metrics["auc_roc"] is None:
         figure.suptitle("No curves: the test set has one class alone", x=0.02, ha="left", fontsize=12)
         return figure
     for method in sorted(table.method[labels == 1].unique()):
         part = table[(labels == 0) | (table.method == method)]
-        axes[0].plot(*skm.roc_curve(part.label, part.probability)[:2], color="0.75", linewidth=1)
+        (single,) = axes[0].plot(*skm.roc_curve(part.label, part.probability)[:2], color="0.75", linewidth=1)
+    single.set_label("single methods")
     axes[0].plot(*skm.roc_curve(labels, chances)[:2], color=FAKE_COLOUR)
     axes[0].plot([0, 1], [0, 1], color="0.5", linestyle=":")
     axes[0].plot(1 - metrics["specificity"], metrics["recall"], "o", color="black", label=f"threshold {threshold:.2f}")
@@ -474,19 +485,19 @@ def plot_calibration(labels: np.ndarray, chances: np.ndarray) -> Figure:
 
 @plt.rc_context(STYLE)
 def plot_robustness(table: pd.DataFrame) -> Figure:
-    """The AUC after each degradation, from the mildest to the worst, beside that of the intact clips."""
+    """The AUC after each degradation, by its strength, with that of the intact clips among them."""
     intact, changed = table.iloc[0], table.iloc[1:]
-    kinds = changed.groupby("degradation", sort=False)
-    figure, axes = plt.subplots(
-        1, len(kinds), figsize=(WIDTH, 3.4), sharey=True, width_ratios=[len(part) + 1 for _, part in kinds]
-    )
-    for ax, (name, part) in zip(axes, kinds, strict=True):
-        values = pd.concat([table.iloc[:1], part]).astype({"auc_roc": float, "auc_low": float, "auc_high": float})
+    widths = [len(strengths) for _, strengths in DEGRADATIONS.values()]
+    figure, axes = plt.subplots(1, len(widths), figsize=(WIDTH, 3.4), sharey=True, width_ratios=widths)
+    for ax, (name, (_, strengths)) in zip(axes, DEGRADATIONS.items(), strict=True):
+        part = changed[changed.degradation == name].set_index("strength")
+        rows = [part.loc[strength] if strength else intact for strength in strengths.values()]
+        values = pd.DataFrame(rows)[["auc_roc", "auc_low", "auc_high"]].astype(float)
         places = np.arange(len(values))
         ax.fill_between(places, values.auc_low, values.auc_high, color=FAKE_COLOUR, alpha=0.15, linewidth=0)
         ax.plot(places, values.auc_roc, ".-", color=FAKE_COLOUR)
         ax.axhline(0.5, color="0.5", linestyle=":")
-        ax.set_xticks(places, ["0", *(f"{strength:g}" for strength in part.strength)], fontsize=10)
+        ax.set_xticks(places, [*strengths], fontsize=10)
         ax.set_xlabel(name.replace(", ", ",\n"), fontsize=10)
     axes[0].set(ylabel="AUC", ylim=(np.nanmin([0.45, *table.auc_low.astype(float)]), 1.01))
     if pd.isna(intact.auc_roc):
@@ -538,9 +549,9 @@ def plot_explanations(examples: pd.DataFrame, model: DeepfakeDetector, temperatu
         )
         places = np.linspace(0, frames - 1, shown).round().astype(int)
         for i, t in enumerate(places):
-            axes[f"frame {i}"].imshow(clip[t])
+            axes[f"frame {i}"].imshow(clip[t].numpy())
             axes[f"frame {i}"].set_title(f"{t + 1}", fontsize=10, loc="center")
-            axes[f"heat {i}"].imshow(clip[t].float().mean(dim=-1), cmap="gray", vmin=0, vmax=255)
+            axes[f"heat {i}"].imshow(clip[t].numpy().mean(axis=-1), cmap="gray", vmin=0, vmax=255)
             map_ = (heat[0, t] / hottest).cpu().numpy()
             axes[f"heat {i}"].imshow(map_, cmap="inferno", vmin=0, vmax=1, alpha=0.15 + 0.6 * map_)
             for ax in (axes[f"frame {i}"], axes[f"heat {i}"]):
@@ -558,11 +569,11 @@ def plot_explanations(examples: pd.DataFrame, model: DeepfakeDetector, temperatu
 @plt.rc_context(STYLE)
 def plot_mistakes(table: pd.DataFrame, threshold: float, most: int = 8) -> Figure:
     """The middle frame of the most confident errors, with what they are and what they were called."""
-    wrong = table[~table.correct].assign(distance=(table.probability - threshold).abs())
+    wrong = table.assign(distance=(table.probability - threshold).abs())[~table.correct]
     worst = wrong.sort_values("distance", ascending=False).head(most)
     columns = 4
     rows = max(1, -(-len(worst) // columns))
-    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 2.6 * rows if len(worst) else 1), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 0.3 + 2.2 * rows if len(worst) else 1), squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, row in zip(axes.flat, worst.itertuples(), strict=False):

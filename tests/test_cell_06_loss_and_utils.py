@@ -177,9 +177,13 @@ def test_the_fingerprint_of_the_data_ignores_where_it_is_mounted():
 
 def test_the_model_file_holds_no_paths_of_this_machine():
     config = dataclasses.replace(CONFIG, DATA_DIR="/home/me/data", WORK_DIR="/home/me/work")
-    model = torch.nn.Linear(1, 1)
-    torch.nn.init.constant_(model.weight, 3)
-    content = cell.model_file(model, config, 1.5, 0.4, {"epoch": 3, "val_auc": 0.9, "val_loss": 0.1})
-    model.weight.data += 1
-    assert content["model"]["weight"].item() == 3  # a copy: it does not learn on
+    model = torch.nn.ModuleDict({"frame_head": torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(1, 1))})
+    torch.nn.init.constant_(model.frame_head[1].weight, 3)
+    torch.nn.init.constant_(model.frame_head[1].bias, 1)
+    row = {"epoch": 3, "val_auc": 0.9, "val_loss": 0.1}
+    content = cell.model_file(model, config, (1.5, 0.25, 0.4), {"FaceSwap"}, row)
+    model.frame_head[1].weight.data += 1
+    assert content["model"]["frame_head.1.weight"].item() == 3  # a copy: it does not learn on
+    assert content["model"]["frame_head.1.bias"].item() == 0.75 and model.frame_head[1].bias.item() == 1
     assert "/home/me" not in str(content) and content["temperature"] == 1.5 and content["epoch"] == 3
+    assert content["threshold"] == 0.4 and content["trained_on"] == ["FaceSwap"]

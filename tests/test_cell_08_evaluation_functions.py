@@ -1,3 +1,8 @@
+import dataclasses
+import math
+import weakref
+from types import SimpleNamespace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -5,10 +10,14 @@ import pytest
 import sklearn.metrics as skm
 import torch
 from conftest import SMALL
+from torch.utils.data import DataLoader
 
+import cell_05_model_definition
 import cell_08_evaluation_functions as cell
 from cell_03_data_processing import VideoError
+from cell_04_dataset_class import ClipDataset
 from cell_05_model_definition import Output
+from cell_07_training_functions import validate
 
 RNG = np.random.default_rng(0)
 LABELS = RNG.integers(0, 2, 200)
@@ -39,7 +48,7 @@ def test_metrics_agree_with_scikit_learn():
     [([0.1, 0.2, 0.8, 0.9], 0.0), ([0.9, 0.8, 0.2, 0.1], 1.0), ([0.1, 0.6, 0.5, 0.9], 0.5), ([0.5] * 4, 0.5)],
 )
 def test_equal_error_rate_by_hand(chances, eer):
-    assert cell.equal_error_rate(np.array([0, 0, 1, 1]), np.array(chances)) == pytest.approx(eer)
+    assert cell.compute_metrics(np.array([0, 0, 1, 1]), np.array(chances), 0.5)["eer"] == pytest.approx(eer)
 
 
 @pytest.mark.parametrize(("label", "undefined"), [(0, {"recall", "f1"} - {"f1"}), (1, {"specificity"})])
@@ -50,11 +59,81 @@ def test_what_one_class_cannot_define_is_none(label, undefined):
     assert metrics["accuracy"] == 0.5
 
 
-@pytest.mark.parametrize("true", [0.5, 1.0, 3.0])
-def test_the_temperature_that_generated_the_scores_is_found(true):
+@pytest.mark.parametrize(("true", "offset"), [(0.5, 0.0), (1.0, -2.0), (3.0, 1.5)])
+def test_the_miscalibration_of_scores_is_found(true, offset):
     logits = RNG.normal(0, 2, 20000)
     labels = (RNG.uniform(size=20000) < cell.probabilities(logits, 1.0)).astype(int)
-    assert cell.fit_temperature(logits * true, labels) == pytest.approx(true, rel=0.1)
+    temperature, found = cell.fit_calibration(logits * true + offset, labels)
+    assert temperature == pytest.approx(true, rel=0.1) and found == pytest.approx(offset, abs=0.1 * true)
+
+
+def test_calibration_does_not_depend_on_how_frequent_fakes_are():
+    labels = np.repeat([0, 1], [500, 4500])
+    logits = RNG.normal(2 * labels, 1)
+    temperature, offset = cell.fit_calibration(logits, labels)
+    assert offset == pytest.approx(1, abs=0.15) and temperature == pytest.approx(0.5, rel=0.15)
+
+
+def test_a_few_videos_told_apart_perfectly_do_not_make_it_certain_and_chance_makes_it_undecided():
+    logits, labels = np.array([-0.2, -0.1, 0.1, 0.3]), np.array([0, 0, 1, 1])
+    temperature, offset = cell.fit_calibration(logits, labels)
+    chances = cell.probabilities(logits - offset, temperature)
+    assert 0.1 < chances.min() < 0.4 and 0.6 < chances.max() < 0.95
+    temperature, offset = cell.fit_calibration(np.tile(logits, 50), RNG.integers(0, 2, 200))
+    assert np.abs(cell.probabilities(logits - offset, temperature) - 0.5).max() < 0.15
+
+
+def test_every_metric_agrees_with_scikit_learn_also_with_ties_and_resampled_videos():
+    chances, groups = CHANCES.round(1).clip(0.05, 0.95), np.arange(200) // 4
+    counts = np.random.default_rng(1).multinomial(50, np.full(50, 0.02), size=5)[:, groups]
+    found = cell.counted_metrics(LABELS, chances, 0.4, counts)
+    for row, times in enumerate(counts):
+        labels, scores = np.repeat(LABELS, times), np.repeat(chances, times)
+        expected = {
+            **{"auc_roc": skm.roc_auc_score(labels, scores), "auc_pr": skm.average_precision_score(labels, scores)},
+            **{"eer": cell_eer(labels, scores), "log_loss": skm.log_loss(labels, scores)},
+            **{"recall": skm.recall_score(labels, scores >= 0.4), "f1": skm.f1_score(labels, scores >= 0.4)},
+            **{"accuracy": skm.accuracy_score(labels, scores >= 0.4)},
+            **{"precision": skm.precision_score(labels, scores >= 0.4)},
+            **{"brier": skm.brier_score_loss(labels, scores)},
+        }
+        for name, value in expected.items():
+            assert found[name][row] == pytest.approx(value), name
+
+
+def cell_eer(labels, scores):
+    """By bisection on the ROC curve."""
+    fpr, tpr, _ = skm.roc_curve(labels, scores, drop_intermediate=False)
+    low, high = 0.0, float(len(fpr) - 1)
+    for _ in range(60):
+        middle = (low + high) / 2
+        at = [np.interp(middle, range(len(fpr)), values) for values in (fpr, tpr)]
+        low, high = (low, middle) if at[0] + at[1] >= 1 else (middle, high)
+    return np.interp(high, range(len(fpr)), fpr)
+
+
+def test_hits_at_few_false_alarms_and_calibration_error_by_hand():
+    labels, chances = np.repeat([0, 1], [100, 4]), np.append(np.linspace(0, 0.5, 100), [0.49, 0.4975, 0.6, 0.9])
+    metrics = cell.compute_metrics(labels, chances, 0.5)
+    assert metrics["tpr_at_1_fpr"] == 0.75 and metrics["tpr_at_5_fpr"] == 1
+    two_bins = cell.compute_metrics(np.array([0, 1, 1, 1]), np.array([0.2, 0.2, 0.9, 0.9]), 0.5)
+    assert two_bins["ece"] == pytest.approx(0.5 * 0.3 + 0.5 * 0.1)
+
+
+def test_95_percent_intervals_cover_the_truth_about_95_times_in_100():
+    """Two videos a group, whose scores have half of their variance in common; the true AUC is known."""
+    rng, covered = np.random.default_rng(5), {True: 0, False: 0}
+    truth = 0.5 * (1 + math.erf(1.5 / math.sqrt(2) / math.sqrt(2)))
+    groups, labels = np.arange(240) // 4, np.tile([0, 0, 1, 1], 60)
+    for _ in range(200):
+        shared = rng.normal(size=(120, 1)).repeat(2, axis=1).ravel()  # of two reals, or of two fakes, of a group
+        scores = np.sqrt(0.8) * shared + np.sqrt(0.2) * rng.normal(size=240) + 1.5 * labels
+        for by_group in covered:
+            units = groups if by_group else np.arange(240)
+            low, high = cell.bootstrap(labels, cell.probabilities(scores, 1.0), 0.5, units)["auc_roc"]
+            covered[by_group] += low <= truth <= high
+    assert 180 <= covered[True] <= 198, "about 95 %"
+    assert covered[False] < covered[True], "videos of one group taken for independent: too sure"
 
 
 def test_the_threshold_separates_best_and_is_near_one_half_among_equals():
@@ -75,14 +154,23 @@ def table():
             "method": ["real"] * 3 + ["x", "x", "y", "y"],
             "probability": [0.1, 0.2, 0.6, 0.9, 0.8, 0.15, 0.7],
             "path": [f"/videos/{i}.mp4" for i in range(7)],
+            "group": ["a", "b", "c", "a", "b", "c", "d"],
+            "dataset": ["A", "A", "B", "A", "A", "B", "B"],
         }
     )
 
 
 def test_each_method_is_measured_against_all_reals(table):
-    by_method = cell.metrics_by_method(table, 0.5, {"y"}).set_index("method")
+    by_method = cell.metrics_by("method", table, 0.5, {"y"}).set_index("method")
     assert by_method.auc_roc.to_dict() == {"x": 1.0, "y": pytest.approx(4 / 6)}
     assert by_method.never_trained_on.to_dict() == {"x": False, "y": True}
+    assert by_method.reals.tolist() == [3, 3] and (by_method.auc_low <= by_method.auc_roc).all()
+
+
+def test_each_dataset_is_measured_by_itself(table):
+    by_dataset = cell.metrics_by("dataset", table, 0.5).set_index("dataset")
+    assert by_dataset.auc_roc.to_dict() == {"A": 1.0, "B": 0.5}
+    assert by_dataset.reals.to_dict() == {"A": 2, "B": 1}
 
 
 def test_every_figure_is_drawn_and_written(table, clip_table, tmp_path):
@@ -98,14 +186,19 @@ def test_every_figure_is_drawn_and_written(table, clip_table, tmp_path):
         "samples": cell.plot_samples(clip_table),
         "history": cell.plot_history(history),
         "confusion": cell.plot_confusion(labels, chances, 0.5),
-        "curves": cell.plot_curves(labels, chances, 0.5),
+        "curves": cell.plot_curves(table, 0.5, (0.7, 0.95)),
         "scores": cell.plot_scores(table, 0.5),
+        "calibration": cell.plot_calibration(labels, chances),
+        "mistakes": cell.plot_mistakes(table.assign(correct=True), 0.5),
+        "one class": cell.plot_curves(table[table.label == 1], 0.5, (None, None)),
     }
     titles = {name: figure.get_suptitle() or figure.axes[0].get_title(loc="left") for name, figure in figures.items()}
     assert titles["history"] == "Best validation AUC 0.500, in epoch 1 of 2"
     assert titles["confusion"] == "5 of 7 videos called right"
     assert titles["scores"] == "2 of 7 videos on the wrong side"
-    assert titles["curves"].startswith("AUC 0.833")
+    assert titles["curves"] == "AUC 0.833 [0.700, 0.950]"
+    assert titles["calibration"] == "P(fake) is off by 27 points on average (ECE)"
+    assert titles["mistakes"] == "No mistake in 7 videos" and "one class" in titles["one class"]
     for name, figure in figures.items():
         cell.save_figure(figure, tmp_path / "deep" / f"{name}.png")
         assert plt.imread(tmp_path / "deep" / f"{name}.png").std() > 0.01
@@ -124,12 +217,104 @@ class Brightness(torch.nn.Module):
         return Output(frame_logits.mean(dim=1), frame_logits, frame_logits)
 
 
+@pytest.fixture(scope="module")
+def network():
+    """A small detector, and clips to show it."""
+    torch.manual_seed(0)
+    small = SimpleNamespace(
+        **{"BACKBONE": "resnet18", "IMAGE_SIZE": 64, "GRADIENT_CHECKPOINTING": False, "LSTM_HIDDEN": 8, "DROPOUT": 0.5},
+        **{"LSTM_LAYERS": 1, "ATTENTION_HEADS": 2, "FRAMES_PER_VIDEO": 4, "MIRROR_TEST": False},
+    )
+    return cell_05_model_definition.build_model(small).eval()
+
+
+class OneField(torch.nn.Module):
+    """A backbone whose only feature is the mean of one channel, in fields of 8 pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.field = torch.nn.Conv2d(3, 1, 8, stride=8, bias=False)
+        self.field.weight.data.zero_()[:, 0] = 1 / 64
+
+    def forward(self, images):
+        return self.field(images).mean(dim=(2, 3))
+
+
+def test_heat_is_where_the_evidence_is(network):
+    model = cell_05_model_definition.DeepfakeDetector(OneField(), 1, 4, attention_heads=2, frames=4).eval()
+    for weight in model.head.parameters():
+        weight.data.zero_()
+    model.frame_head[1].weight.data.fill_(1.0)
+    clips = torch.zeros(2, 4, 3, 64, 64)
+    clips[0, 2, 0, 16:32, 40:56] = 1  # what the network looks for, in one frame
+    clips[1, :, 1, :16, :16] = 1  # something else
+    heat, output = cell.heat_maps(model, clips)
+    assert heat.shape == (2, 4, 64, 64) and output.frame_logits.shape == (2, 4)
+    assert heat[0, 2, 20:28, 44:52].min() > 0 == heat[0, 2, 40:].max() == heat[0, [0, 1, 3]].max() == heat[1].max()
+
+
+def test_the_heat_of_a_clip_does_not_change_the_network_and_mirrors_need_none(network):
+    clips = torch.randn(2, 4, 3, 64, 64)
+    with torch.no_grad():
+        before = network(clips).logit
+    heat, output = cell.heat_maps(network, clips)
+    assert torch.allclose(output.logit, before) and all(weight.grad is None for weight in network.parameters())
+    assert not any(module._forward_hooks for module in network.modules())
+    network.mirror = True
+    try:
+        assert cell.heat_maps(network, clips)[0].shape == heat.shape
+    finally:
+        network.mirror = False
+
+
+def test_explanations_and_mistakes_show_what_was_right_and_wrong(network, clip_table):
+    table = clip_table.assign(probability=np.random.default_rng(2).uniform(size=len(clip_table)))
+    table["correct"] = (table.probability >= 0.5) == (table.label == 1)
+    examples = cell.pick_examples(table, 0.5)
+    assert set(zip(examples.correct, examples.label, strict=True)) <= {(c, x) for c in (True, False) for x in (0, 1)}
+    assert len(examples) == len(table.groupby(["correct", "label"]))
+    figure = cell.plot_explanations(examples, network, 1.0)
+    titles = [part.get_suptitle() for part in figure.subfigs]
+    assert len(titles) == len(examples) and "right" in titles[0] and "P(fake)" in titles[0]
+    lines = [ax for part in figure.subfigs for ax in part.axes if ax.lines]
+    assert len(lines) == len(examples) and len(lines[0].lines[0].get_ydata()) == 4
+    mistakes = cell.plot_mistakes(table, 0.5)
+    wrong = int((~table.correct).sum())
+    assert mistakes.get_suptitle().startswith(f"{wrong} of {len(table)} videos called wrong")
+    assert sum(bool(ax.images) for ax in mistakes.axes) == min(wrong, 8)
+    plt.close("all")
+
+
+def test_robustness_has_a_row_a_degradation_of_the_same_videos(network, clip_table):
+    loader = DataLoader(ClipDataset(clip_table, 2), 8)
+    logits = validate(network, loader, torch.nn.BCEWithLogitsLoss(), torch.device("cpu")).logits
+    table = clip_table.assign(logit=logits)
+    found = cell.measure_robustness(network, table, loader, 10**6)
+    assert len(found) == 1 + cell.DEGRADED_PASSES and (found.videos == len(table)).all()
+    assert found.auc_roc[0] == pytest.approx(skm.roc_auc_score(table.label, logits))
+    assert (found.auc_low <= found.auc_roc).all() and found.auc_roc.nunique() > 5
+    few = cell.measure_robustness(network, table, loader, 6)
+    assert (few.videos == 6).all() and cell.plot_robustness(few).get_suptitle().startswith("AUC ")
+    plt.close("all")
+
+
+@pytest.mark.parametrize("name", cell.DEGRADATIONS)
+def test_a_stronger_degradation_changes_a_picture_more(name, clip_table):
+    change, strengths = cell.DEGRADATIONS[name]
+    with np.load(clip_table.clip_file[0]) as saved:
+        clip = saved["frames"]
+    changed = [cell.change_frames(change, strength, clip) for strength in strengths.values() if strength]
+    assert all(other.shape == clip.shape and other.dtype == np.uint8 for other in changed)
+    distances = [np.abs(other.astype(int) - clip).mean() for other in changed]
+    assert min(distances) > 0.3 and (name == "brightness" or distances == sorted(distances))
+
+
 def test_one_video_is_scored_with_its_frames(demo_set, face_detector):
     path = next((demo_set / "real").glob("*.mp4"))
-    found = cell.predict_video(path, Brightness(), SMALL, face_detector, temperature=2.0, threshold=0.0)
-    assert found.verdict == "fake" and found.frame_scores.shape == (4,) and found.face_share == 1
+    found = cell.Predictor(Brightness(), SMALL, face_detector, 2.0, 0.0).predict_video(path)
+    assert found.verdict == "fake" and found.frame_scores.shape == (4,) and found.face_share == 1 and found.face_found
     logit = np.log(found.probability / (1 - found.probability))
-    doubled = cell.predict_video(path, Brightness(), SMALL, face_detector, temperature=1.0).probability
+    doubled = cell.Predictor(Brightness(), SMALL, face_detector).predict_video(path).probability
     assert np.log(doubled / (1 - doubled)) == pytest.approx(2 * logit, rel=1e-4)
 
 
@@ -139,16 +324,63 @@ def test_a_folder_is_scored_in_order_and_bad_files_say_why(demo_set, face_detect
     for number, video in enumerate(videos):
         (tmp_path / "deep" / f"{number}.mp4").write_bytes(video.read_bytes())
     (tmp_path / "deep" / "2b.mp4").write_text("no video")
-    scored = cell.predict_folder(tmp_path, Brightness(), SMALL, face_detector, threshold=0.4)
+    predictor = cell.Predictor(Brightness(), SMALL, face_detector, threshold=0.4)
+    scored = predictor.predict_folder(tmp_path, file=tmp_path / "predictions.csv")
     assert [path.rsplit("/")[-1] for path in scored.path] == ["0.mp4", "1.mp4", "2.mp4", "2b.mp4", "3.mp4", "4.mp4"]
     assert "not a video" in scored.error[3] and pd.isna(scored.probability[3])
-    expected = [cell.predict_video(v, Brightness(), SMALL, face_detector).probability for v in videos]
+    expected = [predictor.predict_video(v).probability for v in videos]
+    assert len(pd.read_csv(tmp_path / "predictions.csv")) == 6
     assert scored.probability.dropna().tolist() == pytest.approx(expected, abs=1e-6)
     assert list(scored) == ["path", "probability", "verdict", "threshold", "face_share", "seconds", "error"]
 
 
 def test_an_empty_folder_gives_an_empty_table_and_one_bad_file_its_error(tmp_path):
-    assert cell.predict_folder(tmp_path, Brightness(), SMALL, None).empty
+    predictor = cell.Predictor(Brightness(), SMALL, None)
+    assert predictor.predict_folder(tmp_path).empty
     (tmp_path / "x.mp4").write_text("no video")
     with pytest.raises(VideoError, match="not a video"):
-        cell.predict_video(tmp_path / "x.mp4", Brightness(), SMALL, None)
+        predictor.predict_video(tmp_path / "x.mp4")
+
+
+def test_a_folder_streams(demo_set, monkeypatch):
+    """However many videos there are, a few clips at a time are in memory, and each is scored as soon as it is there."""
+    alive, most, made = weakref.WeakSet(), 0, cell.make_clip
+
+    def watched(*arguments):
+        nonlocal most
+        clip = made(*arguments)
+        alive.add(clip)
+        most = max(most, len(alive))
+        return clip
+
+    monkeypatch.setattr(cell, "make_clip", watched)
+    monkeypatch.setattr(cell.Clip, "__hash__", object.__hash__)
+    settings = dataclasses.replace(SMALL, face_crop=False)
+    assert len(cell.Predictor(Brightness(), settings, None).predict_folder(demo_set, workers=2)) == 24
+    assert most <= 7, "two for each worker, and those in hand"
+
+
+def test_what_was_scored_so_far_is_on_disk(demo_set, tmp_path, monkeypatch):
+    clock = iter(range(0, 10**6, 30))
+    monkeypatch.setattr(cell.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(cell.Predictor, "predict_clip", predict_nine := Counted(cell.Predictor.predict_clip, 9))
+    predictor = cell.Predictor(Brightness(), dataclasses.replace(SMALL, face_crop=False), None)
+    with pytest.raises(KeyboardInterrupt):
+        predictor.predict_folder(demo_set, file=tmp_path / "predictions.csv")
+    assert len(pd.read_csv(tmp_path / "predictions.csv")) == predict_nine.limit
+
+
+class Counted:
+    """A method that is interrupted after some calls."""
+
+    def __init__(self, method, limit):
+        self.method, self.limit, self.calls = method, limit, 0
+
+    def __get__(self, instance, owner):
+        def call(*arguments):
+            self.calls += 1
+            if self.calls > self.limit:
+                raise KeyboardInterrupt
+            return self.method(instance, *arguments)
+
+        return call

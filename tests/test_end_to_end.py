@@ -28,6 +28,10 @@ PROMISED = (
     "results/evaluation/confusion_matrix.png",
     "results/evaluation/roc_pr_curves.png",
     "results/evaluation/score_distribution.png",
+    "results/evaluation/calibration.png",
+    "results/evaluation/robustness.png",
+    "results/evaluation/explanations.png",
+    "results/evaluation/mistakes.png",
 )
 
 
@@ -67,7 +71,7 @@ def test_the_run_says_where_to_look(finished_run):
 def test_the_executed_notebook_shows_its_figures_and_no_warnings(finished_run):
     notebook = nbformat.read(finished_run.folder / "deepfake_detection.ipynb", as_version=4)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 6
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 10
     assert [output.text for output in outputs if output.get("name") == "stderr"] == []
     assert not any("%|" in str(output) for output in outputs), "a progress bar, kept as it first appeared"
 
@@ -80,7 +84,15 @@ def test_results_are_complete_and_valid_json(finished_run):
     assert results["training"]["epochs"] == 2 and results["seconds"]["training"] > 0
     for metrics in results["metrics"].values():
         assert {"accuracy", "balanced_accuracy", "precision", "recall", "f1", "auc_roc"} < set(metrics)
-        assert {"auc_pr", "eer", "log_loss"} < set(metrics)
+        assert {"auc_pr", "eer", "tpr_at_1_fpr", "tpr_at_5_fpr", "specificity", "log_loss", "brier", "ece"} < set(
+            metrics
+        )
+    for name, intervals in results["intervals"].items():
+        for metric, (low, high) in intervals.items():
+            value = results["metrics"][name][metric]
+            assert value is None or low <= value <= high or metric == "ece", (name, metric)
+    assert results["format"] == 2 and len(results["robustness"]) == 13
+    assert results["model"]["trained_on"] == ["blend", "jitter", "lowres"]
     report = (finished_run.folder / "results" / "experiment_report.txt").read_text(encoding="utf-8")
     assert (
         f"{results['metrics']['at_fitted_threshold']['auc_roc']:.3f}" in report and "initial weights: random" in report
@@ -214,6 +226,53 @@ def test_a_trained_model_scores_new_videos_without_training(finished_run, shared
     by_method = run.table("results/metrics_by_method.csv").set_index("method")
     assert not by_method.never_trained_on.any()  # holding out now does not undo that it was trained on
     assert run.results["training"]["epochs"] == 0 and math.isfinite(run.results["model"]["threshold"])
+
+
+def test_a_trained_model_scores_videos_where_there_is_no_dataset(finished_run, tmp_path):
+    """In a fresh folder, of a machine that never saw the training data: nothing is made, evaluated or trained."""
+    videos = tmp_path / "mine"
+    (videos / "deep").mkdir(parents=True)
+    tested = finished_run.table("results/test_predictions.csv")
+    for number, path in enumerate(tested.path):
+        (videos / "deep" / f"{number}.mp4").write_bytes(open(path, "rb").read())
+    (videos / "broken.mp4").write_text("no video")
+    model = finished_run.folder / "models" / "best_model.pth"
+    parameters = dict(CHECKPOINT=model, EPOCHS=0, PREDICT_DIR=videos, WORK_DIR=tmp_path / "work")
+    done = subprocess.run(
+        **script("cell_14_results_summary", tmp_path, **parameters), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    run = Run(tmp_path / "work", done.stdout)
+    scored = run.table("results/predictions.csv")
+    assert scored.path[0].endswith("broken.mp4") and "not a video" in scored.error[0]
+    assert np.allclose(scored.probability[1:], tested.probability, atol=1e-4)
+    assert run.results["metrics"] == {} and run.results["predictions"] == {"videos": 7, "errors": 1}
+    assert not (tmp_path / "work" / "models").exists() and not list((tmp_path / "work").glob("demo*"))
+    assert not (tmp_path / "work" / "results" / "test_predictions.csv").exists()
+
+
+def test_a_dataset_is_evaluated_whole_even_if_one_class_is_all_it_has(finished_run, shared, tmp_path):
+    fakes = tmp_path / "set" / "fake"
+    fakes.mkdir(parents=True)
+    for path in sorted((finished_run.folder / "demo_videos_42" / "fake").glob("*.mp4"))[:5]:
+        (fakes / path.name.replace("__", "__new-")).write_bytes(path.read_bytes())
+    model = finished_run.folder / "models" / "best_model.pth"
+    parameters = dict(CHECKPOINT=model, EPOCHS=0, DATA_DIR=tmp_path / "set", TEST_FRACTION=1, WORK_DIR="work")
+    done = subprocess.run(
+        **script("cell_14_results_summary", tmp_path, **parameters), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    run = Run(tmp_path / "work", done.stdout)
+    assert run.results["data"]["videos"]["test"] == {"real": 0, "fake": 5}
+    fitted = run.results["metrics"]["at_fitted_threshold"]
+    assert fitted["auc_roc"] is None and fitted["specificity"] is None and 0 <= fitted["recall"] <= 1
+    assert "undefined, for the test set has no real videos" in run.output
+    assert run.table("results/metrics_by_method.csv").never_trained_on.all(), "the model never saw these methods"
+
+
+def test_no_dataset_is_for_scoring_alone(tmp_path):
+    done = run_script("cell_02_global_config", tmp_path, DATA_DIR="none")
+    assert done.returncode == 1 and "DATA_DIR = 'none' is for scoring PREDICT_DIR" in done.stderr
 
 
 # Training on real videos alone
