@@ -173,7 +173,9 @@ if results["metrics_by_dataset"]:
 if results["robustness"]:
     videos = results["robustness"][0]["videos"]
     report += ["", f"Robustness: AUC of {count(videos, 'test video')} after a change to the face crops"]
-    report += [f"  {r['degradation']:22} {r['strength'] or '':<5} {with_interval(r)}" for r in results["robustness"]]
+    for row in results["robustness"]:
+        strength = f"{row['strength']:g}" if row["strength"] else ""
+        report.append(f"  {row['degradation']:22} {strength:5} {with_interval(row)}")
 report += ["", "Caveats", *(f"  {note}" for note in notes)]
 report += [
     "",

@@ -197,7 +197,7 @@ def test_every_figure_is_drawn_and_written(table, clip_table, tmp_path):
     assert titles["confusion"] == "5 of 7 videos called right"
     assert titles["scores"] == "2 of 7 videos on the wrong side"
     assert titles["curves"] == "AUC 0.833 [0.700, 0.950]"
-    assert titles["calibration"] == "P(fake) is off by 27 points on average (ECE)"
+    assert titles["calibration"] == "P(fake) is off by 31 points on average (ECE)"
     assert titles["mistakes"] == "No mistake in 7 videos" and "one class" in titles["one class"]
     for name, figure in figures.items():
         cell.save_figure(figure, tmp_path / "deep" / f"{name}.png")

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -234,7 +235,7 @@ def test_a_trained_model_scores_videos_where_there_is_no_dataset(finished_run, t
     (videos / "deep").mkdir(parents=True)
     tested = finished_run.table("results/test_predictions.csv")
     for number, path in enumerate(tested.path):
-        (videos / "deep" / f"{number}.mp4").write_bytes(open(path, "rb").read())
+        (videos / "deep" / f"{number}.mp4").write_bytes(Path(path).read_bytes())
     (videos / "broken.mp4").write_text("no video")
     model = finished_run.folder / "models" / "best_model.pth"
     parameters = dict(CHECKPOINT=model, EPOCHS=0, PREDICT_DIR=videos, WORK_DIR=tmp_path / "work")
