@@ -567,21 +567,21 @@ def plot_explanations(examples: pd.DataFrame, model: DeepfakeDetector, temperatu
 
 
 @plt.rc_context(STYLE)
-def plot_mistakes(table: pd.DataFrame, threshold: float, most: int = 8) -> Figure:
+def plot_mistakes(table: pd.DataFrame, threshold: float, most: int = 9) -> Figure:
     """The middle frame of the most confident errors, with what they are and what they were called."""
     wrong = table.assign(distance=(table.probability - threshold).abs())[~table.correct]
     worst = wrong.sort_values("distance", ascending=False).head(most)
-    columns = 4
+    columns = 3
     rows = max(1, -(-len(worst) // columns))
-    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 0.3 + 2.2 * rows if len(worst) else 1), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 0.3 + 2.9 * rows if len(worst) else 1), squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, row in zip(axes.flat, worst.itertuples(), strict=False):
         with np.load(row.clip_file) as saved:
             ax.imshow(saved["frames"][len(saved["frames"]) // 2])
         name = Path(row.path).name
-        name = name if len(name) <= 18 else f"{name[:9]}…{name[-8:]}"
-        ax.set_title(f"{name}\n{row.method}, P(fake) {row.probability:.2f}", fontsize=9, loc="center")
+        name = name if len(name) <= 22 else f"{name[:12]}…{name[-9:]}"
+        ax.set_title(f"{name}\n{row.method}, P(fake) {row.probability:.2f}", fontsize=10, loc="center")
     title = f"{len(wrong)} of {len(table)} videos called wrong" if len(wrong) else f"No mistake in {len(table)} videos"
     title += f"; the {len(worst)} surest" * (len(wrong) > len(worst))
     figure.suptitle(title, x=0.02, ha="left", fontsize=12)

@@ -281,7 +281,7 @@ def test_explanations_and_mistakes_show_what_was_right_and_wrong(network, clip_t
     mistakes = cell.plot_mistakes(table, 0.5)
     wrong = int((~table.correct).sum())
     assert mistakes.get_suptitle().startswith(f"{wrong} of {len(table)} videos called wrong")
-    assert sum(bool(ax.images) for ax in mistakes.axes) == min(wrong, 8)
+    assert sum(bool(ax.images) for ax in mistakes.axes) == min(wrong, 9)
     plt.close("all")
 
 
