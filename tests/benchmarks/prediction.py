@@ -3,8 +3,8 @@
     python tests/benchmarks/prediction.py [--videos 8] [--backbone resnet50] [--frames 16] [--clips 3] [--size 160]
 
 It makes H.264 videos (see preparation.py) and a network with random weights, and prints: videos a second of
-`predict_folder`, which decodes ahead in threads, beside the same videos one after the other; milliseconds of the network
-alone, for a clip and for a video; and how much memory four times as many videos need. It runs on the GPU if there is one.
+`predict_folder`, which decodes ahead in threads, beside the same videos one by one; milliseconds of the network
+alone, for a clip and for a video; and how much memory four times as many videos need. It uses the GPU if there is one.
 """
 
 import argparse
