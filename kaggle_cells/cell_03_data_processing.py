@@ -512,7 +512,7 @@ def limit_videos(videos: pd.DataFrame, per_class: int, seed: int) -> pd.DataFram
     turn += (number.max() + 1) * videos.groupby(["original", "method"]).cumcount()
     turn = turn.where(videos.label == 1, videos.groupby("original").cumcount())
     # How many: by class and dataset, then method, then split, where the largest arrears are served first.
-    sizes = videos.groupby(["dataset", "label"]).size().unstack(fill_value=0)
+    sizes = videos.groupby(["dataset", "label"]).size().unstack(fill_value=0).reindex(columns=[0, 1], fill_value=0)
     equal = pd.Series(even_quotas(per_class, sizes.min(axis=1)))
     kept: list[int] = []
     for label in (0, 1):

@@ -32,7 +32,7 @@ class ClipDataset(Dataset):
         self, table: pd.DataFrame, workers: int = 1, change: Callable[[np.ndarray], np.ndarray] = lambda clip: clip
     ) -> None:
         self.files, self.videos = list(table.clip_file), list(table.path)
-        self.labels = torch.tensor(table.label.to_numpy(), dtype=torch.float32)
+        self.labels = torch.from_numpy(table.label.to_numpy(np.float32))
         self.workers, self.change, self.pool = workers, change, ThreadPoolExecutor(workers)
 
     def __len__(self) -> int:
