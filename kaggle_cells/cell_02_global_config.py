@@ -9,11 +9,11 @@
 
 # %% tags=["parameters"]
 # Where things are
-DATA_DIR: str = "auto"  # dataset folder or CSV manifest; auto: below /kaggle/input, ./data, or demo: a set made here
+DATA_DIR: str = "auto"  # dataset folder or CSV manifest; auto: below /kaggle/input, ./data, or demo: made here; or none
 WORK_DIR: str = "."  # models/, results/ and data/ are written below it
 CACHE_DIR: str = ""  # clip cache; empty: /tmp/clip_cache on Kaggle, WORK_DIR/cache elsewhere
 CHECKPOINT: str = ""  # start from this best_model.pth; with EPOCHS 0 it is only evaluated and used
-PREDICT_DIR: str = ""  # score every video below this folder into results/predictions.csv
+PREDICT_DIR: str = ""  # score every video below this folder into results/predictions.csv; needs no DATA_DIR
 # Which videos, and what becomes of them
 MAX_VIDEOS_PER_CLASS: int = 120  # sampled evenly over manipulations; 0: all
 METHODS: list = []  # manipulations to use; empty: all, except DeepFakeDetection, which has no originals
