@@ -638,8 +638,12 @@ class Predictor:
         return Prediction(chance, "fake" if chance >= self.threshold else "real", frame_scores, clip.face_share)
 
     def predict_video(self, path: Path) -> Prediction:
-        """Score one video file. Raises VideoError with the reason if it cannot be used."""
-        return self.predict_clip(make_clip(Path(path), self.settings, self.face_detector))
+        """Score one video file. Raises VideoError, with its path and the reason, if it cannot be used."""
+        try:
+            clip = make_clip(Path(path), self.settings, self.face_detector)
+        except VideoError as error:
+            raise VideoError(f"{path}: {error}") from error
+        return self.predict_clip(clip)
 
     def clips(self, paths: list[Path], workers: int) -> Iterator[tuple[Path, Clip | str, float]]:
         """Each video with its clip, or with what is wrong with it, and the seconds that took; made ahead in threads."""

@@ -176,6 +176,10 @@ if results["robustness"]:
     for row in results["robustness"]:
         strength = f"{row['strength']:g}" if row["strength"] else ""
         report.append(f"  {row['degradation']:22} {strength:5} {with_interval(row)}")
+if len(SCORED):
+    verdicts, unread = SCORED.verdict.value_counts(), results["predictions"]["errors"]
+    report += ["", f"Your own videos, below {CONFIG.PREDICT_DIR}"]
+    report += [f"  {verdicts.get('fake', 0)} called fake, {verdicts.get('real', 0)} real; {unread} could not be read"]
 report += ["", "Caveats", *(f"  {note}" for note in notes)]
 report += [
     "",

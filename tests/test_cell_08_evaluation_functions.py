@@ -338,7 +338,7 @@ def test_an_empty_folder_gives_an_empty_table_and_one_bad_file_its_error(tmp_pat
     predictor = cell.Predictor(Brightness(), SMALL, None)
     assert predictor.predict_folder(tmp_path).empty
     (tmp_path / "x.mp4").write_text("no video")
-    with pytest.raises(VideoError, match="not a video"):
+    with pytest.raises(VideoError, match=r"x\.mp4: .*not a video"):
         predictor.predict_video(tmp_path / "x.mp4")
 
 
