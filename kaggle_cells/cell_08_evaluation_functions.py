@@ -160,7 +160,15 @@ def bootstrap(
     return {name: interval(np.concatenate([part[name] for part in found])) for name in found[0]}
 
 
-def metrics_by(column: str, table: pd.DataFrame, threshold: float, never_trained_on: set[str] = frozenset()):
+def auc_with_interval(labels: np.ndarray, chances: np.ndarray, groups: np.ndarray) -> dict[str, float | None]:
+    """What the tables of this section say of an AUC: itself, and its 95 % interval."""
+    low, high = bootstrap(labels, chances, 0.5, groups)["auc_roc"]
+    return {"auc_roc": compute_metrics(labels, chances, 0.5)["auc_roc"], "auc_low": low, "auc_high": high}
+
+
+def metrics_by(
+    column: str, table: pd.DataFrame, threshold: float, never_trained_on: set[str] = frozenset()
+) -> pd.DataFrame:
     """A row for each manipulation, against all real videos; or for each dataset, against its own.
 
     Args:
@@ -171,11 +179,11 @@ def metrics_by(column: str, table: pd.DataFrame, threshold: float, never_trained
     reals, rows = table[table.label == 0], []
     for name, part in (table[table.label == 1] if column == "method" else table).groupby(column):
         both = pd.concat([reals, part]) if column == "method" else part
-        values = both.label.to_numpy(), both.probability.to_numpy(), threshold
-        metrics, (low, high) = compute_metrics(*values), bootstrap(*values, both.group.to_numpy())["auc_roc"]
+        labels, chances = both.label.to_numpy(), both.probability.to_numpy()
+        metrics = compute_metrics(labels, chances, threshold)
         row = {column: name, "reals": int((both.label == 0).sum()), "fakes": int((both.label == 1).sum())}
         row |= {"never_trained_on": name in never_trained_on} if column == "method" else {}
-        row |= {"auc_roc": metrics["auc_roc"], "auc_low": low, "auc_high": high}
+        row |= auc_with_interval(labels, chances, both.group.to_numpy())
         rows.append(row | {key: metrics[key] for key in ("eer", "recall", "specificity")})
     return pd.DataFrame(rows)
 
@@ -249,10 +257,9 @@ def measure_robustness(model: DeepfakeDetector, table: pd.DataFrame, loader: Dat
                 scored = validate(model, again, nn.BCEWithLogitsLoss(), device, title=name).logits
             else:
                 scored = chosen.logit.to_numpy()
-            values = chosen.label.to_numpy(), probabilities(scored, 1.0), 0.5
-            low, high = bootstrap(*values, chosen.group.to_numpy())["auc_roc"]
-            row = {"degradation": name, "strength": strength, "auc_roc": compute_metrics(*values)["auc_roc"]}
-            rows.append(row | {"auc_low": low, "auc_high": high, "videos": len(chosen)})
+            row = {"degradation": name, "strength": strength}
+            row |= auc_with_interval(chosen.label.to_numpy(), probabilities(scored, 1.0), chosen.group.to_numpy())
+            rows.append(row | {"videos": len(chosen)})
     return pd.DataFrame(rows)
 
 
@@ -510,18 +517,28 @@ def plot_robustness(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def in_short(row: pd.Series, letters: int = 34) -> str:
+def short_name(path: str | Path, letters: int) -> str:
+    """The name of a file, without its middle if it is longer."""
+    name = Path(path).name
+    return name if len(name) <= letters else f"{name[: letters - 10]}…{name[-9:]}"
+
+
+def in_short(row: pd.Series) -> str:
     """What a test video is, what it was called, and its name."""
     truth = "real" if row.label == 0 else f"fake ({row.method})" if row.method != "fake" else "fake"
-    name = Path(row.path).name
-    name = name if len(name) <= letters else f"{name[: letters - 10]}…{name[-9:]}"
-    return f"{truth}, P(fake) {row.probability:.2f}: {'right' if row.correct else 'wrong'}. {name}"
+    verdict = "right" if row.correct else "wrong"
+    return f"{truth}, P(fake) {row.probability:.2f}: {verdict}. {short_name(row.path, 34)}"
+
+
+def surest_first(table: pd.DataFrame, threshold: float) -> pd.DataFrame:
+    """Videos in the order of how far their probability is from the threshold."""
+    return table.sort_values("probability", key=lambda chances: -(chances - threshold).abs())
 
 
 def pick_examples(table: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """Of right and wrong, real and fake test videos the most confident one each."""
-    surest = table.assign(distance=(table.probability - threshold).abs()).sort_values("distance", ascending=False)
-    return surest.groupby(["correct", "label"], sort=True).head(1).sort_values(["correct", "label"], ascending=False)
+    surest = surest_first(table, threshold).groupby(["correct", "label"]).head(1)
+    return surest.sort_values(["correct", "label"], ascending=False)
 
 
 @plt.rc_context(STYLE)
@@ -569,8 +586,8 @@ def plot_explanations(examples: pd.DataFrame, model: DeepfakeDetector, temperatu
 @plt.rc_context(STYLE)
 def plot_mistakes(table: pd.DataFrame, threshold: float, most: int = 9) -> Figure:
     """The middle frame of the most confident errors, with what they are and what they were called."""
-    wrong = table.assign(distance=(table.probability - threshold).abs())[~table.correct]
-    worst = wrong.sort_values("distance", ascending=False).head(most)
+    wrong = surest_first(table[~table.correct], threshold)
+    worst = wrong.head(most)
     columns = 3
     rows = max(1, -(-len(worst) // columns))
     figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 0.3 + 2.9 * rows if len(worst) else 1), squeeze=False)
@@ -579,9 +596,9 @@ def plot_mistakes(table: pd.DataFrame, threshold: float, most: int = 9) -> Figur
     for ax, row in zip(axes.flat, worst.itertuples(), strict=False):
         with np.load(row.clip_file) as saved:
             ax.imshow(saved["frames"][len(saved["frames"]) // 2])
-        name = Path(row.path).name
-        name = name if len(name) <= 22 else f"{name[:12]}…{name[-9:]}"
-        ax.set_title(f"{name}\n{row.method}, P(fake) {row.probability:.2f}", fontsize=10, loc="center")
+        ax.set_title(
+            f"{short_name(row.path, 22)}\n{row.method}, P(fake) {row.probability:.2f}", fontsize=10, loc="center"
+        )
     title = f"{len(wrong)} of {len(table)} videos called wrong" if len(wrong) else f"No mistake in {len(table)} videos"
     title += f"; the {len(worst)} surest" * (len(wrong) > len(worst))
     figure.suptitle(title, x=0.02, ha="left", fontsize=12)

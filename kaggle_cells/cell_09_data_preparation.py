@@ -97,7 +97,7 @@ elif CONFIG.SELF_BLEND == 1:  # training makes its own fakes
     needed = {"train": (0,), "val": (0,), "test": (0, 1)}
 fractions = min(CONFIG.VAL_FRACTION, 1 - CONFIG.TEST_FRACTION), CONFIG.TEST_FRACTION
 splits = checked
-if DATA_ORIGIN != "no dataset":
+if len(found):
     splits = split_videos(checked, *fractions, CONFIG.SEED, CONFIG.HOLDOUT_METHODS, needed)
 LEAKING = crossing_groups(splits)
 if CONFIG.HOLDOUT_METHODS:

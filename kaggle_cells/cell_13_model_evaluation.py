@@ -47,7 +47,8 @@ MODEL_FILE = Path(CONFIG.CHECKPOINT) if CONFIG.EPOCHS == 0 else BEST_MODEL
 DETECTOR, MODEL_INFO = load_detector(MODEL_FILE, DEVICE)
 TEMPERATURE, THRESHOLD = MODEL_INFO["temperature"], MODEL_INFO["threshold"]
 PREDICTIONS = SPLIT_TABLES["test"].drop(columns="split")
-METRICS, INTERVALS, BY_METHOD, BY_DATASET, ROBUSTNESS_TABLE = {}, {}, *3 * [pd.DataFrame()]
+METRICS, INTERVALS, IN_WORDS = {}, {}, {}  # by threshold
+BY_METHOD, BY_DATASET, ROBUSTNESS_TABLE = 3 * [pd.DataFrame()]
 
 if len(PREDICTIONS):
     with progress("test", TEST_LOADER) as bar:
@@ -65,10 +66,8 @@ if len(PREDICTIONS):
     for name, threshold in {"at_fitted_threshold": THRESHOLD, "at_0.5": 0.5}.items():
         METRICS[name] = compute_metrics(labels, chances, threshold)
         INTERVALS[name] = bootstrap(labels, chances, threshold, PREDICTIONS.group.to_numpy())
-    fitted, plain = (
-        {metric: in_words(value, INTERVALS[name][metric]) for metric, value in METRICS[name].items()}
-        for name in METRICS
-    )
+        IN_WORDS[name] = {m: in_words(value, INTERVALS[name][m]) for m, value in METRICS[name].items()}
+    fitted, plain = IN_WORDS.values()
     display(
         pd.DataFrame({"test set [95 % interval]": {name: fitted[name] for name in fitted if name not in DECISIONS}}),
         pd.DataFrame({f"threshold {THRESHOLD:.3f}": fitted, "threshold 0.5": plain}).loc[[*DECISIONS]],

@@ -22,6 +22,7 @@ from cell_13_model_evaluation import (
     BY_DATASET,
     BY_METHOD,
     EVALUATION_SECONDS,
+    IN_WORDS,
     INTERVALS,
     METRICS,
     MODEL_FILE,
@@ -111,7 +112,7 @@ notes = [
     "Numbers within one dataset say little about manipulations and cameras that it does not contain.",
     "P(fake) is meant for real and fake videos that are equally frequent.",
 ]
-if "random" in WEIGHTS_ORIGIN:
+if WEIGHTS_ORIGIN.startswith("random"):
     notes.append("The backbone did not start from ImageNet's weights, with which it would have learned far more.")
 if HISTORY and not sizes["val"]["fake"]:
     notes.append("Validation has no fakes: epoch, calibration and threshold were chosen on self-blends.")
@@ -138,10 +139,7 @@ report = [
     f"evaluation {EVALUATION_SECONDS:.0f} s, on {', '.join(ENVIRONMENT.gpus) or 'the CPU'}",
 ]
 if METRICS:
-    fitted, plain = (
-        {metric: in_words(value, INTERVALS[name][metric]) for metric, value in METRICS[name].items()}
-        for name in METRICS
-    )
+    fitted, plain = IN_WORDS.values()
     unseen = ", recordings never trained on" if HISTORY and not LEAKING and not CONFIG.CHECKPOINT else ""
     report += [
         "",
