@@ -1,20 +1,27 @@
-"""Assemble the notebook from kaggle_cells/, check that it is up to date, or run it.
+"""Assemble the notebook from kaggle_cells/, check that it is up to date, run it, or take edits back from it.
 
     python build_notebook.py                 build notebooks/deepfake_detection.ipynb
     python build_notebook.py check           exit 1 and show the difference if it is stale
     python build_notebook.py run demo        run it on the demo set, in minutes on a laptop's CPU
     python build_notebook.py run t4x2 -p DATA_DIR /data/ff-c23 -p SEED 1 --output runs/seed1
+    python build_notebook.py import EDITED.ipynb --dry-run    show what edits made on Kaggle would change here
+    python build_notebook.py import EDITED.ipynb              change it
 
 `run` takes the name of a set in notebooks/params/ or any YAML file of parameters. The executed notebook and
 everything that it wrote are left in one folder.
+
+`import` takes changed, new and deleted cells; outputs, magics and parameters that papermill injected are left out.
 """
 
 import argparse
+import ast
 import difflib
+import hashlib
 import os
 import re
 import sys
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 import jupytext
@@ -26,10 +33,22 @@ CELLS = ROOT / "kaggle_cells"
 NOTEBOOK = ROOT / "notebooks" / "deepfake_detection.ipynb"
 PARAMETER_SETS = ROOT / "notebooks" / "params"
 SOURCE_KEY = "deepfake_source"  # metadata of a notebook cell: the file that it came from
+BASE_KEY = "deepfake_base"  # metadata of a notebook: a digest of the scripts that it was built from
 
 
 class Failure(Exception):
     """Ends the command with exit status 1 and this message."""
+
+
+def read_scripts() -> dict[str, nbformat.NotebookNode]:
+    """The scripts as notebooks, in order, by the name of their file."""
+    files = sorted(CELLS.glob("cell_*.py"))
+    return {file.name: jupytext.reads(file.read_text(encoding="utf-8"), fmt="py:percent") for file in files}
+
+
+def digest_of_scripts() -> str:
+    contents = [file.read_bytes() for file in sorted(CELLS.glob("cell_*.py"))]
+    return hashlib.sha256(b"\n".join(contents)).hexdigest()[:16]
 
 
 def assemble() -> nbformat.NotebookNode:
@@ -38,13 +57,13 @@ def assemble() -> nbformat.NotebookNode:
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
+        BASE_KEY: digest_of_scripts(),
     }
-    for file in sorted(CELLS.glob("cell_*.py")):
-        script = jupytext.reads(file.read_text(encoding="utf-8"), fmt="py:percent")
+    for name, script in read_scripts().items():
         for number, cell in enumerate(script.cells, 1):
-            cell.id = f"{file.stem[:7].replace('_', '-')}-{number:02}"
+            cell.id = f"{name[:7].replace('_', '-')}-{number:02}"
             cell.metadata.pop("lines_to_next_cell", None)
-            cell.metadata = {**cell.metadata, SOURCE_KEY: f"kaggle_cells/{file.name}"}
+            cell.metadata = {**cell.metadata, SOURCE_KEY: f"kaggle_cells/{name}"}
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
             notebook.cells.append(cell)
@@ -75,6 +94,230 @@ def check() -> None:
         committed.splitlines(), fresh.splitlines(), "committed notebook", "kaggle_cells", lineterm=""
     )
     raise Failure("\n".join([*lines, "", "The notebook is stale: run python build_notebook.py and commit it."]))
+
+
+# Edits come back
+
+
+def without_magics(source: str) -> str:
+    """Python alone: no lines for IPython or the shell (`%`, `!`, `?`), nothing of a cell in another language."""
+    if is_python(source):
+        return source
+    cell_magic = re.match(r"\s*%%(\w*)", source)
+    if cell_magic and cell_magic[1] not in ("time", "timeit", "capture", "prun"):
+        return ""
+    return re.sub(r"^\s*(?:[%!?](?:.*\\\n)*.*|[\w.]+\?{1,2}\s*)(?:\n|\Z)", "", source, flags=re.M)
+
+
+def is_python(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except SyntaxError:
+        return False
+    return True
+
+
+def is_injected(cell: nbformat.NotebookNode, known: dict[str, str]) -> bool:
+    """Whether papermill added this cell: parameters, or the notice of an error."""
+    if {"injected-parameters", "papermill-error-cell-tag"} & {*cell.metadata.get("tags", [])}:
+        return True
+    if not cell.source.startswith("# Parameters\n") or not is_python(cell.source):
+        return False
+    lines = ast.parse(cell.source).body
+    return all(isinstance(line, ast.Assign) and getattr(line.targets[0], "id", "") in known for line in lines)
+
+
+def in_short(number: int, cell: nbformat.NotebookNode) -> str:
+    """How a person finds this cell of a notebook."""
+    return f"cell {number} ({cell.source.strip().splitlines()[0][:60]!r})"
+
+
+def read_edited(path: Path, known: dict[str, str]) -> tuple[list[nbformat.NotebookNode], list[str], str]:
+    """The cells of a notebook that belong into scripts, what was left out, and the digest of what it was built from.
+
+    A file that was pasted into one cell becomes its cells again. Raises Failure for what is no notebook or no Python.
+    """
+    try:
+        notebook = nbformat.convert(nbformat.reader.reads(path.read_text(encoding="utf-8")), 4)
+        found = list(notebook.cells)
+    except (OSError, ValueError, AttributeError, nbformat.ValidationError) as error:
+        raise Failure(f"{path} cannot be read as a notebook: {error}") from error
+    cells, left_out = [], []
+    for number, cell in enumerate(found, 1):
+        cell.source = cell.source.replace("\r\n", "\n").rstrip()
+        parts = [cell]
+        if cell.cell_type == "code" and re.search(r"^# %%", cell.source, flags=re.M):
+            parts = jupytext.reads(cell.source, fmt="py:percent").cells
+        for part in parts:
+            part.metadata = {**part.metadata, **cell.metadata, "number": number}
+            if not part.source.strip():
+                continue
+            if is_injected(part, known):
+                left_out.append(f"{in_short(number, part)}: papermill added it")
+                continue
+            if part.get("attachments"):
+                raise Failure(f"{in_short(number, part)} holds pictures, which scripts cannot: link to them instead")
+            python = without_magics(part.source).rstrip() if part.cell_type == "code" else part.source
+            if part.cell_type == "code" and not is_python(python):
+                raise Failure(
+                    f"{in_short(number, part)} is no Python, even without magics: mend it, or delete it there"
+                )
+            if python != part.source:
+                left_out.append(f"{in_short(number, part)}: {'all of it' if not python else 'lines'} for IPython")
+                part.source = python
+            if part.source.strip():
+                cells.append(part)
+    return cells, left_out, notebook.metadata.get(BASE_KEY, "")
+
+
+def likeness(first: str, second: str) -> float:
+    """From 0, no word in common, to 1."""
+    matcher = difflib.SequenceMatcher(None, first.split(), second.split(), autojunk=False)
+    return matcher.ratio() if matcher.real_quick_ratio() > 0.6 and matcher.quick_ratio() > 0.6 else 0.0
+
+
+def match(cells: list[nbformat.NotebookNode], originals: list[nbformat.NotebookNode]) -> dict[int, int]:
+    """Which original each cell is, by their places in the lists: by text, by id, else the most alike; each only once.
+
+    A cell that names its file is matched within that file; without, the original must be the only one or stand out.
+    """
+    of: dict[int, int] = {}
+
+    def free(cell: nbformat.NotebookNode) -> list[int]:
+        file = cell.metadata.get(SOURCE_KEY)
+        return [
+            place
+            for place, original in enumerate(originals)
+            if place not in of.values()
+            and original.cell_type == cell.cell_type
+            and file in (None, original.metadata[SOURCE_KEY])
+        ]
+
+    def files(places: list[int]) -> set[str]:
+        return {originals[place].metadata[SOURCE_KEY] for place in places}
+
+    for number, cell in enumerate(cells):
+        same = [place for place in free(cell) if originals[place].source == cell.source]
+        if len(files(same)) == 1:
+            of[number] = same[0]
+    for number, cell in enumerate(cells):
+        by_id = [place for place in free(cell) if originals[place].id == cell.get("id")]
+        if number not in of and SOURCE_KEY in cell.metadata and by_id:
+            of[number] = by_id[0]
+    alike = []
+    for number, cell in enumerate(cells):
+        if number not in of:
+            scores = {place: likeness(cell.source, originals[place].source) for place in free(cell)}
+            best = max(scores.values(), default=0)
+            rivals = [place for place, score in scores.items() if score > max(0.6, best - 0.1)]
+            if len(files(rivals)) == 1:
+                alike += [(scores[place], number, place) for place in rivals]
+    for _, number, place in sorted(alike, reverse=True):
+        if number not in of and place not in of.values():
+            of[number] = place
+    return of
+
+
+def in_order(numbers: list[int]) -> set[int]:
+    """The places of as many numbers as can stay so that none is smaller than one before it."""
+    runs: list[list[int]] = [[]]
+    for place, number in enumerate(numbers):
+        runs.append([*max((run for run in runs if not run or numbers[run[-1]] <= number), key=len), place])
+    return set(max(runs, key=len))
+
+
+def place_cells(
+    cells: list[nbformat.NotebookNode], originals: list[nbformat.NotebookNode], of: dict[int, int]
+) -> list[str]:
+    """The file of each cell: the one it comes from, or for new and moved cells that of the cell before.
+
+    Raises Failure where that is not clear, or where a file would be left without cells.
+    """
+    files = list(dict.fromkeys(original.metadata[SOURCE_KEY] for original in originals))
+    home: list[str | None] = []
+    for number, cell in enumerate(cells):
+        file = cell.metadata.get(SOURCE_KEY) or (originals[of[number]].metadata[SOURCE_KEY] if number in of else None)
+        if file and file not in files:
+            raise Failure(f"{in_short(cell.metadata['number'], cell)} comes from {file}, which is not here")
+        home.append(file)
+    known = [number for number, file in enumerate(home) if file]
+    if not known:
+        raise Failure("No cell of this notebook is known here: it was not made from these scripts")
+    steady = {known[place] for place in in_order([files.index(home[number]) for number in known])}
+    homes, file = [], home[min(steady)]
+    for number, cell in enumerate(cells):
+        if number in steady:
+            file = home[number]
+        elif home[number] is None:
+            after = min((other for other in steady if other > number), default=number)
+            started = after in of and of[after] and originals[of[after] - 1].metadata[SOURCE_KEY] == home[after]
+            if SOURCE_KEY not in cells[after].metadata and home[after] != file and started:
+                raise Failure(
+                    f"{in_short(cell.metadata['number'], cell)} may be new at the end of {file}, or stand for the "
+                    f"beginning of {home[after]}, which is gone: put that beginning back, or edit the scripts"
+                )
+        homes.append(file)
+    if lost := [file for file in files if file not in homes]:
+        raise Failure(f"Nothing is left of {', '.join(lost)}: each script needs a cell. Import the whole notebook")
+    return homes
+
+
+def import_edits(path: Path, dry_run: bool) -> None:
+    """Make the scripts those of an edited notebook, and show what changes. Raises Failure, or writes all of it."""
+    scripts, base = read_scripts(), assemble()
+    known = known_parameters(base)
+    cells, left_out, built_from = read_edited(path, known)
+    of = match(cells, base.cells)
+    homes = place_cells(cells, base.cells, of)
+    if not any("parameters" in base.cells[place].metadata.get("tags", []) for place in of.values()):
+        raise Failure("The cell of parameters, in section 2, is gone or not to be recognised: papermill needs it")
+    texts, difference, summary = {}, [], []
+    for name, script in scripts.items():
+        here = [number for number, home in enumerate(homes) if home == f"kaggle_cells/{name}"]
+        mine = [place for place, cell in enumerate(base.cells) if cell.metadata[SOURCE_KEY] == f"kaggle_cells/{name}"]
+        own, script.cells = dict(zip(mine, script.cells, strict=True)), []
+        for number in here:
+            tags = cells[number].metadata.get("tags")
+            metadata = own[of[number]].metadata if of.get(number) in own else {"tags": tags} if tags else {}
+            create = getattr(nbformat.v4, f"new_{cells[number].cell_type}_cell")
+            script.cells.append(create(cells[number].source, metadata=metadata))
+        texts[name] = jupytext.writes(script, fmt="py:percent")
+        wanted = [(cells[number].cell_type, cells[number].source) for number in here]
+        kept = [(cell.cell_type, cell.source) for cell in jupytext.reads(texts[name], fmt="py:percent").cells]
+        if wanted != kept:
+            odd = next(n for n, pair in zip(here, zip_longest(wanted, kept), strict=False) if pair[0] != pair[1])
+            raise Failure(f"{in_short(cells[odd].metadata['number'], cells[odd])} would not be the same after a build")
+        before = (CELLS / name).read_text(encoding="utf-8")
+        if texts[name] == before:
+            continue
+        counts = {
+            "changed": sum(of.get(n) in own and cells[n].source != base.cells[of[n]].source for n in here),
+            "new": sum(n not in of for n in here),
+            "moved here": sum(n in of and of[n] not in own for n in here),
+            "deleted": sum(place not in of.values() for place in mine),
+        }
+        summary.append(
+            f"kaggle_cells/{name}: " + ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        )
+        sides = [text.splitlines() for text in (before, texts[name])]
+        difference += difflib.unified_diff(*sides, f"a/kaggle_cells/{name}", f"b/kaggle_cells/{name}", lineterm="")
+    print(
+        "\n".join([*difference, *([""] if difference else []), *(f"Left out: {line}" for line in left_out), *summary])
+    )
+    if not summary:
+        print(f"Nothing to do: the scripts are those of {path}")
+        return
+    if built_from not in ("", digest_of_scripts()):
+        print("Note: the notebook was built from other scripts. What is taken away above may be newer work in these.")
+    if dry_run:
+        print("A dry run: nothing was written.")
+        return
+    for name, text in texts.items():
+        (CELLS / name).write_text(text, encoding="utf-8", newline="\n")
+    print("Written. Now: python build_notebook.py && ruff format . && python -m pytest")
+
+
+# Runs
 
 
 def known_parameters(notebook: nbformat.NotebookNode) -> dict[str, str]:
@@ -160,19 +403,26 @@ def run(source: str, overrides: list[list[str]], output: Path | None) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", metavar="build | check | run")
+    commands = parser.add_subparsers(dest="command", metavar="build | check | run | import")
     commands.add_parser("build", help="assemble the notebook (the default)")
     commands.add_parser("check", help="fail if the committed notebook is stale")
     runner = commands.add_parser("run", help="execute the notebook")
     runner.add_argument("parameters", help="a set in notebooks/params/, or a YAML file")
     runner.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     runner.add_argument("--output", type=Path, help="the run's folder (default: runs/NAME-TIME)")
+    importer = commands.add_parser("import", help="take the edits in a notebook back into the scripts")
+    importer.add_argument(
+        "notebook", type=Path, help="the edited notebook, as downloaded from Kaggle or saved by Jupyter"
+    )
+    importer.add_argument("--dry-run", action="store_true", help="show what would change, and write nothing")
     arguments = parser.parse_args()
     try:
         if arguments.command == "check":
             check()
         elif arguments.command == "run":
             run(arguments.parameters, arguments.p, arguments.output)
+        elif arguments.command == "import":
+            import_edits(arguments.notebook, arguments.dry_run)
         else:
             build()
     except Failure as failure:

@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+import build_notebook as builder  # noqa: E402
 from cell_03_data_processing import ClipSettings, cache_clips, find_videos, load_face_detector, make_demo_set  # noqa: E402
 
 SMALL = ClipSettings(frames=4, seconds=8.0, size=64, face_crop=True, margin=0.25)
@@ -77,3 +78,17 @@ def run_script(cell: str, work_dir: Path, **parameters: object) -> subprocess.Co
 def finished_run(tmp_path_factory) -> Run:
     """The notebook executed with ci.yaml, demo set and all."""
     return run_notebook(tmp_path_factory.mktemp("notebook") / "run", "ci")
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A copy of the sources that a test may change."""
+    for folder in ("kaggle_cells", "notebooks"):
+        (tmp_path / folder).mkdir()
+    for file in (ROOT / "kaggle_cells").glob("*.py"):
+        (tmp_path / "kaggle_cells" / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(builder, "ROOT", tmp_path)
+    monkeypatch.setattr(builder, "CELLS", tmp_path / "kaggle_cells")
+    monkeypatch.setattr(builder, "NOTEBOOK", tmp_path / "notebooks" / "deepfake_detection.ipynb")
+    builder.build()
+    return tmp_path

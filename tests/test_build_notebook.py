@@ -11,20 +11,6 @@ from conftest import ROOT, run_notebook
 import build_notebook as builder
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A copy of the sources that a test may change."""
-    for folder in ("kaggle_cells", "notebooks"):
-        (tmp_path / folder).mkdir()
-    for file in (ROOT / "kaggle_cells").glob("*.py"):
-        (tmp_path / "kaggle_cells" / file.name).write_bytes(file.read_bytes())
-    monkeypatch.setattr(builder, "ROOT", tmp_path)
-    monkeypatch.setattr(builder, "CELLS", tmp_path / "kaggle_cells")
-    monkeypatch.setattr(builder, "NOTEBOOK", tmp_path / "notebooks" / "deepfake_detection.ipynb")
-    builder.build()
-    return tmp_path
-
-
 def test_the_committed_notebook_is_what_the_scripts_give():
     done = subprocess.run([sys.executable, "build_notebook.py", "check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
