@@ -1,43 +1,78 @@
 # %% [markdown]
 # # Is this video a deepfake?
 #
+# [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/YOUR_GITHUB_NAME/video-deepfake-detection/blob/main/notebooks/deepfake_detection.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_GITHUB_NAME/video-deepfake-detection/blob/main/notebooks/deepfake_detection.ipynb)
+#
 # This notebook trains a detector on videos of real and manipulated faces, tests it on recordings it has never
-# seen, and scores your own videos with it. Each video becomes a short **clip** of face crops; a network looks
-# at every frame, reads the frames in order, decides which of them matter, and answers with one probability.
+# seen, says how far its numbers can be trusted, and scores your own videos with it. It is for anyone who wants a
+# deepfake detector of their own, or wants to know what one is worth; to run it you need no more than a dataset.
+#
+# Each video becomes a short **clip** of face crops. A network looks at every frame, reads the frames in order,
+# decides which of them matter, and answers with one probability.
 #
 # ```
-# video ─▶ 16 frames ─▶ face crop ─▶ ResNet50 ─▶ BiLSTM ─▶ self-attention ─▶ P(fake)
-#          (once, then cached)       per frame   in order   over frames
+#  video
+#    │   16 frames of 8 seconds; found, cut out and cached once
+#    ▼
+#  face crops     16 x 160 x 160 pixels
+#    │
+#    ▼
+#  ResNet50       2048 numbers a frame ─────┐
+#    │                                      │
+#    ▼                                      ▼
+#  BiLSTM         frames in order         a score for
+#    │                                    every frame
+#    ▼                                      │
+#  self-attention frames compared           │
+#    │                                      │
+#    ▼                                      │
+#  mean, spread ────────▶ P(fake) ◀─────────┘
 # ```
 #
 # **Run it** from top to bottom. On Kaggle, choose *Settings ▸ Accelerator ▸ GPU T4 x2* and attach a dataset
 # with *Add Input*, for example `xdxd003/ff-c23`. With no dataset at all it makes a small demo set and still
 # runs to the end. Everything you may want to change is one screen of parameters, in section 2.
 #
-# | Sections | |
+# | Section | |
 # |---|---|
-# | 1, 2 | the environment and the parameters |
-# | 3 to 8 | definitions: data, model, training, evaluation. Nothing is read or written there |
-# | 9 to 11 | the videos become clips and splits; loaders; the model |
-# | 12 to 14 | training, evaluation on the test set, results |
+# | [1. Imports and environment](#section-1) | what this machine can do |
+# | [2. Parameters](#section-2) | everything that you can change |
+# | [3. From videos to clips](#section-3) | find, split, sample, crop, cache |
+# | [4. Clips as tensors](#section-4) | pairs, augmentation, self-blends |
+# | [5. The model](#section-5) | backbone, BiLSTM, self-attention |
+# | [6. Loss, early stopping, averaging, checkpoints](#section-6) | what guides and guards training |
+# | [7. One epoch](#section-7) | training, validation, memory |
+# | [8. Judging a detector](#section-8) | metrics, calibration, figures |
+# | [9. The videos become clips and splits](#section-9) | **here the work starts** |
+# | [10. Loaders and batch size](#section-10) | as much as fits |
+# | [11. Model and optimizer](#section-11) | new, or where the last run stopped |
+# | [12. Training](#section-12) | the long part |
+# | [13. The test set, and your own videos](#section-13) | **the result** |
+# | [14. Results for people and for programs](#section-14) | report, files, what to try next |
 
 # %% [markdown]
+# <a id="section-1"></a>
 # ## 1. Imports and environment
 #
 # What this machine offers decides much of what follows: whether a GPU is there *and works*, which libraries are
-# installed, how much memory and disk is left.
+# installed, how much memory and disk is left, whether the internet is in reach.
 
 # %%
 import glob
+import http.client
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import types
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,59 +85,148 @@ if "TORCHELASTIC_RUN_ID" in os.environ:
     RANK, LOCAL_RANK, PROCESSES = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 if RANK:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-# A saved notebook keeps every progress bar as it first appeared, at 0 %.
-NO_BARS = RANK > 0 or "TQDM_DISABLE" in os.environ or os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch"
+
+STARTED = time.time()
+IN_NOTEBOOK = "__file__" not in globals()
+ON_KAGGLE = "KAGGLE_KERNEL_RUN_TYPE" in os.environ or Path("/kaggle/working").is_dir()
+
+# %% [markdown]
+# **Packages.** Kaggle's image has all of them but `facenet-pytorch`, which brings the face detector together with its
+# weights. What is missing is installed there: from wheels in an attached dataset, else from the internet. Nothing that
+# is there already is changed, so its outdated pins on other libraries do no harm. Elsewhere you get the command to run.
+
+# %%
+REQUIREMENTS = {
+    "torch": "torch>=2.4",
+    "torchvision": "torchvision>=0.19",
+    "cv2": "opencv-python-headless>=4.8",
+    "facenet_pytorch": "facenet-pytorch==2.5.3",
+    "sklearn": "scikit-learn>=1.3",
+    "pandas": "pandas>=2.0",
+    "matplotlib": "matplotlib>=3.8",
+    "psutil": "psutil>=5.9",
+    "yaml": "PyYAML>=6.0",
+    "tqdm": "tqdm>=4.66",
+    "IPython": "ipython>=8.0",
+}
+
+
+def attached_files(pattern: str) -> list[Path]:
+    """Files below /kaggle/input, up to six folders deep, whose paths end like this."""
+    return sorted(Path(file) for depth in range(7) for file in glob.glob(f"/kaggle/input/{'*/' * depth}{pattern}"))
+
+
+def install(requirement: str) -> str:
+    """Install one package and nothing else, from attached wheels or from PyPI. Returns pip's reason for a failure."""
+    wheels = attached_files(re.split("[=<>]", requirement)[0].replace("-", "_") + "-*.whl")
+    folders = [option for wheel in wheels for option in ("--find-links", str(wheel.parent))]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--timeout", "10", "--retries", "0"]
+    for source in ([["--no-index", *folders]] if wheels else []) + [[]]:
+        done = subprocess.run([*command, *source, requirement], capture_output=True, text=True)
+        if done.returncode == 0:
+            break
+    importlib.invalidate_caches()
+    return done.stderr.strip().rpartition("\n")[2]
+
+
+def ensure_packages(*modules: str) -> None:
+    """Make modules of REQUIREMENTS importable; on Kaggle, missing ones are installed.
+
+    Raises ImportError with all that are still missing and what to do.
+    """
+    missing = [module for module in modules if not importlib.util.find_spec(module)]
+    reasons = [install(REQUIREMENTS[module]) for module in missing] if ON_KAGGLE else []
+    missing = [module for module in missing if not importlib.util.find_spec(module)]
+    if not missing:
+        return
+    wanted = " ".join(f'"{REQUIREMENTS[module]}"' for module in missing)
+    message = f"{', '.join(missing)} cannot be imported. Install with: python -m pip install {wanted}"
+    if ON_KAGGLE:
+        message = (
+            f"{', '.join(missing)} could not be installed ({'; '.join(filter(None, reasons))}). Turn on Settings > "
+            f"Internet, or attach a dataset with the wheels of {wanted}."
+        )
+    raise ImportError(message)
+
+
+ensure_packages(*(module for module in REQUIREMENTS if module != "facenet_pytorch"))
 
 import pandas as pd
 import psutil
 import torch
+from IPython import get_ipython
 from IPython.display import display
 
-STARTED = time.time()
-IN_NOTEBOOK = "__file__" not in globals()
-ON_KAGGLE = Path("/kaggle/working").is_dir()
-
 # %% [markdown]
-# A GPU can be present and still useless: PyTorch lists a P100 as available, but recent builds hold no code for
-# it and fail at the first operation. So the probe tries one.
+# **The machine.** A GPU can be present and still useless: PyTorch lists a P100 as available, but recent builds hold no
+# code for it and fail at the first operation. So the probe tries one.
+
 
 # %%
-LIBRARIES = {
-    "torch": "torch",
-    "torchvision": "torchvision",
-    "OpenCV": "opencv-python opencv-python-headless opencv-contrib-python opencv-contrib-python-headless",
-    "facenet-pytorch": "facenet-pytorch",
-    "scikit-learn": "scikit-learn",
-    "pandas": "pandas",
-}
-
-
 @dataclass(frozen=True)
 class Environment:
     """What the machine offers. `gpus` names the usable CUDA devices, `gpu_ids` numbers them; memory is in GiB."""
 
+    machine: str
+    interactive: bool
     device: str
     gpus: tuple[str, ...]
     gpu_ids: tuple[int, ...]
+    gpu_gib: tuple[float, ...]
+    precision: str
     cpu_cores: int
     ram_gib: float
     free_disk_gib: float
+    internet: bool
     versions: dict[str, str]
     advice: tuple[str, ...]
 
 
-def installed_version(distributions: str) -> str:
-    """The version of the first of these distributions (names separated by spaces) that is installed."""
-    for name in distributions.split():
+def is_interactive() -> bool:
+    """Whether somebody looks on: not with papermill, nbconvert and Kaggle's Save Version, where nobody can answer."""
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        return os.environ["KAGGLE_KERNEL_RUN_TYPE"] != "Batch"
+    if IN_NOTEBOOK:
+        return getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", True)
+    return sys.stderr.isatty()
+
+
+def native_precision(device: str | torch.device) -> str:
+    """What a device computes fast: bf16 from compute capability 8 on, fp16 on older GPUs such as the T4, else fp32."""
+    if torch.device(device).type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+
+
+def internet_is_reachable(seconds: float = 3.0) -> bool:
+    """Whether PyPI answers within this time, which even a name that nobody resolves cannot stretch."""
+    answers = []
+
+    def ask() -> None:
         try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "not installed"
+            request = urllib.request.Request("https://pypi.org/simple/pip/", method="HEAD")
+            urllib.request.urlopen(request, timeout=seconds).close()
+            answers.append(True)
+        except (OSError, http.client.HTTPException):
+            answers.append(False)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return any(answers)
 
 
-def probe_environment() -> Environment:
-    """Look at the machine, try its GPUs, and collect advice for what will not work."""
+def installed_versions() -> dict[str, str]:
+    """The versions of Python and of the packages that bring the modules of REQUIREMENTS; OpenCV's has several names."""
+    versions, owners = {"python": platform.python_version()}, importlib.metadata.packages_distributions()
+    for module in REQUIREMENTS:
+        there = importlib.util.find_spec(module) and module in owners
+        versions[module] = importlib.metadata.version(owners[module][0]) if there else "not installed"
+    return versions
+
+
+def probe_gpus() -> tuple[dict[int, str], list[str]]:
+    """The names of the GPUs that can compute, by number, and advice for what stands in the way of others."""
     gpus, advice = {}, []
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for index in range(count) if PROCESSES == 1 else range(LOCAL_RANK, min(LOCAL_RANK + 1, count)):
@@ -116,67 +240,77 @@ def probe_environment() -> Environment:
                 f"GPU {index} ({name}) is there, but torch {torch.__version__} cannot compute on it ({reason}). "
                 "On Kaggle choose Settings > Accelerator > GPU T4 x2; elsewhere install a torch build for it."
             )
+    if not count and not torch.version.cuda and shutil.which("nvidia-smi"):
+        advice.append(f"torch {torch.__version__} is built for the CPU alone: install one for CUDA to use the GPU.")
     if not gpus:
-        advice.append("No usable GPU: training runs on the CPU, which is practical for the demo set only.")
+        turn_on = " Choose Settings > Accelerator > GPU T4 x2." if ON_KAGGLE and not count else ""
+        advice.append("No usable GPU: training runs on the CPU, which is practical for the demo set only." + turn_on)
+    return gpus, advice
+
+
+def probe_environment() -> Environment:
+    """Look at the machine, try its GPUs, and collect advice for what will not work."""
+    gpus, advice = probe_gpus()
+    device = f"cuda:{min(gpus)}" if gpus else "cpu"
+    internet = RANK == 0 and internet_is_reachable()
+    free_disk = shutil.disk_usage(".").free / 2**30
+    try:
+        ensure_packages("facenet_pytorch")
+    except ImportError as error:
+        advice.append(f"{error} Without it there are no face crops, only FACE_CROP = False.")
+    if ON_KAGGLE and not internet:
+        advice.append(
+            "No internet: ImageNet weights must come from an attached dataset (section 5). Or set Internet to On."
+        )
+    if free_disk < 2:
+        advice.append(f"Only {free_disk:.1f} GiB are free in {Path.cwd()}: checkpoints alone can take one.")
     return Environment(
-        device=f"cuda:{min(gpus)}" if gpus else "cpu",
+        machine="Kaggle" if ON_KAGGLE else "Colab" if "google.colab" in sys.modules else platform.system(),
+        interactive=is_interactive(),
+        device=device,
         gpus=tuple(gpus.values()),
         gpu_ids=tuple(gpus),
+        gpu_gib=tuple(torch.cuda.get_device_properties(index).total_memory / 2**30 for index in gpus),
+        precision=native_precision(device),
         cpu_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         ram_gib=psutil.virtual_memory().total / 2**30,
-        free_disk_gib=shutil.disk_usage(".").free / 2**30,
-        versions={
-            "python": platform.python_version(),
-            **{name: installed_version(names) for name, names in LIBRARIES.items()},
-        },
+        free_disk_gib=free_disk,
+        internet=internet,
+        versions=installed_versions(),
         advice=tuple(advice),
     )
 
 
+def environment_table(found: Environment) -> pd.DataFrame:
+    """The environment for people."""
+    memory = " and ".join(f"{gib:.0f} GiB" for gib in found.gpu_gib)
+    shown = ("python", "torch", "torchvision", "cv2", "facenet_pytorch", "sklearn", "pandas")
+    rows = {
+        "machine": f"{found.machine}, {'interactive' if found.interactive else 'unattended'}",
+        "GPU": f"{' and '.join(found.gpus)}, {memory}" if found.gpus else "none",
+        "precision": found.precision,
+        "CPU, memory": f"{found.cpu_cores} cores, {found.ram_gib:.0f} GiB",
+        "free disk": f"{found.free_disk_gib:.0f} GiB in {Path.cwd()}",
+        "internet": "reachable" if found.internet else "not reachable",
+        **{name: found.versions[name] for name in shown},
+    }
+    return pd.DataFrame({"environment": rows})
+
+
 ENVIRONMENT = probe_environment()
-display(
-    pd.Series(
-        {
-            "machine": "Kaggle" if ON_KAGGLE else platform.system(),
-            "device": ", ".join(ENVIRONMENT.gpus) or "CPU",
-            "CPU cores": ENVIRONMENT.cpu_cores,
-            "memory": f"{ENVIRONMENT.ram_gib:.0f} GiB",
-            "free disk": f"{ENVIRONMENT.free_disk_gib:.0f} GiB",
-            **ENVIRONMENT.versions,
-        },
-        name="environment",
-    ).to_frame()
-)
+# A saved notebook keeps every progress bar as it first appeared, at 0 %; so do logs.
+NO_BARS = RANK > 0 or "TQDM_DISABLE" in os.environ or not ENVIRONMENT.interactive
+display(environment_table(ENVIRONMENT))
 for line in ENVIRONMENT.advice:
     print("Note:", line)
 
-# %% [markdown]
-# `facenet-pytorch` brings the face detector together with its weights, but is not part of Kaggle's image. It is
-# installed when it is needed, without its outdated pins on other libraries. Offline, attach a dataset that holds
-# its wheel.
 
-
-# %%
-def ensure_package(module: str, requirement: str) -> None:
-    """Make `module` importable. On Kaggle it is installed if missing: from an attached wheel, else from PyPI.
-
-    Raises ImportError with the command to run where that is not possible. Nothing already there is changed.
-    """
-    if importlib.util.find_spec(module):
-        return
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--timeout", "10", "--retries", "1"]
-    if ON_KAGGLE:
-        below = ("/kaggle/input/" + "*/" * depth + f"{module}-*.whl" for depth in range(6))
-        wheels = sorted(wheel for pattern in below for wheel in glob.glob(pattern))
-        done = subprocess.run([*command, wheels[-1] if wheels else requirement], capture_output=True, text=True)
-        importlib.invalidate_caches()
-        if done.returncode == 0 and importlib.util.find_spec(module):
-            return
-        raise ImportError(
-            f"{module} could not be installed: {done.stderr.strip() or 'pip gave no reason'}. Turn on "
-            f"Settings > Internet, or attach a dataset that holds the wheel of {requirement}."
-        )
-    raise ImportError(f"{module} is missing. Install it with: pip install --no-deps {requirement}")
+def duration(seconds: float) -> str:
+    """Time for people: 48 s, 6 min 54 s, 1 h 32 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 # %% [markdown]

@@ -1,11 +1,12 @@
 # %% [markdown]
+# <a id="section-2"></a>
 # ## 2. Parameters
 #
 # One screen holds everything you can change. The defaults are meant for Kaggle's two T4 GPUs and a dataset such
 # as FaceForensics++. A value that cannot work stops the run here, with a message that says what is allowed.
 #
 # Papermill sets them with `-p NAME VALUE` or `-f FILE.yaml`, the scripts read `DEEPFAKE_<NAME>` from the
-# environment.
+# environment. A name that is no parameter is an error, too.
 
 # %% tags=["parameters"]
 # Where things are
@@ -28,8 +29,8 @@ FACE_CROP: bool = True  # follow the face; False: take the middle of the frame
 FACE_MARGIN: float = 0.25  # share of the face box added on each side
 # The model
 BACKBONE: str = "resnet50"  # any classification model of torchvision, by name
-PRETRAINED: bool = True  # start from ImageNet weights, downloaded if internet is on
-WEIGHTS_PATH: str = ""  # a local .pth with backbone weights, for offline use
+PRETRAINED: bool = True  # start from ImageNet weights: cached, attached on Kaggle, or downloaded
+WEIGHTS_PATH: str = ""  # a .pth file with other weights for the backbone
 LSTM_HIDDEN: int = 256  # units of the LSTM in each direction
 LSTM_LAYERS: int = 1  # layers of the LSTM
 ATTENTION_HEADS: int = 8  # heads of the self-attention; must divide 2 * LSTM_HIDDEN
@@ -70,6 +71,7 @@ SEED: int = 42  # of splits, weights, sampling and augmentation
 # The parameters become one frozen object, `CONFIG`, which checks them first.
 
 # %%
+import ast
 import contextlib
 import dataclasses
 import difflib
@@ -213,6 +215,27 @@ class Config:
 PARAMETERS = [item.name for item in dataclasses.fields(Config)]
 
 
+def meant(name: str, question: str) -> str:
+    """The question with the parameter that is most like a name that is none, if there is one like it."""
+    near = difflib.get_close_matches(name.upper(), PARAMETERS, n=1)
+    return question.format(near[0]) if near else ""
+
+
+def check_injected(history: list[str]) -> None:
+    """Raises ValueError for a parameter of papermill's that does not exist: it warns and defines the name anyway.
+
+    `history` holds the cells run so far. Papermill's assignments are a cell of its own, which begins in one way.
+    """
+    for cell in history:
+        if cell.startswith("# Parameters\n"):
+            names = [target.id for line in ast.parse(cell).body for target in getattr(line, "targets", [])]
+            for name in names:
+                if name not in PARAMETERS:
+                    raise ValueError(
+                        f"{name} is no parameter" + (meant(name, "; is it {}?") or ". Section 2 lists them.")
+                    )
+
+
 def parameters_from_environment(environ: dict[str, str]) -> dict[str, object]:
     """The parameters that DEEPFAKE_<NAME> variables set, read as YAML values (`25`, `false`, `[FaceSwap]`).
 
@@ -224,8 +247,7 @@ def parameters_from_environment(environ: dict[str, str]) -> dict[str, object]:
             continue
         name = variable.removeprefix("DEEPFAKE_")
         if name not in PARAMETERS:
-            near = difflib.get_close_matches(name, PARAMETERS, n=1)
-            raise ValueError(f"{variable} sets no parameter" + (f"; is it DEEPFAKE_{near[0]}?" if near else ""))
+            raise ValueError(f"{variable} sets no parameter" + meant(name, "; is it DEEPFAKE_{}?"))
         is_text = Config.__dataclass_fields__[name].type is str
         found[name] = text if is_text else yaml.safe_load(text)
     return found
@@ -272,6 +294,7 @@ def seed_everything(*numbers: int) -> None:
 
 
 _given = {name: globals()[name] for name in PARAMETERS}
+check_injected(globals().get("In", []))  # IPython keeps there what was run
 if not IN_NOTEBOOK:
     _given |= parameters_from_environment(dict(os.environ))
 CONFIG = adopt_checkpoint(Config(**_given))

@@ -1,4 +1,5 @@
 # %% [markdown]
+# <a id="section-3"></a>
 # ## 3. From a folder of videos to clips
 #
 # A video is decoded once, in one sequential pass, and what the network will see of it is kept as a small
@@ -33,7 +34,7 @@ import psutil
 import torch
 from tqdm.auto import tqdm
 
-from cell_01_imports_and_setup import NO_BARS, ensure_package
+from cell_01_imports_and_setup import NO_BARS, ensure_packages
 from cell_02_global_config import Config
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
@@ -644,7 +645,7 @@ FACE_SIZES = (80, 32)  # smallest face searched for, in pixels of those; small o
 
 def load_face_detector(device: str) -> torch.nn.ModuleList:
     """MTCNN (Zhang et al., 2016) for large and for small faces; its weights come inside the facenet-pytorch package."""
-    ensure_package("facenet_pytorch", "facenet-pytorch==2.5.3")
+    ensure_packages("facenet_pytorch")
     from facenet_pytorch import MTCNN
 
     with warnings.catch_warnings():  # torch 2.4 and 2.5 say how facenet-pytorch should read its own weights

@@ -1,4 +1,5 @@
 # %% [markdown]
+# <a id="section-4"></a>
 # ## 4. Clips as tensors, and what happens to them on the way
 #
 # The loader hands out `uint8` clips just as they lie in the cache. Everything else, conversion, augmentation and

@@ -1,4 +1,5 @@
 # %% [markdown]
+# <a id="section-5"></a>
 # ## 5. The model
 #
 # A backbone describes each frame. A bidirectional LSTM reads the descriptions in order, so that each one is seen
@@ -15,6 +16,7 @@
 
 # %%
 import contextlib
+import pickle
 import socket
 import warnings
 from collections.abc import Iterator
@@ -27,6 +29,7 @@ import torchvision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from cell_01_imports_and_setup import attached_files
 from cell_02_global_config import Config, saved_config
 
 
@@ -196,21 +199,39 @@ def recompute_blocks(backbone: nn.Module) -> None:
 
 
 # %% [markdown]
-# **Weights.** ImageNet's are the better start by far. They come from a local file, from PyTorch's cache, or from
-# the internet. If none of these has them the run goes on with random ones, says so, and its results say so too.
+# **Weights.** ImageNet's are the better start by far. They come from `WEIGHTS_PATH`, from PyTorch's cache, from a file
+# such as `resnet50*.pth` in any dataset attached on Kaggle, or from the internet. If none of these has them the run
+# goes on with random ones, says so, and its results say so too.
 
 
 # %%
-def local_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights in a file: a plain state dict, or one under `state_dict` or `model`, with or without `module.`"""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("state_dict", "model"):
-        saved = saved.get(key, saved)
-    return {name.removeprefix("module."): value for name, value in saved.items()}
+def local_weights(path: Path, backbone: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights for `backbone` in a file: a state dict, or a checkpoint that has one under `state_dict` or `model`.
+
+    Names may have a prefix (`module.`, `backbone.`, ...). Raises ValueError for a file that does not fit or is damaged.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read as a dictionary of tensors: {reason}") from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        saved = saved.get(key, saved) if isinstance(saved, dict) else {}
+    own, names = backbone.state_dict(), [name for name in saved if isinstance(name, str)]
+    first = next(iter(own))
+    prefix = min((name.removesuffix(first) for name in names if f".{name}".endswith(f".{first}")), key=len, default="")
+    weights = {name: saved.get(prefix + name) for name in own}
+    odd = [name for name, value in own.items() if value.ndim and getattr(weights[name], "shape", None) != value.shape]
+    parts = {name.split(".")[0] for name in own}
+    extra = [name for name in names if name.startswith(prefix) and name.removeprefix(prefix) not in own]
+    odd += [name for name in extra if name.removeprefix(prefix).split(".")[0] in parts][2:]  # two are the last layer's
+    if odd:
+        raise ValueError(f"{path} is not for this backbone: {len(odd)} tensors such as {odd[0]!r} do not fit")
+    return {name: value for name, value in weights.items() if value is not None}
 
 
 def imagenet_weights(name: str) -> dict[str, torch.Tensor]:
-    """torchvision's default weights of a model. Raises OSError within seconds where they cannot be had."""
+    """torchvision's default weights of a model, from its cache or downloaded. Raises OSError within seconds."""
     weights = torchvision.models.get_model_weights(name).DEFAULT
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(5)
@@ -223,32 +244,36 @@ def imagenet_weights(name: str) -> dict[str, torch.Tensor]:
 def load_backbone_weights(backbone: nn.Module, name: str, pretrained: bool, path: str) -> str:
     """Put weights into the backbone and say in a few words where they came from.
 
-    Raises ValueError if a local file does not fit the backbone. A failed download is a warning.
+    Raises ValueError if the file named does not fit the backbone. A failed download is a warning.
     """
-    if path:
-        weights, origin = local_weights(Path(path)), f"file {path}"
-    elif not pretrained:
+    if not path and not pretrained:
         return "random"
+    if path:
+        weights, origin = local_weights(Path(path), backbone), f"file {path}"
     else:
         try:
-            weights, origin = imagenet_weights(name), "ImageNet (torchvision)"
+            weights, origin = attached_weights(backbone, name) or (imagenet_weights(name), "ImageNet (torchvision)")
         except OSError as error:
             reason = f"the ImageNet weights of {name} could not be downloaded ({error})"
             warnings.warn(
-                f"Training starts from random weights: {reason}. Accuracy will be far lower. Turn the internet on, or "
-                "attach the .pth file and name it in WEIGHTS_PATH.",
+                f"Training starts from random weights: {reason}. Accuracy will be far lower. Turn the internet on, "
+                f"attach a dataset that holds them as {name}.pth, or name a file in WEIGHTS_PATH.",
                 stacklevel=2,
             )
             return f"random: {reason}"
-    own = backbone.state_dict()
-    fitting = {key: value for key, value in weights.items() if key in own and value.shape == own[key].shape}
-    missing = [key for key in own if key not in fitting and not key.endswith("num_batches_tracked")]
-    if missing:
-        raise ValueError(
-            f"{origin} does not fit BACKBONE = {name!r}: {len(missing)} tensors such as {missing[0]!r} lack"
-        )
-    backbone.load_state_dict(fitting, strict=False)
+    backbone.load_state_dict(weights, strict=False)
     return origin
+
+
+def attached_weights(backbone: nn.Module, name: str) -> tuple[dict[str, torch.Tensor], str] | None:
+    """Weights in a dataset attached on Kaggle, and where. None if none fit, or PyTorch's cache has them already."""
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(torchvision.models.get_model_weights(name).DEFAULT.url).name)
+    for file in [] if cached.exists() else attached_files(f"{name}*.pth"):
+        try:
+            return local_weights(file, backbone), f"attached file {file}"
+        except ValueError as error:
+            print(f"Not used: {error}")
+    return None
 
 
 def build_model(config: Config | SimpleNamespace) -> DeepfakeDetector:

@@ -1,4 +1,5 @@
 # %% [markdown]
+# <a id="section-6"></a>
 # ## 6. Loss, early stopping, averaged weights, checkpoints
 #
 # **Focal loss** (Lin et al., 2017) turns down what is already well classified, so that many easy clips do not

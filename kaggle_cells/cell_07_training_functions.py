@@ -1,4 +1,5 @@
 # %% [markdown]
+# <a id="section-7"></a>
 # ## 7. One epoch of training, one of validation
 #
 # Both loops take batches that are already on the device. While the GPU computes one, a thread reads the next one and
@@ -23,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from cell_01_imports_and_setup import NO_BARS, PROCESSES
+from cell_01_imports_and_setup import NO_BARS, PROCESSES, native_precision
 from cell_02_global_config import Config
 from cell_04_dataset_class import PairDraws, augment, normalize, to_float, with_self_blends
 from cell_05_model_definition import Output, build_model
@@ -64,11 +65,8 @@ def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     `auto` is bf16 where the GPU computes it natively (compute capability 8 and later), fp16 on older ones such
     as the T4, and float32 on the CPU.
     """
-    if choice == "auto" and device.type != "cuda":
-        return None
-    if choice == "auto":
-        choice = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-    return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[choice]
+    choice = native_precision(device) if choice == "auto" else choice
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(choice)
 
 
 class LossScaler(torch.amp.GradScaler):

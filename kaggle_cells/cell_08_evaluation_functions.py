@@ -1,4 +1,5 @@
 # %% [markdown]
+# <a id="section-8"></a>
 # ## 8. Calibration, metrics, explanations, figures, prediction
 #
 # A network's raw score is not a probability, and its zero is rarely the best place to decide. Both are put right on

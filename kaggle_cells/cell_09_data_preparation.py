@@ -1,4 +1,5 @@
 # %% [markdown]
+# <a id="section-9"></a>
 # ## 9. The videos become clips and splits
 #
 # From here on the notebook works. It finds the videos, splits them by group, takes at most `MAX_VIDEOS_PER_CLASS` of

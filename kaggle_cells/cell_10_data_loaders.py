@@ -1,4 +1,5 @@
 # %% [markdown]
+# <a id="section-10"></a>
 # ## 10. Loaders and batch size
 #
 # Larger batches use a GPU better, as long as they fit. With `BATCH_SIZE = 0` a few training steps on blank clips

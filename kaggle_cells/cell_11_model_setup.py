@@ -1,4 +1,5 @@
 # %% [markdown]
+# <a id="section-11"></a>
 # ## 11. Model, optimizer, and where the last run stopped
 #
 # An interrupted run goes on from `models/last_checkpoint.pth`; a finished one is not repeated. Settings that would

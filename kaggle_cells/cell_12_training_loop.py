@@ -1,4 +1,5 @@
 # %% [markdown]
+# <a id="section-12"></a>
 # ## 12. Training
 #
 # After each epoch the model is validated, and everything needed to go on is written down. The weights of the best
@@ -12,7 +13,7 @@ import time
 
 import pandas as pd
 
-from cell_01_imports_and_setup import PROCESSES, RANK, STARTED
+from cell_01_imports_and_setup import PROCESSES, RANK, STARTED, duration
 from cell_02_global_config import CONFIG, seed_everything
 from cell_03_data_processing import save_csv
 from cell_04_dataset_class import PairDraws
@@ -70,8 +71,8 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
     seconds_needed = 1.1 * slowest_epoch + test_passes * test_seconds
     if from_first(slowest_epoch > 0 and time.time() - STARTED + seconds_needed > CONFIG.time_budget):  # all alike
         print(
-            f"Stopped after {len(HISTORY)} of {CONFIG.EPOCHS} epochs: one more, of {slowest_epoch:.0f} s, passes the "
-            f"time budget of {CONFIG.time_budget / 3600:g} hours. Run again to go on, with time for an epoch at least."
+            f"Stopped after {len(HISTORY)} of {CONFIG.EPOCHS} epochs: one more, of {duration(slowest_epoch)}, passes "
+            f"the time budget of {duration(CONFIG.time_budget)}. Run again to go on, with time for an epoch at least."
         )
         break
     epoch, epoch_started = len(HISTORY) + 1, time.time()

@@ -1,4 +1,5 @@
 # %% [markdown]
+# <a id="section-13"></a>
 # ## 13. The test set, and your own videos
 #
 # The best model meets recordings that it has not seen in any form. Everything below is computed from the file
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
+from cell_01_imports_and_setup import duration
 from cell_02_global_config import CONFIG
 from cell_03_data_processing import save_csv
 from cell_05_model_definition import load_detector
@@ -129,8 +131,8 @@ if CONFIG.PREDICT_DIR:
     seconds = time.perf_counter() - prediction_started
     verdicts = SCORED.verdict.value_counts()
     print(
-        f"{len(SCORED)} videos below {CONFIG.PREDICT_DIR} in {seconds:.0f} s: {verdicts.get('fake', 0)} called fake, "
-        f"{verdicts.get('real', 0)} real; {(SCORED.error != '').sum()} could not be read, and in "
+        f"{len(SCORED)} videos below {CONFIG.PREDICT_DIR} in {duration(seconds)}: {verdicts.get('fake', 0)} called "
+        f"fake, {verdicts.get('real', 0)} real; {(SCORED.error != '').sum()} could not be read, and in "
         f"{(SCORED.face_share == 0).sum()} no face was found. All are in {RESULTS / 'predictions.csv'}"
     )
     display(SCORED.sort_values("probability", ascending=False).head(20))

@@ -1,4 +1,5 @@
 # %% [markdown]
+# <a id="section-14"></a>
 # ## 14. Results for people and for programs
 #
 # `experiment_report.txt` is for reading, `experiment_results.json` for comparing many runs; both say which data,
@@ -10,8 +11,9 @@ import json
 import time
 
 import pandas as pd
+from IPython.display import Markdown, display
 
-from cell_01_imports_and_setup import ENVIRONMENT, STARTED
+from cell_01_imports_and_setup import ENVIRONMENT, IN_NOTEBOOK, STARTED, duration
 from cell_02_global_config import CONFIG
 from cell_03_data_processing import replacing
 from cell_08_evaluation_functions import DECISIONS, in_words
@@ -135,8 +137,8 @@ report = [
     f"  model      {CONFIG.BACKBONE} + BiLSTM + self-attention; initial weights: {WEIGHTS_ORIGIN}",
     f"  training   {trained}; epoch {MODEL_INFO['epoch']} was the best, validation AUC {MODEL_INFO['val_auc']:.3f}",
     f"  decision   temperature {TEMPERATURE:.2f} and threshold {THRESHOLD:.3f}, fitted on the validation set",
-    f"  time       preparation {PREPARATION_SECONDS:.0f} s, training {results['seconds']['training']:.0f} s, "
-    f"evaluation {EVALUATION_SECONDS:.0f} s, on {', '.join(ENVIRONMENT.gpus) or 'the CPU'}",
+    f"  time       preparation {duration(PREPARATION_SECONDS)}, training {duration(results['seconds']['training'])}, "
+    f"evaluation {duration(EVALUATION_SECONDS)}, on {', '.join(ENVIRONMENT.gpus) or 'the CPU'}",
 ]
 if METRICS:
     fitted, plain = IN_WORDS.values()
@@ -189,3 +191,54 @@ report += [
 with replacing(RESULTS / "experiment_report.txt") as partial_file:
     partial_file.write_text("\n".join(report) + "\n", encoding="utf-8")
 print("\n".join(report))
+
+# %% [markdown]
+# What was achieved, what to try next, and where everything is:
+
+# %%
+WHAT_FILES_ARE = {
+    "models/best_model.pth": "the detector: this is the one to keep",
+    "models/last_checkpoint.pth": "to go on with training",
+    "results/experiment_report.txt": "the report above",
+    "results/experiment_results.json": "the same and more, for programs",
+    "results/test_predictions.csv": "each test video with its score",
+    "results/predictions.csv": "your own videos with their scores",
+    "results/training_history.csv": "a row an epoch",
+    "results/evaluation/": "all figures of the test",
+    "data/": "which video was used for what, and which was not, and why",
+}
+achieved, ideas = [], []
+if METRICS:
+    by_auc = [row for row in results["metrics_by_method"] if row["auc_roc"] is not None]
+    achieved += [f"**Test AUC {fitted['auc_roc']}**, accuracy {fitted['accuracy']}, on {tested_videos}."]
+    for row in sorted(by_auc, key=lambda row: row["auc_roc"])[:1]:
+        achieved += [f"Hardest to tell from real: `{row['method']}`, AUC {with_interval(row)}."]
+for row in sorted(results["robustness"], key=lambda row: row["auc_roc"])[:1]:
+    achieved += [f"Hardest condition: {row['degradation']} {row['strength']:g}, AUC {with_interval(row)}."]
+    if CONFIG.AUGMENTATION != "robust":
+        ideas += ['`AUGMENTATION = "robust"`, if your videos are as small, blurred or dark as in the hardest condition']
+if len(SCORED):
+    achieved += [f"Your own videos: {verdicts.get('fake', 0)} of {len(SCORED)} called fake."]
+else:
+    ideas += ['`predict_video("my_video.mp4")` in a new cell, or `PREDICT_DIR`, to score videos of your own']
+if DATA_ORIGIN.startswith("demo"):
+    ideas += ["a real dataset: the demo set shows that everything works, not how well it works on deepfakes"]
+if WEIGHTS_ORIGIN.startswith("random"):
+    ideas += [f"ImageNet weights: turn the internet on, or attach a dataset that holds `{CONFIG.BACKBONE}.pth`"]
+if HISTORY and MODEL_INFO["epoch"] > 0.9 * CONFIG.EPOCHS:
+    ideas += [f"more than {CONFIG.EPOCHS} `EPOCHS`: the best one was among the last"]
+if HISTORY and len(TRAINED_ON) > 1 and not CONFIG.HOLDOUT_METHODS:
+    ideas += [f"`HOLDOUT_METHODS = {sorted(TRAINED_ON)[:1]}`, to see how it does on fakes of a kind it never saw"]
+if HISTORY and 0 < CONFIG.MAX_VIDEOS_PER_CLASS < 1000:
+    ideas += [f"more than {CONFIG.MAX_VIDEOS_PER_CLASS} videos a class, and another `SEED`: single runs differ"]
+summary = [*(f"- {line}" for line in achieved), "", "To try next:", "", *(f"- {idea}" for idea in ideas)]
+display(Markdown("\n".join(summary))) if IN_NOTEBOOK else print("\n".join(summary))
+rows = []
+for name, meaning in WHAT_FILES_ARE.items():
+    parts = [CONFIG.work_dir / name, *(CONFIG.work_dir / name).rglob("*")]
+    if parts[0].exists():
+        mebibytes = sum(part.stat().st_size for part in parts if part.is_file()) / 2**20
+        rows.append({"file": name, "what it is": meaning, "MiB": f"{mebibytes:.2f}"})
+with pd.option_context("display.max_colwidth", None, "display.width", 120):
+    display(pd.DataFrame(rows).set_index("file"))
+print("Everything is below", CONFIG.work_dir.resolve())

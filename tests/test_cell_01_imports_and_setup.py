@@ -1,3 +1,7 @@
+import dataclasses
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -17,16 +21,69 @@ def test_a_gpu_that_cannot_compute_becomes_advice_and_the_run_goes_on_on_the_cpu
     assert "P100" in environment.advice[0] and "GPU T4 x2" in environment.advice[0]
 
 
+def test_a_torch_without_cuda_beside_a_gpu_is_named(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(cell.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    assert "is built for the CPU alone" in cell.probe_gpus()[1][0]
+
+
+def test_on_kaggle_without_an_accelerator_the_menu_is_named(monkeypatch):
+    monkeypatch.setattr(cell, "ON_KAGGLE", True)
+    assert "Settings > Accelerator > GPU T4 x2" in cell.probe_gpus()[1][-1]
+
+
 def test_the_environment_tells_the_versions_of_what_is_installed():
     environment = cell.probe_environment()
     assert environment.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert {*cell.REQUIREMENTS, "python"} == set(environment.versions)
     assert "not installed" not in environment.versions.values()
     assert environment.ram_gib > 0.5 and environment.cpu_cores >= 1
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it():
-    with pytest.raises(ImportError, match=r"pip install --no-deps no-such-package==1.0"):
-        cell.ensure_package("no_such_package", "no-such-package==1.0")
+def test_the_table_is_compact_and_holds_what_matters():
+    t4s = dict(machine="Kaggle", interactive=False, gpus=("Tesla T4", "Tesla T4"), gpu_gib=(14.7, 14.7))
+    table = cell.environment_table(dataclasses.replace(cell.ENVIRONMENT, **t4s, precision="fp16", internet=False))
+    shown = table["environment"]
+    assert len(table) < 15 and shown["machine"] == "Kaggle, unattended"
+    assert shown["GPU"] == "Tesla T4 and Tesla T4, 15 GiB and 15 GiB" and shown["precision"] == "fp16"
+    assert shown["internet"] == "not reachable" and str(Path.cwd()) in shown["free disk"]
+
+
+@pytest.mark.parametrize(("run_type", "interactive"), [("Batch", False), ("Interactive", True)])
+def test_kaggle_says_whether_somebody_looks_on(monkeypatch, run_type, interactive):
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", run_type)
+    assert cell.is_interactive() is interactive
+
+
+def test_the_internet_is_asked_for_no_longer_than_it_may_take(monkeypatch):
+    monkeypatch.setattr(cell.urllib.request, "urlopen", lambda *_, **__: time.sleep(20))  # a name that nobody resolves
+    started = time.monotonic()
+    assert not cell.internet_is_reachable(0.5) and time.monotonic() - started < 5
+    monkeypatch.undo()
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setenv("no_proxy", "")
+    assert not cell.internet_is_reachable()
+
+
+def test_missing_packages_are_named_together_with_the_command_that_installs_them(monkeypatch):
+    monkeypatch.setattr(cell, "REQUIREMENTS", {"no_such": "no-such>=1.0", "nor_this": "nor-this==2", "torch": "torch"})
+    with pytest.raises(ImportError, match=r'no_such, nor_this .*python -m pip install "no-such>=1.0" "nor-this==2"$'):
+        cell.ensure_packages("no_such", "torch", "nor_this")
+
+
+def test_on_kaggle_a_package_that_cannot_be_had_is_named_with_what_to_do(monkeypatch):
+    monkeypatch.setattr(cell, "ON_KAGGLE", True)
+    monkeypatch.setattr(cell, "REQUIREMENTS", {"no_such": "no-such-package==1.0"})
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(ImportError, match=r"no_such could not be installed \(.*no-such-package.*\)\. Turn on Settings"):
+        cell.ensure_packages("no_such")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (48.2, "48 s"), (59.7, "1 min 0 s"), (414, "6 min 54 s"), (5520, "1 h 32 min")]
+)
+def test_times_are_for_people(seconds, words):
+    assert cell.duration(seconds) == words
 
 
 def test_the_bridge_finds_names_of_main_and_otherwise_names_the_cell_to_run(monkeypatch):

@@ -98,3 +98,13 @@ def test_papermill_lists_every_parameter_with_type_and_meaning():
 
 def test_a_single_name_is_taken_for_a_list_of_one():
     assert changed(HOLDOUT_METHODS="FaceSwap").HOLDOUT_METHODS == ["FaceSwap"]
+
+
+def test_a_name_that_papermill_was_given_and_that_is_no_parameter_stops_the_run():
+    cell.check_injected(["", "# Parameters\nEPOCHS = 3\nMETHODS = ['a']\n", "# Parameters of mine\nx = 1"])
+    with pytest.raises(ValueError, match=r"EPOCH is no parameter; is it EPOCHS\?"):
+        cell.check_injected(["# Parameters\nSEED = 3\nEPOCH = 3\n"])
+    with pytest.raises(ValueError, match=r"learning_rate is no parameter; is it LEARNING_RATE\?"):
+        cell.check_injected(["# Parameters\nlearning_rate = 0.1\n"])
+    with pytest.raises(ValueError, match=r"XYZ is no parameter\. Section 2 lists them"):
+        cell.check_injected(["# Parameters\nXYZ = 1\n"])

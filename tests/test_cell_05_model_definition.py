@@ -1,4 +1,5 @@
 import dataclasses
+import pickle
 import time
 
 import pytest
@@ -84,7 +85,14 @@ def test_gradient_checkpointing_that_could_not_act_is_an_error():
         small_model(BACKBONE="inception_v3", IMAGE_SIZE=96, GRADIENT_CHECKPOINTING=True)
 
 
-@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"state_dict": {f"module.{k}": v for k, v in w.items()}}])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w: w,
+        lambda w: {"state_dict": {f"module.{k}": v for k, v in w.items()}},
+        lambda w: {"epoch": 7, "model": {f"backbone.{k}": v for k, v in w.items() if not k.startswith("fc.")}},
+    ],
+)
 def test_local_weights_are_loaded_plain_or_wrapped(tmp_path, wrap):
     torch.manual_seed(1)
     source = torchvision.models.resnet18()
@@ -97,8 +105,44 @@ def test_local_weights_are_loaded_plain_or_wrapped(tmp_path, wrap):
 def test_weights_of_another_backbone_are_refused(tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights.pth")
     backbone, _ = cell.build_backbone("resnet50", 64)
-    with pytest.raises(ValueError, match="does not fit BACKBONE = 'resnet50'"):
+    with pytest.raises(ValueError, match=r"weights.pth is not for this backbone: \d+ tensors such as"):
         cell.load_backbone_weights(backbone, "resnet50", True, str(tmp_path / "weights.pth"))
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04 cut off", pickle.dumps(print), None, [1, 2]])
+def test_a_file_that_holds_no_weights_is_a_clear_error(tmp_path, content):
+    if isinstance(content, bytes):
+        (tmp_path / "weights.pth").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "weights.pth")
+    backbone, _ = cell.build_backbone("resnet18", 64)
+    with pytest.raises(ValueError, match=r"weights.pth (cannot be read as a dictionary|is not for this backbone)"):
+        cell.load_backbone_weights(backbone, "resnet18", True, str(tmp_path / "weights.pth"))
+
+
+def test_on_kaggle_attached_weights_are_found_and_those_that_do_not_fit_are_passed_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    for name, model in {"resnet18-a.pth": "resnet34", "resnet18-b.pth": "resnet18"}.items():
+        torch.manual_seed(3)
+        torch.save(torchvision.models.get_model(model).state_dict(), tmp_path / name)
+    monkeypatch.setattr(cell, "attached_files", lambda pattern: sorted(tmp_path.glob(pattern)))
+    backbone, _ = cell.build_backbone("resnet18", 64)
+    assert cell.load_backbone_weights(backbone, "resnet18", False, "") == "random"
+    origin = cell.load_backbone_weights(backbone, "resnet18", True, "")
+    assert origin == f"attached file {tmp_path / 'resnet18-b.pth'}"
+    torch.manual_seed(3)
+    assert torch.equal(backbone.conv1.weight, torchvision.models.resnet18().conv1.weight)
+    assert "Not used" in capsys.readouterr().out
+
+
+def test_the_cache_goes_before_attached_files(tmp_path, monkeypatch):
+    file = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    file.parent.mkdir(parents=True)
+    torch.save(torchvision.models.resnet18().state_dict(), file)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(cell, "attached_files", lambda pattern: pytest.fail("looked elsewhere"))
+    backbone, _ = cell.build_backbone("resnet18", 64)
+    assert cell.load_backbone_weights(backbone, "resnet18", True, "") == "ImageNet (torchvision)"
 
 
 def test_without_internet_the_run_goes_on_with_a_warning_within_seconds(tmp_path, monkeypatch):
