@@ -105,6 +105,11 @@ def with_interval(row: dict) -> str:
     return in_words(row["auc_roc"], (row["auc_low"], row["auc_high"]))
 
 
+def lowest(rows: list[dict]) -> list[dict]:
+    """The row with the lowest AUC, if there is one."""
+    return sorted((row for row in rows if row["auc_roc"] is not None), key=lambda row: row["auc_roc"])[:1]
+
+
 sizes = results["data"]["videos"]
 tested_videos = f"{count(sizes['test']['real'], 'real video')} and {count(sizes['test']['fake'], 'fake')}"
 trained = "in another run, perhaps on some of these recordings"
@@ -209,11 +214,10 @@ WHAT_FILES_ARE = {
 }
 achieved, ideas = [], []
 if METRICS:
-    by_auc = [row for row in results["metrics_by_method"] if row["auc_roc"] is not None]
     achieved += [f"**Test AUC {fitted['auc_roc']}**, accuracy {fitted['accuracy']}, on {tested_videos}."]
-    for row in sorted(by_auc, key=lambda row: row["auc_roc"])[:1]:
+    for row in lowest(results["metrics_by_method"]):
         achieved += [f"Hardest to tell from real: `{row['method']}`, AUC {with_interval(row)}."]
-for row in sorted(results["robustness"], key=lambda row: row["auc_roc"])[:1]:
+for row in lowest(results["robustness"][1:]):
     achieved += [f"Hardest condition: {row['degradation']} {row['strength']:g}, AUC {with_interval(row)}."]
     if CONFIG.AUGMENTATION != "robust":
         ideas += ['`AUGMENTATION = "robust"`, if your videos are as small, blurred or dark as in the hardest condition']
