@@ -350,7 +350,6 @@ def read_parameters(source: str, overrides: list[list[str]], known: dict[str, st
 def run(source: str, overrides: list[list[str]], output: Path | None) -> None:
     """Execute the notebook with papermill in one run folder. Raises Failure with the failing cell's file."""
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a warning about frozen modules, in every kernel
-    os.environ.setdefault("TQDM_DISABLE", "1")  # a saved notebook keeps every bar as it first appeared, at 0 %
     import papermill
     from nbclient.exceptions import DeadKernelError
 

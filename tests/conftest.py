@@ -57,7 +57,8 @@ def run_notebook(folder: Path, *arguments: str, expect: int = 0) -> Run:
     """`python build_notebook.py run ARGUMENTS`, somewhere without a ./data folder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "build_notebook.py"), "run", *arguments, "--output", str(folder)]
-    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, timeout=600)
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    done = subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == expect, done.stdout + done.stderr
     return Run(folder, done.stdout + done.stderr)
 

@@ -77,6 +77,13 @@ def test_overrides_are_typed_and_unknown_names_are_errors(tmp_path):
         builder.read_parameters("dmeo", [], known)
 
 
+def test_plain_papermill_stops_at_a_name_that_is_no_parameter(tmp_path):
+    command = [sys.executable, "-m", "papermill", str(builder.NOTEBOOK), "out.ipynb", "-p", "EPOCH", "3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "ValueError: EPOCH is no parameter; is it EPOCHS?" in done.stderr
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_failing_cell_ends_the_run_with_its_error_and_its_file_and_how_to_go_on(tmp_path):
     folder, wrong = tmp_path / "run", ("-p", "DATA_DIR", str(tmp_path / "nowhere"))
     failed = run_notebook(folder, "ci", *wrong, expect=1)
