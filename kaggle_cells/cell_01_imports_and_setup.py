@@ -38,15 +38,15 @@
 # |---|---|
 # | [1. Imports and environment](#section-1) | what this machine can do |
 # | [2. Parameters](#section-2) | everything that you can change |
-# | [3. From videos to clips](#section-3) | find, split, sample, crop, cache |
-# | [4. Clips as tensors](#section-4) | pairs, augmentation, self-blends |
-# | [5. The model](#section-5) | backbone, BiLSTM, self-attention |
-# | [6. Loss, early stopping, averaging, checkpoints](#section-6) | what guides and guards training |
-# | [7. One epoch](#section-7) | training, validation, memory |
-# | [8. Judging a detector](#section-8) | metrics, calibration, figures |
+# | [3. From a folder of videos to clips](#section-3) | find, split, sample, crop, cache |
+# | [4. Clips as tensors, and what happens to them on the way](#section-4) | pairs, augmentation, self-blends |
+# | [5. The model](#section-5) | backbone, BiLSTM, self-attention; weights |
+# | [6. Loss, early stopping, averaged weights, checkpoints](#section-6) | what guides and guards training |
+# | [7. One epoch of training, one of validation](#section-7) | and as many clips at once as fit |
+# | [8. Calibration, metrics, explanations, figures, prediction](#section-8) | what a verdict is worth |
 # | [9. The videos become clips and splits](#section-9) | **here the work starts** |
-# | [10. Loaders and batch size](#section-10) | as much as fits |
-# | [11. Model and optimizer](#section-11) | new, or where the last run stopped |
+# | [10. Loaders and batch size](#section-10) | as much at once as fits |
+# | [11. Model, optimizer, and where the last run stopped](#section-11) | new, or resumed |
 # | [12. Training](#section-12) | the long part |
 # | [13. The test set, and your own videos](#section-13) | **the result** |
 # | [14. Results for people and for programs](#section-14) | report, files, what to try next |

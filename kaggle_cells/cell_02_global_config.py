@@ -82,8 +82,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
+from IPython.display import display
 
 from cell_01_imports_and_setup import IN_NOTEBOOK, ON_KAGGLE, PROCESSES
 
@@ -299,3 +301,18 @@ if not IN_NOTEBOOK:
     _given |= parameters_from_environment(dict(os.environ))
 CONFIG = adopt_checkpoint(Config(**_given))
 seed_everything(CONFIG.SEED)
+
+# %% [markdown]
+# What this run is going to do:
+
+# %%
+_steps = {
+    "data": f"{CONFIG.DATA_DIR}; up to {CONFIG.MAX_VIDEOS_PER_CLASS or 'all'} videos a class",
+    "clips": f"{CONFIG.CLIPS_PER_VIDEO} a video, of {CONFIG.FRAMES_PER_VIDEO} frames, {CONFIG.IMAGE_SIZE} pixels",
+    "network": f"{CONFIG.BACKBONE}, BiLSTM 2 x {CONFIG.LSTM_HIDDEN}, attention with {CONFIG.ATTENTION_HEADS} heads",
+    "training": f"up to {CONFIG.EPOCHS} epochs" if CONFIG.EPOCHS else f"none; the model is {CONFIG.CHECKPOINT}",
+    "held out": ", ".join(CONFIG.HOLDOUT_METHODS) or "no manipulation, only recordings",
+    "results": f"below {CONFIG.work_dir.resolve()}",
+}
+with pd.option_context("display.max_colwidth", None):
+    display(pd.DataFrame({"this run": _steps}))

@@ -6,7 +6,9 @@
 # change the result must be the same then.
 
 # %%
+import pandas as pd
 import torch
+from IPython.display import display
 from torch import nn
 
 from cell_01_imports_and_setup import ENVIRONMENT, PROCESSES, RANK
@@ -91,5 +93,14 @@ if resume_from:
     finished = len(HISTORY) >= CONFIG.EPOCHS or STOPPER.should_stop
     print(f"Going on after epoch {len(HISTORY)} of {resume_from}" + ": training is finished." * finished)
 
-parameters = sum(weight.numel() for weight in MODEL.parameters())
-print(f"{CONFIG.BACKBONE} + BiLSTM + attention: {parameters / 1e6:.1f} million parameters; weights: {WEIGHTS_ORIGIN}")
+width, features = 2 * CONFIG.LSTM_HIDDEN, MODEL.lstm.input_size
+parts = {
+    f"backbone, {CONFIG.BACKBONE}": (MODEL.backbone, f"{features} a frame"),
+    "BiLSTM": (MODEL.lstm, f"{width} a frame"),
+    "self-attention, normalisation": (nn.ModuleList([MODEL.attention, MODEL.norm]), f"{width} a frame"),
+    "classifiers of clip and frames": (nn.ModuleList([MODEL.head, MODEL.frame_head]), "1 a clip"),
+    "all": (MODEL, ""),
+}
+counts = {name: f"{sum(weight.numel() for weight in part.parameters()):,}" for name, (part, _) in parts.items()}
+display(pd.DataFrame({"parameters": counts, "gives": {name: given for name, (_, given) in parts.items()}}))
+print(f"Weights: {WEIGHTS_ORIGIN}")

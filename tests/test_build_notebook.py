@@ -56,6 +56,15 @@ def test_the_first_code_of_cell_2_are_the_parameters():
     assert second[0].metadata.tags == ["parameters"]
 
 
+def test_the_table_of_contents_leads_to_every_section():
+    texts = [cell.source for cell in builder.assemble().cells if cell.cell_type == "markdown"]
+    listed = dict(re.findall(r"^\| \[(.+)\]\(#([\w-]+)\) \|", texts[0], flags=re.M))
+    there = {}
+    for text in texts[1:]:
+        there |= {title: anchor for anchor, title in re.findall(r'^<a id="([\w-]+)"></a>\n## (.+)$', text, flags=re.M)}
+    assert list(listed.items()) == list(there.items()) and len(listed) == 14
+
+
 @pytest.mark.parametrize("name", ["ci", "demo", "t4x2"])
 def test_the_parameter_sets_name_real_parameters_with_valid_values(name):
     import dataclasses
