@@ -220,10 +220,12 @@ def match(cells: list[nbformat.NotebookNode], originals: list[nbformat.NotebookN
 
 def in_order(numbers: list[int]) -> set[int]:
     """The places of as many numbers as can stay so that none is smaller than one before it."""
+    longest: set[int] = set()
     runs: list[list[int]] = [[]]
     for place, number in enumerate(numbers):
         runs.append([*max((run for run in runs if not run or numbers[run[-1]] <= number), key=len), place])
-    return set(max(runs, key=len))
+        longest = max(longest, {*runs[-1]}, key=len)
+    return longest
 
 
 def place_cells(
@@ -244,10 +246,11 @@ def place_cells(
     if not known:
         raise Failure("No cell of this notebook is known here: it was not made from these scripts")
     steady = {known[place] for place in in_order([files.index(home[number]) for number in known])}
-    homes, file = [], home[min(steady)]
+    homes: list[str] = []
+    file = home[min(steady)] or ""
     for number, cell in enumerate(cells):
         if number in steady:
-            file = home[number]
+            file = home[number] or ""
         elif home[number] is None:
             after = min((other for other in steady if other > number), default=number)
             started = after in of and of[after] and originals[of[after] - 1].metadata[SOURCE_KEY] == home[after]
@@ -271,7 +274,9 @@ def import_edits(path: Path, dry_run: bool) -> None:
     homes = place_cells(cells, base.cells, of)
     if not any("parameters" in base.cells[place].metadata.get("tags", []) for place in of.values()):
         raise Failure("The cell of parameters, in section 2, is gone or not to be recognised: papermill needs it")
-    texts, difference, summary = {}, [], []
+    texts: dict[str, str] = {}
+    difference: list[str] = []
+    summary: list[str] = []
     for name, script in scripts.items():
         here = [number for number, home in enumerate(homes) if home == f"kaggle_cells/{name}"]
         mine = [place for place, cell in enumerate(base.cells) if cell.metadata[SOURCE_KEY] == f"kaggle_cells/{name}"]
@@ -299,8 +304,8 @@ def import_edits(path: Path, dry_run: bool) -> None:
         summary.append(
             f"kaggle_cells/{name}: " + ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         )
-        sides = [text.splitlines() for text in (before, texts[name])]
-        difference += difflib.unified_diff(*sides, f"a/kaggle_cells/{name}", f"b/kaggle_cells/{name}", lineterm="")
+        old, new = f"a/kaggle_cells/{name}", f"b/kaggle_cells/{name}"
+        difference += difflib.unified_diff(before.splitlines(), texts[name].splitlines(), old, new, lineterm="")
     print(
         "\n".join([*difference, *([""] if difference else []), *(f"Left out: {line}" for line in left_out), *summary])
     )
@@ -326,7 +331,7 @@ def known_parameters(notebook: nbformat.NotebookNode) -> dict[str, str]:
     return dict(re.findall(r"^([A-Z_]+): (\w+) =", tagged.source, flags=re.M))
 
 
-def read_parameters(source: str, overrides: list[list[str]], known: dict[str, str]) -> dict[str, object]:
+def read_parameters(source: str, overrides: list[list[str]], known: dict[str, str]) -> dict:
     """The parameters of a set or file, with overrides as (NAME, VALUE) texts. Raises Failure for unknown names."""
     file = PARAMETER_SETS / f"{source}.yaml"
     if not file.exists():

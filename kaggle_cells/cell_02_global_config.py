@@ -80,6 +80,7 @@ import os
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -90,17 +91,17 @@ from IPython.display import display
 from cell_01_imports_and_setup import IN_NOTEBOOK, ON_KAGGLE, PROCESSES
 
 
-def between(low: float, high: float) -> dataclasses.Field:
+def between(low: float, high: float) -> Any:
     """A parameter with a number from `low` to `high`, both allowed."""
     return field(metadata={"low": low, "high": high})
 
 
-def one_of(*choices: str) -> dataclasses.Field:
+def one_of(*choices: str) -> Any:
     """A parameter with one of these values."""
     return field(metadata={"choices": choices})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Every parameter of a run, checked: TypeError and ValueError name the parameter and what is allowed."""
 
@@ -179,14 +180,14 @@ class Config:
         if self.EPOCHS == 0 and not self.CHECKPOINT:
             raise ValueError("EPOCHS = 0 trains nothing: name a trained model with CHECKPOINT, or train")
 
-    def _check(self, item: dataclasses.Field, value: object) -> None:
+    def _check(self, item: dataclasses.Field, value: Any) -> None:
         if item.type is float and type(value) in (int, str):  # YAML reads 1e-4 as text
             with contextlib.suppress(ValueError):
                 value = float(value)
         if item.type is list and type(value) is str:  # -p METHODS FaceSwap
             value = [value]
         if type(value) is not item.type or (item.type is list and not all(isinstance(part, str) for part in value)):
-            wanted = "list of str" if item.type is list else item.type.__name__
+            wanted = "list of str" if item.type is list else getattr(item.type, "__name__", "")
             raise TypeError(f"{item.name} = {value!r} is {type(value).__name__}, not {wanted}")
         object.__setattr__(self, item.name, value)
         low, high = item.metadata.get("low"), item.metadata.get("high")

@@ -19,12 +19,14 @@ import threading
 import unicodedata
 import warnings
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import matplotlib
@@ -43,7 +45,8 @@ SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
 VIDEO_COLUMNS = ("path", "label", "method", "split", "dataset", "original", "group")  # of the table of videos
 CLIP_COLUMNS = ("clip_file", "face_share", "distinct_frames")  # and of what the cache adds to it
 CLASSES = {"real": 0, "0": 0, "fake": 1, "1": 1}
-EVERY_CLASS = dict.fromkeys(("train", "val", "test"), (0, 1))  # what a run needs: in each split, which labels
+# what a run needs: in each split, which labels
+EVERY_CLASS: dict[str, tuple[int, ...]] = dict.fromkeys(("train", "val", "test"), (0, 1))
 FF_METHODS = ("Deepfakes", "Face2Face", "FaceShifter", "FaceSwap", "NeuralTextures", "DeepFakeDetection")
 FF_REAL = dict.fromkeys(("original", "youtube", "actors"), "real")
 
@@ -53,7 +56,9 @@ def videos_below(folder: Path) -> list[Path]:
 
     A folder that cannot be read, or is named like a video and holds none, is listed too: a loss to be reported.
     """
-    found, closed, entered = [], [], set()
+    found: list[Path] = []
+    closed: list[OSError] = []
+    entered = set()
     for where, folders, names in os.walk(folder, followlinks=True, onerror=closed.append):
         folders[:] = sorted(name for name in folders if name[0] != ".")
         if (place := os.path.realpath(where)) in entered:
@@ -518,7 +523,8 @@ def limit_videos(videos: pd.DataFrame, per_class: int, seed: int) -> pd.DataFram
     kept: list[int] = []
     for label in (0, 1):
         rest = even_quotas(per_class - equal.sum(), sizes[label] - equal)
-        wanted, given = Counter(), Counter()
+        wanted: dict[str, float] = defaultdict(float)
+        given = Counter[str]()
         alone = (label == 1) & ~videos.original.isin(videos.original[kept])
         keys = pd.DataFrame({"alone": alone, "turn": turn, "rank": rank})
         for dataset, quota in equal.items():
@@ -530,7 +536,7 @@ def limit_videos(videos: pd.DataFrame, per_class: int, seed: int) -> pd.DataFram
                     wanted[name] += count * len(queue) / len(ranked)
                 for _ in range(count):
                     claims = {n: (given[n] == 0, wanted[n] - given[n]) for n, queue in queues.items() if queue}
-                    name = max(claims, key=claims.get)
+                    name = max(claims, key=claims.__getitem__)
                     kept.append(queues[name].pop())
                     given[name] += 1
     return videos.loc[kept].sort_index().reset_index(drop=True)
@@ -538,7 +544,7 @@ def limit_videos(videos: pd.DataFrame, per_class: int, seed: int) -> pd.DataFram
 
 def even_quotas(total: int, available: pd.Series) -> dict[str, int]:
     """Divide `total` evenly by name, nowhere more than is `available`; what a small one leaves goes to the others."""
-    quotas = {}
+    quotas: dict[str, int] = {}
     for place, (size, name) in enumerate(sorted((int(size), name) for name, size in available.items())):
         quotas[name] = min(size, (total - sum(quotas.values())) // (len(available) - place))
     return quotas
@@ -681,7 +687,7 @@ def follow_face(found: list[np.ndarray]) -> list[int | None]:
     return [best.get(t) for t in range(len(found))]
 
 
-def find_face(frames: list[np.ndarray], detector: torch.nn.ModuleList | None) -> tuple[np.ndarray, np.ndarray, float]:
+def find_face(frames: list[np.ndarray], detector: Iterable[Any] | None) -> tuple[np.ndarray, np.ndarray, float]:
     """The face of a clip: boxes (T, 4) and landmarks (T, 5, 2) in pixels, and the share of frames that show it.
 
     Without any face, or without a detector, the boxes and landmarks are NaN and the share is 0.
@@ -781,7 +787,7 @@ class ClipSettings:
     margin: float
 
     @classmethod
-    def of(cls, config: Config) -> "ClipSettings":
+    def of(cls, config: Config | SimpleNamespace) -> "ClipSettings":
         frames = config.FRAMES_PER_VIDEO * config.CLIPS_PER_VIDEO
         return cls(frames, config.CLIP_SECONDS, config.IMAGE_SIZE, config.FACE_CROP, config.FACE_MARGIN)
 
@@ -802,7 +808,7 @@ class Clip:
     positions: np.ndarray
 
 
-def make_clip(path: Path, settings: ClipSettings, detector: torch.nn.Module | None) -> Clip:
+def make_clip(path: Path, settings: ClipSettings, detector: torch.nn.ModuleList | None) -> Clip:
     """Decode, crop and resize one video. Raises VideoError with the reason if it cannot be used."""
     frames, positions = read_frames(path, settings.frames, settings.seconds)
     height, width = frames[0].shape[:2]
@@ -837,7 +843,7 @@ def is_intact(file: Path) -> bool:
         return False
 
 
-def cached_clip(path: Path, settings: ClipSettings, cache_dir: Path, detector: torch.nn.Module | None) -> dict:
+def cached_clip(path: Path, settings: ClipSettings, cache_dir: Path, detector: torch.nn.ModuleList | None) -> dict:
     """Make sure that a video's clip is in the cache; returns what the tables say of it."""
     try:
         file = clip_file(path, settings, cache_dir)
@@ -873,7 +879,7 @@ def require_space(videos: pd.DataFrame, settings: ClipSettings, cache_dir: Path)
 
 
 def cache_clips(
-    videos: pd.DataFrame, settings: ClipSettings, cache_dir: Path, detector: torch.nn.Module | None, workers: int
+    videos: pd.DataFrame, settings: ClipSettings, cache_dir: Path, detector: torch.nn.ModuleList | None, workers: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Make the clips of all videos, several at a time in threads (OpenCV decodes outside Python's lock).
 
@@ -926,7 +932,7 @@ FACE_CENTRE, FACE_AXES = (265, 236), (76, 92)  # of the face in the portrait, in
 def load_portrait() -> np.ndarray:
     """Grace Hopper by James S. Davis, 1984 (public domain), as BGR float32 (600, 512, 3) in 0..1."""
     file = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
-    portrait = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_COLOR)  # imread fails on some Windows paths
+    portrait: Any = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_COLOR)  # imread fails on some Windows paths
     return portrait.astype(np.float32) / 255
 
 
@@ -1001,7 +1007,7 @@ def demo_frames(portrait: np.ndarray, number: int, method: str, seed: int) -> li
 
     own = np.random.default_rng([seed, number, 1 + ("real", *DEMO_METHODS).index(method)])
     pictures = [person] * count if method == "real" else manipulated(person, portrait, method, count, own)
-    frames = []
+    frames: list[Any] = []
     for t, picture in enumerate(pictures):
         pose = cv2.getRotationMatrix2D(FACE_CENTRE, angle[t], zoom[t])
         pose[:, 2] += (x[t] - FACE_CENTRE[0], y[t] - FACE_CENTRE[1])
@@ -1019,7 +1025,7 @@ def demo_frames(portrait: np.ndarray, number: int, method: str, seed: int) -> li
 def write_video(file: Path, frames: list[np.ndarray], fps: float) -> None:
     """Write BGR frames as MPEG-4; raises OSError where OpenCV cannot."""
     with replacing(file) as partial_file:
-        writer = cv2.VideoWriter(str(partial_file), cv2.VideoWriter_fourcc(*"mp4v"), fps, frames[0].shape[1::-1])
+        writer = cv2.VideoWriter(str(partial_file), cv2.VideoWriter.fourcc(*"mp4v"), fps, frames[0].shape[1::-1])
         if not writer.isOpened():
             raise OSError(f"OpenCV {cv2.__version__} cannot write {partial_file}: no MPEG-4 encoder, or no room")
         for frame in frames:

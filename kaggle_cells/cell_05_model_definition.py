@@ -160,7 +160,7 @@ def choose_trainable(backbone: nn.Module, which: str) -> None:
             weight.requires_grad_(learns)
 
 
-class Recomputed:
+class Recomputed(nn.Module):
     """Mixed into a block: its activations are not kept for the backward pass but computed a second time."""
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -296,7 +296,7 @@ def build_model(config: Config | SimpleNamespace) -> DeepfakeDetector:
     return model.to(memory_format=torch.channels_last)
 
 
-def load_detector(path: Path, device: str = "cpu") -> tuple[DeepfakeDetector, dict]:
+def load_detector(path: Path, device: str | torch.device = "cpu") -> tuple[DeepfakeDetector, dict]:
     """A trained model, ready to score, and everything else its file holds: config, threshold, temperature, ...
 
     The probability of a clip is `sigmoid(model(normalize(to_float(clips))).logit / temperature)`.

@@ -86,6 +86,8 @@ class WeightAverage(nn.Module):
     """The running mean of a network's weights and statistics, after each step: of all steps while they are few, then
     exponential with `decay`. Unlike torch's AveragedModel it never makes the CPU wait for the GPU."""
 
+    steps: torch.Tensor
+
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__()
         self.module, self.decay = copy.deepcopy(model).requires_grad_(False), decay
@@ -98,7 +100,7 @@ class WeightAverage(nn.Module):
     def update(self, model: nn.Module) -> None:
         """Take in the weights of `model` as they are now."""
         self.steps += 1
-        share = (1 / self.steps).clamp(min=1 - self.decay)
+        share = self.steps.reciprocal().clamp(min=1 - self.decay)
         own, theirs = (itertools.chain(network.parameters(), network.buffers()) for network in (self.module, model))
         for mean, value in zip(own, theirs, strict=True):
             if mean.is_floating_point():
@@ -218,7 +220,7 @@ def run_to_resume(checkpoint: Path, settings: dict, attached: Iterable[Path] = (
             print(f"{file} is not gone on from, since it comes from other settings:\n  " + "\n  ".join(changed))
         else:
             epochs[file] = peek(file)["epoch"]
-    return max(epochs, key=epochs.get, default=None)
+    return max(epochs, key=epochs.__getitem__, default=None)
 
 
 def attached_checkpoints(inputs: Path = Path("/kaggle/input")) -> list[Path]:

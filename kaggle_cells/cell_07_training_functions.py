@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -76,8 +76,8 @@ class LossScaler(torch.amp.GradScaler):
         self.scales = precision == torch.float16
         super().__init__(device.type, init_scale=2.0**16 if self.scales else 1.0)
 
-    def update(self) -> None:
-        super().update(None if self.scales else 1.0)
+    def update(self, new_scale: float | torch.Tensor | None = None) -> None:
+        super().update(new_scale if self.scales else 1.0)
 
 
 # %% [markdown]
@@ -88,8 +88,8 @@ class LossScaler(torch.amp.GradScaler):
 # %%
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device, or one of its libraries, has asked for memory in vain."""
-    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
-    signs += ("unable to find an engine to execute",)  # cuDNN, without room for its workspace
+    signs = ["out of memory", "can't allocate memory", "ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED"]
+    signs += ["unable to find an engine to execute"]  # cuDNN, without room for its workspace
     return isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
@@ -258,14 +258,14 @@ class Scores:
 
 
 class Part(NamedTuple):
-    """What one batch gave for each of its clips, (B,) or (B, T)."""
+    """What one batch gave for each of its clips, (B,) or (B, T): tensors, or NumPy arrays once it is `joined`."""
 
-    losses: torch.Tensor
-    logits: torch.Tensor
-    labels: torch.Tensor
-    rows: torch.Tensor
-    frame_logits: torch.Tensor
-    attention: torch.Tensor
+    losses: Any
+    logits: Any
+    labels: Any
+    rows: Any
+    frame_logits: Any
+    attention: Any
 
 
 def part_of(output: Output, loss: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor) -> Part:
@@ -340,6 +340,7 @@ def train_one_epoch(
     parts: list[Part] = []
     waiting: list[torch.Tensor] = []  # loss and gradient norm of the steps that nobody has looked at yet
     losses: list[float] = []  # of the others
+    dataset: Any = loader.dataset
     skipped = 0
     for step, (clips, landmarks, labels, rows) in enumerate(device_batches(loader, device), 1):
         trainer.warm_up(epoch - 1 + step / len(loader))
@@ -353,7 +354,7 @@ def train_one_epoch(
                 losses.append(step_loss)
                 skipped += not math.isfinite(step_norm)
                 if trainer.one_too_many(step_loss, step_norm):
-                    names = ", ".join(loader.dataset.name(row) for row in parts[len(losses) - 1].rows.tolist())
+                    names = ", ".join(dataset.name(row) for row in parts[len(losses) - 1].rows.tolist())
                     scale = trainer.scaler.get_scale()
                     raise FloatingPointError(
                         f"epoch {epoch}, step {len(losses)}: step {BAD_STEPS} in a row that is not finite. Loss "
@@ -386,7 +387,8 @@ def validate(
     Raises FloatingPointError if the loss is not finite even then.
     """
     model.eval()
-    started, network = time.perf_counter(), unwrapped(model)
+    started = time.perf_counter()
+    network: Any = unwrapped(model)
     has_blends = any(row < 0 for row in loader.sampler)
 
     def score() -> Scores:
@@ -442,16 +444,16 @@ def join_processes(device: torch.device) -> None:
         raise RuntimeError(f"{PROCESSES} processes, but only {len(kinds)} of them have a usable GPU of their own")
 
 
-def gathered(value: object) -> list:
+def gathered(value: Any) -> list:
     """The values of all processes, in the order of their ranks."""
     if PROCESSES == 1:
         return [value]
-    values = [None] * PROCESSES
+    values: list[Any] = [None] * PROCESSES
     dist.all_gather_object(values, value)
     return values
 
 
-def from_first(value: object) -> object:
+def from_first(value: Any) -> Any:
     """The value that the first process has, in all of them."""
     if PROCESSES == 1:
         return value
@@ -478,6 +480,11 @@ class SumOverProcesses(torch.autograd.Function):
 
 class SyncBatchNormCPU(nn.BatchNorm2d):
     """What nn.SyncBatchNorm does on GPUs, for processes with equal shares of a batch on CPUs."""
+
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
+    momentum: float
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if not self.training:

@@ -10,12 +10,13 @@
 # %%
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import matplotlib.pyplot as plt
@@ -168,7 +169,7 @@ def auc_with_interval(labels: np.ndarray, chances: np.ndarray, groups: np.ndarra
 
 
 def metrics_by(
-    column: str, table: pd.DataFrame, threshold: float, never_trained_on: set[str] = frozenset()
+    column: str, table: pd.DataFrame, threshold: float, never_trained_on: Collection[str] = ()
 ) -> pd.DataFrame:
     """A row for each manipulation, against all real videos; or for each dataset, against its own.
 
@@ -244,6 +245,7 @@ def measure_robustness(model: DeepfakeDetector, table: pd.DataFrame, loader: Dat
     by_kind = table.sort_values(["label", "method"], kind="stable")
     chosen = by_kind.iloc[np.linspace(0, len(by_kind) - 1, min(videos, len(by_kind))).round().astype(int)]
     device, rows = next(model.parameters()).device, []
+    dataset: Any = loader.dataset
     changes = [
         (name, change, strength)
         for name, (change, strengths) in DEGRADATIONS.items()
@@ -253,7 +255,7 @@ def measure_robustness(model: DeepfakeDetector, table: pd.DataFrame, loader: Dat
     with tqdm(changes, desc="robustness", leave=False, disable=NO_BARS) as bar:
         for name, change, strength in [("none", None, None), *bar]:
             if change:
-                data = ClipDataset(chosen, loader.dataset.workers, partial(change_frames, change, strength))
+                data = ClipDataset(chosen, dataset.workers, partial(change_frames, change, strength))
                 again = DataLoader(data, loader.batch_size, pin_memory=loader.pin_memory)
                 scored = validate(model, again, nn.BCEWithLogitsLoss(), device, title=name).logits
             else:
@@ -288,7 +290,7 @@ def heat_maps(model: DeepfakeDetector, clips: torch.Tensor) -> tuple[torch.Tenso
     """
     maps: list[torch.Tensor] = []
 
-    def keep(module: nn.Module, inputs: tuple, output: object) -> None:
+    def keep(module: nn.Module, inputs: tuple, output: Any) -> None:
         side = output.shape[-1] if isinstance(output, torch.Tensor) and output.ndim == 4 else 0
         if side and side == output.shape[-2] and 16 * side >= clips.shape[-1]:
             maps[:] = [output]
@@ -316,7 +318,7 @@ def heat_maps(model: DeepfakeDetector, clips: torch.Tensor) -> tuple[torch.Tenso
 # %%
 REAL_COLOUR, FAKE_COLOUR = "#0072B2", "#D55E00"
 WIDTH = 7  # inches; with letters of 12 points it can be read on a phone
-STYLE = {
+STYLE: Any = {
     "figure.constrained_layout.use": True,
     "figure.dpi": 110,
     "axes.spines.top": False,
@@ -328,6 +330,7 @@ STYLE = {
     "legend.frameon": False,
     "font.size": 12,
 }
+styled: Any = plt.rc_context(STYLE)  # decorates the functions that draw
 
 
 def save_figure(figure: Figure, file: Path, shown: DisplayHandle | None = None) -> DisplayHandle | None:
@@ -351,7 +354,7 @@ def show_row(axes: np.ndarray, name: str, images: np.ndarray) -> None:
     axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
 
 
-@plt.rc_context(STYLE)
+@styled
 def plot_samples(table: pd.DataFrame, per_clip: int = 5) -> Figure:
     """One clip of each method, up to `per_clip` of its different frames in a row."""
     firsts = table.sort_values(["label", "method", "path"]).groupby("method", sort=False).head(1)
@@ -364,15 +367,15 @@ def plot_samples(table: pd.DataFrame, per_clip: int = 5) -> Figure:
     return figure
 
 
-@plt.rc_context(STYLE)
+@styled
 def plot_self_blends(table: pd.DataFrame, seed: int, clips: int = 5) -> Figure:
     """A frame of up to `clips` real clips, the mask of a self-blend that training could make of it, and that."""
     reals = ClipDataset(table[table.label == 0].iloc[:clips])
     frames, landmarks, *_ = map(list, zip(*(reals[row] for row in range(len(reals))), strict=True))
     middle = slice(len(frames[0]) // 2, len(frames[0]) // 2 + 1)  # the one frame that is shown
-    frames, landmarks = torch.stack(frames)[:, middle], torch.stack(landmarks)[:, middle]
-    real, draws = to_float(frames).repeat_interleave(2, dim=0), PairDraws(torch.device("cpu"), [seed])
-    fake, masks = self_blend(real, landmarks.repeat_interleave(2, dim=0), draws)
+    twice = [torch.stack(part)[:, middle].repeat_interleave(2, dim=0) for part in (frames, landmarks)]
+    real, draws = to_float(twice[0]), PairDraws(torch.device("cpu"), [seed])
+    fake, masks = self_blend(real, twice[1], draws)
     pictures = {"real": real[::2, 0].movedim(1, -1), "mask": masks[::2, 0], "self-blend": fake[::2, 0].movedim(1, -1)}
     figure, axes = plt.subplots(3, len(reals), figsize=(WIDTH, 3.5), squeeze=False)
     for row, (name, images) in zip(axes, pictures.items(), strict=True):
@@ -380,7 +383,7 @@ def plot_self_blends(table: pd.DataFrame, seed: int, clips: int = 5) -> Figure:
     return figure
 
 
-@plt.rc_context(STYLE)
+@styled
 def plot_history(history: pd.DataFrame) -> Figure:
     """Losses and AUCs by epoch, the best epoch marked."""
     best = history.loc[history.best].iloc[-1]
@@ -399,7 +402,7 @@ def plot_history(history: pd.DataFrame) -> Figure:
     return figure
 
 
-@plt.rc_context(STYLE)
+@styled
 def plot_confusion(labels: np.ndarray, chances: np.ndarray, threshold: float) -> Figure:
     """Counts and shares of what was called what."""
     counts = skm.confusion_matrix(labels, (chances >= threshold).astype(int), labels=[0, 1])
@@ -416,7 +419,7 @@ def plot_confusion(labels: np.ndarray, chances: np.ndarray, threshold: float) ->
     return figure
 
 
-@plt.rc_context(STYLE)
+@styled
 def plot_curves(table: pd.DataFrame, threshold: float, auc: Interval) -> Figure:
     """ROC and precision-recall curves with the threshold marked, of a table with label, method and probability.
 
@@ -434,7 +437,8 @@ def plot_curves(table: pd.DataFrame, threshold: float, auc: Interval) -> Figure:
     single.set_label("single methods")
     axes[0].plot(*skm.roc_curve(labels, chances)[:2], color=FAKE_COLOUR)
     axes[0].plot([0, 1], [0, 1], color="0.5", linestyle=":")
-    axes[0].plot(1 - metrics["specificity"], metrics["recall"], "o", color="black", label=f"threshold {threshold:.2f}")
+    false_alarms = np.mean(chances[labels == 0] >= threshold)
+    axes[0].plot(false_alarms, metrics["recall"], "o", color="black", label=f"threshold {threshold:.2f}")
     axes[0].set(xlabel="reals called fake", ylabel="fakes found", title=f"AUC {in_words(metrics['auc_roc'], auc)}")
     axes[0].legend(loc="lower right", fontsize=10)
     precision, recall, _ = skm.precision_recall_curve(labels, chances)
@@ -447,7 +451,7 @@ def plot_curves(table: pd.DataFrame, threshold: float, auc: Interval) -> Figure:
     return figure
 
 
-@plt.rc_context(STYLE)
+@styled
 def plot_scores(table: pd.DataFrame, threshold: float) -> Figure:
     """Every probability as a dot, a row a method: where the two classes overlap."""
     methods = ["real", *sorted(table.method[table.label == 1].unique())]
@@ -467,7 +471,7 @@ def plot_scores(table: pd.DataFrame, threshold: float) -> Figure:
     return figure
 
 
-@plt.rc_context(STYLE)
+@styled
 def plot_calibration(labels: np.ndarray, chances: np.ndarray) -> Figure:
     """How many of the videos with about the same P(fake) are fake, with 95 % intervals (Wilson's), and how many are."""
     bins = np.minimum((10 * chances).astype(int), 9)
@@ -486,12 +490,12 @@ def plot_calibration(labels: np.ndarray, chances: np.ndarray) -> Figure:
     below.hist(both, edges, stacked=True, color=[REAL_COLOUR, FAKE_COLOUR], label=["real", "fake"])
     below.set(xlabel="P(fake)", ylabel="videos")
     below.legend(fontsize=10)
-    ece = compute_metrics(labels, chances, 0.5)["ece"]
+    ece = compute_metrics(labels, chances, 0.5)["ece"] or 0.0
     ax.set_title(f"P(fake) is off by {100 * ece:.0f} points on average (ECE)")
     return figure
 
 
-@plt.rc_context(STYLE)
+@styled
 def plot_robustness(table: pd.DataFrame) -> Figure:
     """The AUC after each degradation, by its strength, with that of the intact clips among them."""
     intact, changed = table.iloc[0], table.iloc[1:]
@@ -542,7 +546,7 @@ def pick_examples(table: pd.DataFrame, threshold: float) -> pd.DataFrame:
     return surest.sort_values(["correct", "label"], ascending=False)
 
 
-@plt.rc_context(STYLE)
+@styled
 def plot_explanations(examples: pd.DataFrame, model: DeepfakeDetector, temperature: float, shown: int = 6) -> Figure:
     """Frames in order, heat maps, and a line of frame scores over bars of attention, for each row of `examples`.
 
@@ -556,7 +560,7 @@ def plot_explanations(examples: pd.DataFrame, model: DeepfakeDetector, temperatu
     hottest = max(float(heat.max()) for heat, _ in found) or 1.0
     frames, rows = len(clips[0]), len(examples)
     shown = min(shown, frames)
-    figure = plt.figure(figsize=(WIDTH, 4.3 * rows))
+    figure: Any = plt.figure(figsize=(WIDTH, 4.3 * rows))
     for part, clip, (heat, output), (_, example) in zip(
         np.atleast_1d(figure.subfigures(rows, 1)), clips, found, examples.iterrows(), strict=True
     ):
@@ -584,7 +588,7 @@ def plot_explanations(examples: pd.DataFrame, model: DeepfakeDetector, temperatu
     return figure
 
 
-@plt.rc_context(STYLE)
+@styled
 def plot_mistakes(table: pd.DataFrame, threshold: float, most: int = 9) -> Figure:
     """The middle frame of the most confident errors, with what they are and what they were called."""
     wrong = surest_first(table[~table.correct], threshold)
@@ -634,7 +638,7 @@ class Predictor:
 
     model: nn.Module
     settings: ClipSettings
-    face_detector: nn.Module | None
+    face_detector: nn.ModuleList | None
     temperature: float = 1.0
     threshold: float = 0.5
 
@@ -668,6 +672,7 @@ class Predictor:
 
         def prepare(path: Path) -> tuple[Path, Clip | str, float]:
             started = time.perf_counter()
+            clip: Clip | str
             try:
                 clip = make_clip(path, self.settings, self.face_detector)
             except (VideoError, cv2.error) as error:

@@ -7,6 +7,7 @@
 
 # %%
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -23,10 +24,8 @@ DEVICE = torch.device(ENVIRONMENT.device)
 PRECISION = amp_dtype(CONFIG.AMP, DEVICE)
 if RANK == 0:  # the first process prepares the data; others, if there are any, wait in `join_processes`
     from cell_09_data_preparation import SPLIT_TABLES
-else:
-    SPLIT_TABLES = None
 join_processes(DEVICE)
-SPLIT_TABLES = from_first(SPLIT_TABLES)
+SPLIT_TABLES = from_first(SPLIT_TABLES if RANK == 0 else None)
 
 RUN_SETTINGS = run_settings(CONFIG, pd.concat(SPLIT_TABLES.values()))
 
@@ -47,7 +46,9 @@ if CONFIG.EPOCHS and not BATCH_SIZE_USED:
 
 pinned = DEVICE.type == "cuda"
 datasets = {name: ClipDataset(table, CONFIG.NUM_WORKERS) for name, table in SPLIT_TABLES.items()}
-TRAIN_BATCHES, TRAIN_LOADER, scored_at_once = None, [], 8 * max(1, len(ENVIRONMENT.gpus))
+scored_at_once = 8 * max(1, len(ENVIRONMENT.gpus))
+TRAIN_BATCHES: Any = None
+TRAIN_LOADER: Any = []
 if CONFIG.EPOCHS:
     TRAIN_BATCHES = PairBatches(
         SPLIT_TABLES["train"],

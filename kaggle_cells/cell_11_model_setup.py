@@ -6,6 +6,8 @@
 # change the result must be the same then.
 
 # %%
+from typing import Any
+
 import pandas as pd
 import torch
 from IPython.display import display
@@ -40,14 +42,13 @@ choose_trainable(MODEL.backbone, CONFIG.TRAINABLE)
 MODEL.to(DEVICE)
 MODEL.precision = PRECISION
 
+PARALLEL_MODEL: nn.Module = MODEL
 if PROCESSES > 1:
     synchronise_batch_norm(MODEL, DEVICE)
     devices = [DEVICE] if DEVICE.type == "cuda" else None
     PARALLEL_MODEL = nn.parallel.DistributedDataParallel(MODEL, devices, gradient_as_bucket_view=True)
 elif len(ENVIRONMENT.gpus) > 1:
     PARALLEL_MODEL = nn.DataParallel(MODEL, ENVIRONMENT.gpu_ids)
-else:
-    PARALLEL_MODEL = MODEL
 if CONFIG.COMPILE and isinstance(PARALLEL_MODEL, nn.DataParallel):
     print("COMPILE is left out: DataParallel cannot use it, torchrun can (section 12).")
 elif CONFIG.COMPILE:
@@ -56,7 +57,7 @@ elif CONFIG.COMPILE:
 AVERAGE = WeightAverage(MODEL, CONFIG.EMA_DECAY) if CONFIG.EMA_DECAY else None
 CRITERION = build_loss(CONFIG)
 backbone_rate = CONFIG.LEARNING_RATE * (1.0 if WEIGHTS_ORIGIN.startswith("random") else CONFIG.BACKBONE_LR)
-weights_by_rate = {CONFIG.LEARNING_RATE: [], backbone_rate: []}
+weights_by_rate: dict[float, list] = {CONFIG.LEARNING_RATE: [], backbone_rate: []}
 for name, weight in MODEL.named_parameters():
     if weight.requires_grad:
         weights_by_rate[backbone_rate if name.startswith("backbone.") else CONFIG.LEARNING_RATE].append(weight)
@@ -75,7 +76,13 @@ TRAINER = Trainer(
     AVERAGE,
     CONFIG.WARMUP_EPOCHS,
 )
-RESUMABLE = {"model": MODEL, "optimizer": OPTIMIZER, "scheduler": SCHEDULER, "scaler": SCALER, "stopper": STOPPER}
+RESUMABLE: dict[str, Any] = {
+    "model": MODEL,
+    "optimizer": OPTIMIZER,
+    "scheduler": SCHEDULER,
+    "scaler": SCALER,
+    "stopper": STOPPER,
+}
 if AVERAGE is not None:
     RESUMABLE["average"] = AVERAGE
 HISTORY: list[dict] = []

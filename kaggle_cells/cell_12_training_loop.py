@@ -32,6 +32,7 @@ from cell_10_data_loaders import (
     DEVICE,
     PRECISION,
     RUN_SETTINGS,
+    SPLIT_TABLES,
     TEST_LOADER,
     TRAIN_BATCHES,
     TRAIN_LOADER,
@@ -63,7 +64,7 @@ curves = None
 if HISTORY and RANK == 0:  # of earlier sessions
     save_csv(pd.DataFrame(HISTORY), HISTORY_FILE)
     curves = save_figure(plot_history(pd.DataFrame(HISTORY)), CURVES_FILE)
-test_share = min(1, CONFIG.ROBUSTNESS / max(1, len(TEST_LOADER.dataset)))
+test_share = min(1, CONFIG.ROBUSTNESS / max(1, len(SPLIT_TABLES["test"])))
 test_passes = 2 + DEGRADED_PASSES * test_share  # the test itself, figures and explanations, robustness
 slowest_epoch, test_seconds = HISTORY[-1]["seconds"] if HISTORY else 0.0, 0.0
 

@@ -9,6 +9,7 @@
 import dataclasses
 import json
 import time
+from typing import Any
 
 import pandas as pd
 from IPython.display import Markdown, display
@@ -43,7 +44,7 @@ def records(table: pd.DataFrame) -> list[dict]:
 
 
 counts = VIDEOS.groupby(["split", "label"]).size()
-results = {
+results: dict[str, Any] = {
     "format": 2,
     "config": dataclasses.asdict(CONFIG),
     "environment": dataclasses.asdict(ENVIRONMENT),

@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import cv2
 import numpy as np
@@ -62,7 +63,7 @@ def table(reals: int, fakes_each: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["label", "group"]).assign(original=lambda t: t.group)
 
 
-def epoch_of(rows: pd.DataFrame, batch: int = 2, seed: int = 1, epoch: int = 0, **share: int) -> list[int]:
+def epoch_of(rows: pd.DataFrame, batch: int = 2, seed: int = 1, epoch: int = 0, **share: Any) -> list[int]:
     batches = cell.PairBatches(rows, batch, seed, **share)
     batches.set_epoch(epoch)
     return [row for batch in batches for row in batch]

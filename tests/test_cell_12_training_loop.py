@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -45,7 +46,7 @@ def checkpoint(folder: Path) -> dict:
     return torch.load(folder / "models" / "last_checkpoint.pth", weights_only=True)
 
 
-def flat(value: object, name: str = "") -> dict[str, object]:
+def flat(value: Any, name: str = "") -> dict[str, Any]:
     """The leaves of nested dicts and lists, without times."""
     if isinstance(value, (dict, list)):
         items = value.items() if isinstance(value, dict) else enumerate(value)

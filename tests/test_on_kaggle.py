@@ -48,7 +48,7 @@ def make_wheel(folder: Path) -> None:
     folder.mkdir(parents=True)
     installed = importlib.metadata.distribution("facenet-pytorch")
     with zipfile.ZipFile(folder / f"facenet_pytorch-{installed.version}-py3-none-any.whl", "w") as wheel:
-        for file in installed.files:
+        for file in installed.files or []:
             if file.suffix != ".pyc" and file.name not in ("INSTALLER", "REQUESTED", "direct_url.json"):
                 wheel.write(file.locate(), str(file))
 
@@ -83,10 +83,14 @@ class Kaggle:
         dropped = ("TQDM_DISABLE", "PYTHONPATH", "JUPYTER_PATH")
         environment = {name: value for name, value in os.environ.items() if name not in dropped}
         environment |= {**OFFLINE, "KAGGLE_KERNEL_RUN_TYPE": "Batch", "HOME": str(self.folder)}
-        papermill = [python_without_facenet(self.folder), "-m", "papermill", "../../asked.ipynb", "executed.ipynb"]
+        python: list = [python_without_facenet(self.folder), "-m"]
         done = subprocess.run(
-            [*papermill, "-f", "../../given.yaml"],
-            **dict(cwd=working, env=environment, capture_output=True, text=True, timeout=600),
+            [*python, "papermill", "../../asked.ipynb", "executed.ipynb", "-f", "../../given.yaml"],
+            cwd=working,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
         )
         assert done.returncode == expect, done.stderr[-5000:]
         return Run(working, done.stderr)

@@ -52,6 +52,8 @@ def test_the_parameters_and_files_that_are_named_exist(text):
 
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["English", "Chinese"])
 def test_links_within_the_page_lead_to_headings(text):
-    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in HEADING.findall(outside_code(text))}
+    anchors = {
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in HEADING.findall(outside_code(text))
+    }
     links = re.findall(r"\]\(#([^)]+)\)", text)
     assert links and set(links) <= anchors

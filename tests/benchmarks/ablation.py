@@ -41,7 +41,7 @@ PLAIN = {  # focal loss, plateau scheduler, early stopping, crop, mirror and col
     **{"PAIRS": False, "FRAME_LOSS_WEIGHT": 0.0, "SELF_BLEND": 0.0, "AUGMENTATION": "plain", "EMA_DECAY": 0.0},
     **{"WARMUP_EPOCHS": 0, "LABEL_SMOOTHING": 0.0, "BACKBONE_LR": 1.0, "CLIPS_PER_VIDEO": 1, "MIRROR_TEST": False},
 }
-STEPS = {  # each adds to the one before
+STEPS: dict[str, dict] = {  # each adds to the one before
     "plain": {},
     "frame evidence, pairs": {"FRAME_LOSS_WEIGHT": 0.5, "PAIRS": True},
     "noise, compression": {"AUGMENTATION": "codec"},
@@ -53,7 +53,8 @@ STEPS = {  # each adds to the one before
 
 def recipes() -> dict[str, dict]:
     """The parameters of each recipe, by name."""
-    so_far, cumulative = PLAIN, {}
+    so_far: dict = PLAIN
+    cumulative = {}
     for name, change in STEPS.items():
         so_far = cumulative[name] = {**so_far, **change}
     return cumulative

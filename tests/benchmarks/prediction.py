@@ -47,7 +47,7 @@ def main() -> None:
         CLIPS_PER_VIDEO=given.clips,
         IMAGE_SIZE=given.size,
     )
-    device, workers = torch.device(ENVIRONMENT.device), os.cpu_count()
+    device, workers = torch.device(ENVIRONMENT.device), os.cpu_count() or 1
     model = build_model(config).to(device).eval()
     predictor = Predictor(model, ClipSettings.of(config), load_face_detector(ENVIRONMENT.device))
 
@@ -61,11 +61,14 @@ def main() -> None:
                 os.link(few / f"{number}.mp4", many / f"{number}-{copy}.mp4")
         paths = sorted(few.glob("*.mp4"))
         predictor.predict_video(paths[0])
-        in_turn, together = [], []
-        for _ in range(3):
-            in_turn.append(seconds(lambda: [predictor.predict_video(path) for path in paths]))
-            together.append(seconds(lambda: predictor.predict_folder(few, workers)))
-        in_turn, together = sorted(in_turn)[1], sorted(together)[1]
+        rounds = [
+            (
+                seconds(lambda: [predictor.predict_video(path) for path in paths]),
+                seconds(lambda: predictor.predict_folder(few, workers)),
+            )
+            for _ in range(3)
+        ]
+        in_turn, together = (sorted(times)[1] for times in zip(*rounds, strict=True))
         print(f"{given.videos} videos of {given.resolution}, 10 s, on {device}, {workers} threads:")
         print(f"  one after the other  {given.videos / in_turn:.2f} videos/s")
         print(f"  predict_folder       {given.videos / together:.2f} videos/s, {in_turn / together:.2f} times as fast")

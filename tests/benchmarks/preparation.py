@@ -19,6 +19,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"
@@ -46,6 +47,7 @@ def make_video(file: Path, size: tuple[int, int], number: int, seconds: float = 
     command += ["-s", f"{width}x{height}", "-r", "30", "-i", "-", "-c:v", "libx264", "-preset", "veryfast"]
     command += ["-pix_fmt", "yuv420p", "-g", "240", "-keyint_min", "240", str(file)]
     encoder = subprocess.Popen(command, stdin=subprocess.PIPE)
+    pipe: Any = encoder.stdin
     for index in range(int(30 * seconds)):
         t = index / 30
         left = int((width - face.shape[1]) * (0.5 + 0.2 * np.sin(t + number)))
@@ -53,8 +55,8 @@ def make_video(file: Path, size: tuple[int, int], number: int, seconds: float = 
         frame = np.roll(backdrop, int(20 * t), axis=1)
         frame[top : top + face.shape[0], left : left + face.shape[1]] = face
         frame = cv2.add(frame, noise[index % 5])
-        encoder.stdin.write(frame.tobytes())
-    encoder.stdin.close()
+        pipe.write(frame.tobytes())
+    pipe.close()
     if encoder.wait():
         raise OSError(f"ffmpeg could not write {file}")
 

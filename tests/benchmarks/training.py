@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ["TQDM_DISABLE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kaggle_cells"))
@@ -78,7 +79,7 @@ class PlainDataset(Dataset):
 
 def plain_loop(table: pd.DataFrame, config: Config, batch: int) -> tuple[float, float]:
     """Clips a second and peak GiB of an epoch."""
-    model = build_model(config).to(DEVICE, memory_format=torch.contiguous_format).train()
+    model = build_model(config).to(DEVICE).to(memory_format=torch.contiguous_format).train()
     optimizer, criterion = torch.optim.AdamW(model.parameters(), lr=1e-4), nn.BCEWithLogitsLoss()
     loader = DataLoader(PlainDataset(table, config.IMAGE_SIZE), batch, shuffle=True, drop_last=True, num_workers=2)
     memory = Peak()
@@ -130,7 +131,7 @@ class Ours:
     def warm_up(self) -> float:
         return self.epoch(self.few)
 
-    def epoch(self, loader: DataLoader | FromDevice | None = None) -> float:
+    def epoch(self, loader: Any = None) -> float:
         started = time.perf_counter()
         scores = train_one_epoch(self.trainer, loader or self.loader, DEVICE, PairDraws(DEVICE, [0]), 1, self.config)
         return len(scores.labels) / (time.perf_counter() - started)
