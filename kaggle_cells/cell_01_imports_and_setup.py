@@ -313,6 +313,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def file_size(size: int) -> str:
+    """A number of bytes for people: 12 KiB, 44.1 MiB."""
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{-(-size // 2**10)} KiB"
+
+
 # %% [markdown]
 # Every section below says what it takes from earlier ones with ordinary imports, as the scripts in
 # `kaggle_cells/` do. In a notebook those files need not exist: the bridge answers such an import from what has

@@ -92,6 +92,8 @@ def fit_threshold(chances: np.ndarray, labels: np.ndarray) -> float:
 
 # %%
 DECISIONS = ("accuracy", "balanced_accuracy", "precision", "recall", "specificity", "f1")  # depend on the threshold
+NAMES = {"auc_roc": "AUC-ROC", "auc_pr": "AUC-PR", "eer": "EER", "brier": "Brier score", "ece": "ECE", "f1": "F1"}
+NAMES |= {"tpr_at_1_fpr": "TPR at 1 % FPR", "tpr_at_5_fpr": "TPR at 5 % FPR"}
 RESAMPLINGS = 1000
 Interval = tuple[float | None, float | None]
 
@@ -188,6 +190,11 @@ def metrics_by(
         row |= auc_with_interval(labels, chances, both.group.to_numpy())
         rows.append(row | {key: metrics[key] for key in ("eer", "recall", "specificity")})
     return pd.DataFrame(rows)
+
+
+def metric_name(metric: str) -> str:
+    """A metric's name as the literature writes it."""
+    return NAMES.get(metric, metric.replace("_", " "))
 
 
 def in_words(value: float | None, interval: Interval = (None, None)) -> str:

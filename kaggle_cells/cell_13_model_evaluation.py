@@ -25,6 +25,7 @@ from cell_08_evaluation_functions import (
     compute_metrics,
     in_words,
     measure_robustness,
+    metric_name,
     metrics_by,
     pick_examples,
     plot_calibration,
@@ -70,10 +71,9 @@ if len(PREDICTIONS):
         INTERVALS[name] = bootstrap(labels, chances, threshold, PREDICTIONS.group.to_numpy())
         IN_WORDS[name] = {m: in_words(value, INTERVALS[name][m]) for m, value in METRICS[name].items()}
     fitted, plain = IN_WORDS.values()
-    display(
-        pd.DataFrame({"test set [95 % interval]": {name: fitted[name] for name in fitted if name not in DECISIONS}}),
-        pd.DataFrame({f"threshold {THRESHOLD:.3f}": fitted, "threshold 0.5": plain}).loc[[*DECISIONS]],
-    )
+    both = pd.DataFrame({f"threshold {THRESHOLD:.3f}": fitted, "threshold 0.5": plain})
+    undecided = both.iloc[:, :1].drop(index=[*DECISIONS]).set_axis(["test set [95 % interval]"], axis=1)
+    display(undecided.rename(index=metric_name), both.loc[[*DECISIONS]].rename(index=metric_name))
 
 # %% [markdown]
 # Each manipulation against all real videos of the test set, and each dataset by itself if there are several:

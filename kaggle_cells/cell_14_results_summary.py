@@ -14,10 +14,10 @@ from typing import Any
 import pandas as pd
 from IPython.display import Markdown, display
 
-from cell_01_imports_and_setup import ENVIRONMENT, IN_NOTEBOOK, STARTED, duration
+from cell_01_imports_and_setup import ENVIRONMENT, IN_NOTEBOOK, STARTED, duration, file_size
 from cell_02_global_config import CONFIG
 from cell_03_data_processing import replacing
-from cell_08_evaluation_functions import DECISIONS, in_words
+from cell_08_evaluation_functions import DECISIONS, in_words, metric_name
 from cell_09_data_preparation import DATA_ORIGIN, LEAKING, PREPARATION_SECONDS, SKIPPED, VIDEOS
 from cell_10_data_loaders import BATCH_SIZE_USED, PRECISION
 from cell_11_model_setup import HISTORY, TRAINED_ON, WEIGHTS_ORIGIN
@@ -153,10 +153,10 @@ if METRICS:
         "",
         f"Result: test set of {tested_videos}{unseen}",
         "  Fake is the positive class; in brackets 95 % intervals, from resampled groups.",
-        *(f"  {name.replace('_', ' '):20}{fitted[name]}" for name in fitted if name not in DECISIONS),
+        *(f"  {metric_name(name):20}{fitted[name]}" for name in fitted if name not in DECISIONS),
         "",
         f"  {'':20}{f'threshold {THRESHOLD:.3f}':26}threshold 0.5",
-        *(f"  {name.replace('_', ' '):20}{fitted[name]:26}{plain[name]}" for name in DECISIONS),
+        *(f"  {metric_name(name):20}{fitted[name]:26}{plain[name]}" for name in DECISIONS),
         *(
             f"  undefined, for the test set has no {kind} videos: the metrics that need both"
             for kind in ("real", "fake")
@@ -238,12 +238,11 @@ if HISTORY and 0 < CONFIG.MAX_VIDEOS_PER_CLASS < 1000:
     ideas += [f"more than {CONFIG.MAX_VIDEOS_PER_CLASS} videos a class, and another `SEED`: single runs differ"]
 summary = [*(f"- {line}" for line in achieved), "", "To try next:", "", *(f"- {idea}" for idea in ideas)]
 display(Markdown("\n".join(summary))) if IN_NOTEBOOK else print("\n".join(summary))
-rows = []
+files = {}
 for name, meaning in WHAT_FILES_ARE.items():
     parts = [CONFIG.work_dir / name, *(CONFIG.work_dir / name).rglob("*")]
     if parts[0].exists():
-        mebibytes = sum(part.stat().st_size for part in parts if part.is_file()) / 2**20
-        rows.append({"file": name, "what it is": meaning, "MiB": f"{mebibytes:.2f}"})
+        files[name] = {"": meaning, "size": file_size(sum(part.stat().st_size for part in parts if part.is_file()))}
 with pd.option_context("display.max_colwidth", None, "display.width", 120):
-    display(pd.DataFrame(rows).set_index("file"))
+    display(pd.DataFrame.from_dict(files, orient="index"))
 print("Everything is below", CONFIG.work_dir.resolve())

@@ -86,6 +86,10 @@ def test_times_are_for_people(seconds, words):
     assert cell.duration(seconds) == words
 
 
+def test_sizes_are_for_people():
+    assert [cell.file_size(size) for size in (0, 1, 1025, 46_242_201)] == ["0 KiB", "1 KiB", "2 KiB", "44.1 MiB"]
+
+
 def test_the_bridge_finds_names_of_main_and_otherwise_names_the_cell_to_run(monkeypatch):
     import __main__
 
