@@ -12,22 +12,19 @@
 # decides which of them matter, and answers with one probability.
 #
 # ```
-#  video
-#    │   16 frames of 8 seconds; found, cut out and cached once
-#    ▼
-#  face crops     16 x 160 x 160 pixels
-#    │
-#    ▼
-#  ResNet50       2048 numbers a frame ─────┐
-#    │                                      │
-#    ▼                                      ▼
-#  BiLSTM         frames in order         a score for
-#    │                                    every frame
-#    ▼                                      │
-#  self-attention frames compared           │
-#    │                                      │
-#    ▼                                      │
-#  mean, spread ────────▶ P(fake) ◀─────────┘
+# video
+#   │  16 frames of 8 seconds
+#   ▼
+# face crops, 160 x 160
+#   ▼
+# ResNet50 ───────────┐
+#   ▼                 ▼
+# BiLSTM          a score for
+#   ▼             each frame
+# self-attention      │
+#   ▼                 │
+# mean, spread        │
+#   └───▶ P(fake) ◀───┘
 # ```
 #
 # **Run it** from top to bottom. On Kaggle, choose *Settings ▸ Accelerator ▸ GPU T4 x2* and attach a dataset

@@ -10,8 +10,19 @@
 #
 # ```
 # clip (B, T, 3, S, S)
-#   └─ backbone ─▶ (B, T, C) ─┬─▶ BiLSTM ─▶ self-attention ─▶ mean, spread ─▶ dropout ─▶ linear ─┐
-#                             └─▶ dropout ─▶ linear: a logit a frame ─▶ mean over T ─────────────┴─▶ logit
+#   ▼
+# backbone (B, T, C) ──┐
+#   ▼                  ▼
+# BiLSTM (B, T, 2H)   linear: a logit
+#   ▼                 a frame, (B, T)
+# self-attention       │
+#   ▼                  ▼
+# mean, spread        mean over T
+#   ▼                  │
+# linear               │
+#   └──────▶ + ◀───────┘
+#            ▼
+#        logit (B,)
 # ```
 
 # %%

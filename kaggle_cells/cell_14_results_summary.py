@@ -242,7 +242,8 @@ files = {}
 for name, meaning in WHAT_FILES_ARE.items():
     parts = [CONFIG.work_dir / name, *(CONFIG.work_dir / name).rglob("*")]
     if parts[0].exists():
-        files[name] = {"": meaning, "size": file_size(sum(part.stat().st_size for part in parts if part.is_file()))}
+        size = sum(part.stat().st_size for part in parts if part.is_file())
+        files[name] = {"size": file_size(size), "": meaning}
 with pd.option_context("display.max_colwidth", None, "display.width", 120):
     display(pd.DataFrame.from_dict(files, orient="index"))
 print("Everything is below", CONFIG.work_dir.resolve())
