@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent
 CELLS = ROOT / "kaggle_cells"
 NOTEBOOK = ROOT / "notebooks" / "deepfake_detection.ipynb"
 PARAMETER_SETS = ROOT / "notebooks" / "params"
+FORMAT = {"extension": ".py", "format_name": "percent", "comment_magics": False}  # a comment stays one: # %matplotlib
 SOURCE_KEY = "deepfake_source"  # metadata of a notebook cell: the file that it came from
 BASE_KEY = "deepfake_base"  # metadata of a notebook: a digest of the scripts that it was built from
 
@@ -43,12 +44,12 @@ class Failure(Exception):
 def read_scripts() -> dict[str, nbformat.NotebookNode]:
     """The scripts as notebooks, in order, by the name of their file."""
     files = sorted(CELLS.glob("cell_*.py"))
-    return {file.name: jupytext.reads(file.read_text(encoding="utf-8"), fmt="py:percent") for file in files}
+    return {file.name: jupytext.reads(file.read_text(encoding="utf-8"), fmt=FORMAT) for file in files}
 
 
 def digest_of_scripts() -> str:
-    contents = [file.read_bytes() for file in sorted(CELLS.glob("cell_*.py"))]
-    return hashlib.sha256(b"\n".join(contents)).hexdigest()[:16]
+    contents = [file.read_text(encoding="utf-8") for file in sorted(CELLS.glob("cell_*.py"))]
+    return hashlib.sha256("\n".join(contents).encode()).hexdigest()[:16]
 
 
 def assemble() -> nbformat.NotebookNode:
@@ -147,7 +148,7 @@ def read_edited(path: Path, known: dict[str, str]) -> tuple[list[nbformat.Notebo
         cell.source = cell.source.replace("\r\n", "\n").rstrip()
         parts = [cell]
         if cell.cell_type == "code" and re.search(r"^# %%", cell.source, flags=re.M):
-            parts = jupytext.reads(cell.source, fmt="py:percent").cells
+            parts = jupytext.reads(cell.source, fmt=FORMAT).cells
         for part in parts:
             part.metadata = {**part.metadata, **cell.metadata, "number": number}
             if not part.source.strip():
@@ -286,9 +287,9 @@ def import_edits(path: Path, dry_run: bool) -> None:
             metadata = own[of[number]].metadata if of.get(number) in own else {"tags": tags} if tags else {}
             create = getattr(nbformat.v4, f"new_{cells[number].cell_type}_cell")
             script.cells.append(create(cells[number].source, metadata=metadata))
-        texts[name] = jupytext.writes(script, fmt="py:percent")
+        texts[name] = jupytext.writes(script, fmt=FORMAT)
         wanted = [(cells[number].cell_type, cells[number].source) for number in here]
-        kept = [(cell.cell_type, cell.source) for cell in jupytext.reads(texts[name], fmt="py:percent").cells]
+        kept = [(cell.cell_type, cell.source) for cell in jupytext.reads(texts[name], fmt=FORMAT).cells]
         if wanted != kept:
             odd = next(n for n, pair in zip(here, zip_longest(wanted, kept), strict=False) if pair[0] != pair[1])
             raise Failure(f"{in_short(cells[odd].metadata['number'], cells[odd])} would not be the same after a build")

@@ -143,6 +143,13 @@ def test_a_percent_sign_in_python_is_no_magic(edit, project):
     assert_given_back(edit.notebook)
 
 
+def test_magics_that_are_commented_out_are_comments_and_names_of_commands_are_names(edit, project):
+    edit.insert(40, "# !pip install something\n# %matplotlib inline\ncat, ls = 1, 2\nls")
+    edit.take()
+    assert "# !pip install something\n# %matplotlib inline\n" in "".join(contents(project).values())
+    assert_given_back(edit.notebook)
+
+
 def test_a_notebook_that_papermill_executed(edit, project, tmp_path):
     """Outputs, injected parameters and the notice of a failed cell stay behind; the edit comes along."""
     before = contents(project)
