@@ -89,7 +89,7 @@ def test_overrides_are_typed_and_unknown_names_are_errors(tmp_path):
 def test_plain_papermill_stops_at_a_name_that_is_no_parameter(tmp_path):
     command = [sys.executable, "-m", "papermill", str(builder.NOTEBOOK), "out.ipynb", "-p", "EPOCH", "3"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and "ValueError: EPOCH is no parameter; is it EPOCHS?" in done.stderr
+    assert done.returncode == 1 and "EPOCH is no parameter; is it EPOCHS?" in done.stderr
     assert not (tmp_path / "data").exists()
 
 

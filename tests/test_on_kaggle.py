@@ -149,6 +149,6 @@ def test_without_the_wheel_the_run_ends_early_and_says_what_to_attach(demo_set, 
     kaggle = Kaggle(tmp_path)
     shutil.copytree(demo_set, kaggle.inputs / "face-videos")
     run = kaggle.run_all(1)
-    assert "ImportError: facenet_pytorch could not be installed" in run.output
+    assert "facenet_pytorch could not be installed" in run.output
     assert 'attach a dataset with the wheels of "facenet-pytorch==2.5.3"' in run.output
     assert "Note: facenet_pytorch could not be installed" in shown(run)
