@@ -303,11 +303,10 @@ for line in ENVIRONMENT.advice:
 
 
 def duration(seconds: float) -> str:
-    """Time for people: 48 s, 6 min 54 s, 1 h 32 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
+    """Time for people: 48 s, 6 min 54 s, 1 h 32 min, 11 h."""
+    hours, rest = divmod(round(seconds), 3600)
+    parts = {"h": hours, "min": rest // 60, "s": 0 if hours else rest % 60}
+    return " ".join(f"{count} {unit}" for unit, count in parts.items() if count) or "0 s"
 
 
 def file_size(size: int) -> str:

@@ -80,7 +80,8 @@ def test_on_kaggle_a_package_that_cannot_be_had_is_named_with_what_to_do(monkeyp
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0.4, "0 s"), (48.2, "48 s"), (59.7, "1 min 0 s"), (414, "6 min 54 s"), (5520, "1 h 32 min")]
+    ("seconds", "words"),
+    [(0.4, "0 s"), (48.2, "48 s"), (59.7, "1 min"), (414, "6 min 54 s"), (5520, "1 h 32 min"), (39600, "11 h")],
 )
 def test_times_are_for_people(seconds, words):
     assert cell.duration(seconds) == words

@@ -268,7 +268,7 @@ def step(self, *batch):
 cell.Trainer.step = step
 """
     output = run(tmp_path, {**shared, "TIME_BUDGET_HOURS": 0.25}, program + SECTION_12)
-    assert "Stopped after 2 of 4 epochs: one more, of 30" in output and "time budget of 0.25 hours" in output
+    assert "Stopped after 2 of 4 epochs: one more, of 5 min" in output and "time budget of 15 min" in output
     assert len(history(tmp_path)) == 2
 
 
