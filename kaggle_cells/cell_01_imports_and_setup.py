@@ -70,6 +70,7 @@ import threading
 import time
 import types
 import urllib.request
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -280,11 +281,11 @@ def probe_environment() -> Environment:
 
 def environment_table(found: Environment) -> pd.DataFrame:
     """The environment for people."""
-    memory = " and ".join(f"{gib:.0f} GiB" for gib in found.gpu_gib)
+    gpus = Counter(f"{name}, {gib:.0f} GiB" for name, gib in zip(found.gpus, found.gpu_gib, strict=True))
     shown = ("python", "torch", "torchvision", "cv2", "facenet_pytorch", "sklearn", "pandas")
     rows = {
         "machine": f"{found.machine}, {'interactive' if found.interactive else 'unattended'}",
-        "GPU": f"{' and '.join(found.gpus)}, {memory}" if found.gpus else "none",
+        "GPU": "; ".join(f"{number} x {kind}" for kind, number in gpus.items()) or "none",
         "precision": found.precision,
         "CPU, memory": f"{found.cpu_cores} cores, {found.ram_gib:.0f} GiB",
         "free disk": f"{found.free_disk_gib:.0f} GiB in {Path.cwd()}",
@@ -302,6 +303,11 @@ for line in ENVIRONMENT.advice:
     print("Note:", line)
 
 
+# %% [markdown]
+# Times and sizes as people read them, for the sections below:
+
+
+# %%
 def duration(seconds: float) -> str:
     """Time for people: 48 s, 6 min 54 s, 1 h 32 min, 11 h."""
     hours, rest = divmod(round(seconds), 3600)

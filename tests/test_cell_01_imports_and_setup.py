@@ -1,4 +1,6 @@
 import dataclasses
+import re
+import runpy
 import time
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import torch
 import cell_01_imports_and_setup as cell
 
 
-def test_a_gpu_that_cannot_compute_becomes_advice_and_the_run_goes_on_on_the_cpu(monkeypatch):
+def test_a_gpu_that_cannot_compute_becomes_advice_and_the_run_goes_on_on_the_cpu(monkeypatch, capsys):
     def no_kernels(*_, **__):
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore lines")
 
@@ -16,9 +18,10 @@ def test_a_gpu_that_cannot_compute_becomes_advice_and_the_run_goes_on_on_the_cpu
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla P100-PCIE-16GB")
     monkeypatch.setattr(torch, "ones", no_kernels)
-    environment = cell.probe_environment()
-    assert environment.device == "cpu" and environment.gpus == ()
-    assert "P100" in environment.advice[0] and "GPU T4 x2" in environment.advice[0]
+    runpy.run_path(cell.__file__)  # no traceback
+    said = re.search("Note: GPU 0 .*", capsys.readouterr().out)[0]
+    assert "Tesla P100-PCIE-16GB" in said and "no kernel image" in said and "Accelerator > GPU T4 x2" in said
+    assert cell.probe_environment().device == "cpu" and cell.probe_environment().gpus == ()
 
 
 def test_a_torch_without_cuda_beside_a_gpu_is_named(monkeypatch):
@@ -45,7 +48,7 @@ def test_the_table_is_compact_and_holds_what_matters():
     table = cell.environment_table(dataclasses.replace(cell.ENVIRONMENT, **t4s, precision="fp16", internet=False))
     shown = table["environment"]
     assert len(table) < 15 and shown["machine"] == "Kaggle, unattended"
-    assert shown["GPU"] == "Tesla T4 and Tesla T4, 15 GiB and 15 GiB" and shown["precision"] == "fp16"
+    assert shown["GPU"] == "2 x Tesla T4, 15 GiB" and shown["precision"] == "fp16"
     assert shown["internet"] == "not reachable" and str(Path.cwd()) in shown["free disk"]
 
 
