@@ -111,8 +111,9 @@ def without_magics(source: str) -> str:
 
 
 def is_python(source: str) -> bool:
+    """Whether a script may hold this; unlike a notebook, it has no `await` outside functions."""
     try:
-        ast.parse(source)
+        compile(source, "cell", "exec")
     except SyntaxError:
         return False
     return True
@@ -120,7 +121,7 @@ def is_python(source: str) -> bool:
 
 def is_injected(cell: nbformat.NotebookNode, known: dict[str, str]) -> bool:
     """Whether papermill added this cell: parameters, or the notice of an error."""
-    if {"injected-parameters", "papermill-error-cell-tag"} & {*cell.metadata.get("tags", [])}:
+    if {"injected-parameters", "papermill-error-cell-tag"} & {*(cell.metadata.get("tags") or [])}:
         return True
     if not cell.source.startswith("# Parameters\n") or not is_python(cell.source):
         return False

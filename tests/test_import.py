@@ -1,6 +1,7 @@
 """Edits made on Kaggle or in Jupyter come back into the scripts."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -200,9 +201,10 @@ def test_what_cannot_be_placed_is_refused_and_nothing_is_written(edit):
     edit.refused(r"cell \d+ \('.*'\) comes from kaggle_cells/cell_15_more.py, which is not here")
 
 
-def test_code_that_is_no_python_is_refused(edit):
-    edit.insert(40, "def broken(:\n    pass")
-    edit.refused(r"cell 41 \('def broken\(:'\) is no Python")
+@pytest.mark.parametrize("source", ["def broken(:\n    pass", "files = !ls", "await something()"])
+def test_code_that_is_no_python_is_refused(edit, source):
+    edit.insert(40, source)
+    edit.refused(rf"cell 41 \('{re.escape(source.splitlines()[0])}'\) is no Python")
 
 
 def test_a_lost_script_is_refused(edit):
