@@ -13,11 +13,11 @@
 #   ▼
 # backbone (B, T, C) ──┐
 #   ▼                  ▼
-# BiLSTM (B, T, 2H)   linear: a logit
-#   ▼                 a frame, (B, T)
+# BiLSTM (B, T, 2H)  linear
+#   ▼                (B, T)
 # self-attention       │
 #   ▼                  ▼
-# mean, spread        mean over T
+# mean, spread       mean
 #   ▼                  │
 # linear               │
 #   └──────▶ + ◀───────┘
