@@ -141,6 +141,23 @@ for row in csv.DictReader(open(run / "results" / "test_predictions.csv")):
     assert done.stdout.count(".mp4") == 6
 
 
+def test_the_readmes_python_works_as_it_stands(finished_run, tmp_path):
+    """Gathering the results of many runs, and scoring one video."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "MY_RUN").symlink_to(finished_run.folder)
+    (tmp_path / "kaggle_cells").symlink_to(ROOT / "kaggle_cells")
+    (tmp_path / "my_video.mp4").symlink_to(next((finished_run.folder / "demo_videos_42" / "fake").glob("*.mp4")))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    printed = []
+    for code in re.findall(r"^```python\n(.*?)^```", readme, flags=re.M | re.S):
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    auc = finished_run.results["metrics"]["at_fitted_threshold"]["auc_roc"]
+    assert "resnet18" in printed[0] and f"{auc:.3f}" in printed[0] and len(printed) == 2
+    assert "True" in printed[1] and re.search("fake|real", printed[1])
+
+
 # Pasted, and as scripts
 
 
