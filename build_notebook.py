@@ -102,7 +102,7 @@ def check() -> None:
 
 def without_magics(source: str) -> str:
     """Python alone: no lines for IPython or the shell (`%`, `!`, `?`), nothing of a cell in another language."""
-    if is_python(source):
+    if not why_no_python(source):
         return source
     cell_magic = re.match(r"\s*%%(\w*)", source)
     if cell_magic and cell_magic[1] not in ("time", "timeit", "capture", "prun"):
@@ -110,20 +110,20 @@ def without_magics(source: str) -> str:
     return re.sub(r"^\s*(?:[%!?](?:.*\\\n)*.*|[\w.]+\?{1,2}\s*)(?:\n|\Z)", "", source, flags=re.M)
 
 
-def is_python(source: str) -> bool:
-    """Whether a script may hold this; unlike a notebook, it has no `await` outside functions."""
+def why_no_python(source: str) -> str:
+    """What a script may not hold of this, empty if nothing; `await` outside functions is for notebooks alone."""
     try:
         compile(source, "cell", "exec")
-    except SyntaxError:
-        return False
-    return True
+    except SyntaxError as error:
+        return f"{source.splitlines()[(error.lineno or 1) - 1].strip()!r}: {error.msg}"
+    return ""
 
 
 def is_injected(cell: nbformat.NotebookNode, known: dict[str, str]) -> bool:
     """Whether papermill added this cell: parameters, or the notice of an error."""
     if {"injected-parameters", "papermill-error-cell-tag"} & {*(cell.metadata.get("tags") or [])}:
         return True
-    if not cell.source.startswith("# Parameters\n") or not is_python(cell.source):
+    if not cell.source.startswith("# Parameters\n") or why_no_python(cell.source):
         return False
     lines = ast.parse(cell.source).body
     return all(isinstance(line, ast.Assign) and getattr(line.targets[0], "id", "") in known for line in lines)
@@ -131,7 +131,7 @@ def is_injected(cell: nbformat.NotebookNode, known: dict[str, str]) -> bool:
 
 def in_short(number: int, cell: nbformat.NotebookNode) -> str:
     """How a person finds this cell of a notebook."""
-    return f"cell {number} ({cell.source.strip().splitlines()[0][:60]!r})"
+    return f"notebook cell {number} ({cell.source.strip().splitlines()[0][:60]!r})"
 
 
 def read_edited(path: Path, known: dict[str, str]) -> tuple[list[nbformat.NotebookNode], list[str], str]:
@@ -155,15 +155,13 @@ def read_edited(path: Path, known: dict[str, str]) -> tuple[list[nbformat.Notebo
             if not part.source.strip():
                 continue
             if is_injected(part, known):
-                left_out.append(f"{in_short(number, part)}: papermill added it")
+                left_out.append(f"{in_short(number, part)}: as papermill adds them")
                 continue
             if part.get("attachments"):
                 raise Failure(f"{in_short(number, part)} holds pictures, which scripts cannot: link to them instead")
             python = without_magics(part.source).rstrip() if part.cell_type == "code" else part.source
-            if part.cell_type == "code" and not is_python(python):
-                raise Failure(
-                    f"{in_short(number, part)} is no Python, even without magics: mend it, or delete it there"
-                )
+            if part.cell_type == "code" and (reason := why_no_python(python)):
+                raise Failure(f"{in_short(number, part)} is no Python, even without magics: {reason}. Mend it there")
             if python != part.source:
                 left_out.append(f"{in_short(number, part)}: {'all of it' if not python else 'lines'} for IPython")
                 part.source = python
@@ -301,27 +299,27 @@ def import_edits(path: Path, dry_run: bool) -> None:
             "changed": sum(of.get(n) in own and cells[n].source != base.cells[of[n]].source for n in here),
             "new": sum(n not in of for n in here),
             "moved here": sum(n in of and of[n] not in own for n in here),
+            "moved away": sum(place in mine and n not in here for n, place in of.items()),
             "deleted": sum(place not in of.values() for place in mine),
         }
-        summary.append(
-            f"kaggle_cells/{name}: " + ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-        )
+        words = [f"{count} {what}" for what, count in counts.items() if count] or ["in another order"]
+        summary.append(f"kaggle_cells/{name}: {', '.join(words)}")
         old, new = f"a/kaggle_cells/{name}", f"b/kaggle_cells/{name}"
         difference += difflib.unified_diff(before.splitlines(), texts[name].splitlines(), old, new, lineterm="")
-    print(
-        "\n".join([*difference, *([""] if difference else []), *(f"Left out: {line}" for line in left_out), *summary])
-    )
+    for line in [*difference, *(f"Left out: {line}" for line in left_out), *summary]:
+        print(line)
     if not summary:
         print(f"Nothing to do: the scripts are those of {path}")
         return
-    if built_from not in ("", digest_of_scripts()):
-        print("Note: the notebook was built from other scripts. What is taken away above may be newer work in these.")
+    if built_from != digest_of_scripts():
+        made_from = "other scripts than these" if built_from else "it does not say what"
+        print(f"Note: the notebook was made from {made_from}. What the diff takes away may be newer work: look at it.")
     if dry_run:
         print("A dry run: nothing was written.")
         return
     for name, text in texts.items():
         (CELLS / name).write_text(text, encoding="utf-8", newline="\n")
-    print("Written. Now: python build_notebook.py && ruff format . && python -m pytest")
+    print("Written. Now: ruff check . && ruff format . && python build_notebook.py && python -m pytest")
 
 
 # Runs
@@ -349,7 +347,7 @@ def read_parameters(source: str, overrides: list[list[str]], known: dict[str, st
     for name in parameters:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            guess = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            guess = f"is it {near[0]}?" if near else f"there are {', '.join(known)}"
             raise Failure(f"{name} is no parameter; {guess}")
     return parameters
 
@@ -370,7 +368,7 @@ def run(source: str, overrides: list[list[str]], output: Path | None) -> None:
     parameters["WORK_DIR"] = str(folder)
     assembled, executed = folder / ".assembled.ipynb", folder / NOTEBOOK.name
     written = executed.with_suffix(".unfinished.ipynb") if executed.exists() else executed  # the old one is kept so far
-    again = f"To go on with it, run the same again with --output {folder}"
+    again = f"To go on, with what was wrong put right, run the same again with --output {folder}"
     assembled.write_text(as_text(notebook), encoding="utf-8")
     print(f"Running {len(notebook.cells)} cells in {folder}", flush=True)
     started = time.time()

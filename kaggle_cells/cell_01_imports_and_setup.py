@@ -87,11 +87,15 @@ if RANK:
 STARTED = time.time()
 IN_NOTEBOOK = "__file__" not in globals()
 ON_KAGGLE = "KAGGLE_KERNEL_RUN_TYPE" in os.environ or Path("/kaggle/working").is_dir()
+ON_COLAB = "google.colab" in sys.modules
+# A program that imports these files for a Predictor wants no tables.
+SHOW_TABLES = IN_NOTEBOOK or Path(sys.argv[0]).name.startswith("cell_")
 
 # %% [markdown]
 # **Packages.** Kaggle's image has all of them but `facenet-pytorch`, which brings the face detector together with its
-# weights. What is missing is installed there: from wheels in an attached dataset, else from the internet. Nothing that
-# is there already is changed, so its outdated pins on other libraries do no harm. Elsewhere you get the command to run.
+# weights. What is missing is installed there, and on Colab: from wheels in an attached dataset, else from the internet.
+# Nothing that is there already is changed, so its outdated pins on other libraries do no harm. Elsewhere you get the
+# command to run.
 
 # %%
 REQUIREMENTS = {
@@ -133,7 +137,7 @@ def ensure_packages(*modules: str) -> None:
     Raises ImportError with all that are still missing and what to do.
     """
     missing = [module for module in modules if not importlib.util.find_spec(module)]
-    reasons = [install(REQUIREMENTS[module]) for module in missing] if ON_KAGGLE else []
+    reasons = [install(REQUIREMENTS[module]) for module in missing] if ON_KAGGLE or ON_COLAB else []
     missing = [module for module in missing if not importlib.util.find_spec(module)]
     if not missing:
         return
@@ -263,7 +267,7 @@ def probe_environment() -> Environment:
     if free_disk < 2:
         advice.append(f"Only {free_disk:.1f} GiB are free in {Path.cwd()}: checkpoints alone can take one.")
     return Environment(
-        machine="Kaggle" if ON_KAGGLE else "Colab" if "google.colab" in sys.modules else platform.system(),
+        machine="Kaggle" if ON_KAGGLE else "Colab" if ON_COLAB else platform.system(),
         interactive=is_interactive(),
         device=device,
         gpus=tuple(gpus.values()),
@@ -298,9 +302,10 @@ def environment_table(found: Environment) -> pd.DataFrame:
 ENVIRONMENT = probe_environment()
 # A saved notebook keeps every progress bar as it first appeared, at 0 %; so do logs.
 NO_BARS = RANK > 0 or "TQDM_DISABLE" in os.environ or not ENVIRONMENT.interactive
-display(environment_table(ENVIRONMENT))
-for line in ENVIRONMENT.advice:
-    print("Note:", line)
+if SHOW_TABLES:
+    display(environment_table(ENVIRONMENT))
+    for line in ENVIRONMENT.advice:
+        print("Note:", line)
 
 
 # %% [markdown]

@@ -85,10 +85,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import torchvision
 import yaml
 from IPython.display import display
 
-from cell_01_imports_and_setup import IN_NOTEBOOK, ON_KAGGLE, PROCESSES
+from cell_01_imports_and_setup import IN_NOTEBOOK, ON_KAGGLE, PROCESSES, SHOW_TABLES
 
 
 def between(low: float, high: float) -> Any:
@@ -171,6 +172,12 @@ class Config:
         for name in ("CHECKPOINT", "WEIGHTS_PATH", "PREDICT_DIR"):
             if getattr(self, name) and not Path(getattr(self, name)).exists():
                 raise ValueError(f"{name} = {getattr(self, name)!r} does not exist (seen from {Path.cwd()})")
+        known = torchvision.models.list_models(module=torchvision.models)
+        if self.BACKBONE not in known:
+            near = [name for name in known if name[:4] == self.BACKBONE[:4]]
+            raise ValueError(
+                f"BACKBONE = {self.BACKBONE!r} is no torchvision classification model; try {', '.join(near or known)}"
+            )
         if self.COMPILE and self.GRADIENT_CHECKPOINTING:
             raise ValueError("COMPILE and GRADIENT_CHECKPOINTING do not go together: turn one of them off")
         if self.BATCH_SIZE % PROCESSES:
@@ -315,5 +322,6 @@ _steps = {
     "held out": ", ".join(CONFIG.HOLDOUT_METHODS) or "no manipulation, only recordings",
     "results": f"below {CONFIG.work_dir.resolve()}",
 }
-with pd.option_context("display.max_colwidth", None):
-    display(pd.DataFrame({"this run": _steps}))
+if SHOW_TABLES:
+    with pd.option_context("display.max_colwidth", None):
+        display(pd.DataFrame({"this run": _steps}))

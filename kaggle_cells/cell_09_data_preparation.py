@@ -63,7 +63,8 @@ for DATA_ORIGIN in places:
     except FileNotFoundError as error:
         if CONFIG.DATA_DIR != "auto":
             raise
-        if Path(DATA_ORIGIN).is_dir():
+        own_tables = {f"{name}.csv" for name in ("train", "val", "test", "skipped")}
+        if Path(DATA_ORIGIN).is_dir() and {file.name for file in Path(DATA_ORIGIN).iterdir()} - own_tables:
             print(f"Not used: {error}")
 else:
     if CONFIG.DATA_DIR == "none" or (CONFIG.DATA_DIR == "auto" and CONFIG.PREDICT_DIR and not CONFIG.EPOCHS):
@@ -80,14 +81,16 @@ save_csv(refused, CONFIG.work_dir / "data" / "skipped.csv")
 if len(found):
     table = pd.crosstab(kinds_of(found), found.split.replace("", "no split given"))
     display(table.assign(videos=table.sum(axis=1)))
-print(f"{len(found)} videos in {found.group.nunique()} groups, from {DATA_ORIGIN}; {len(refused)} cannot be used")
+    print(f"{len(found)} videos in {found.group.nunique()} groups, from {DATA_ORIGIN}; {len(refused)} cannot be used")
+else:
+    print("No dataset: only the videos in PREDICT_DIR are scored.")
 if found.dataset.nunique() > 1:
     print("All of these datasets are used. To use one alone, name its folder in DATA_DIR.")
-alone = found.label.eq(1) & ~found.group.isin(found.group[found.label == 0])
+alone = checked.label.eq(1) & ~checked.group.isin(checked.group[checked.label == 0])
 if alone.any():
     print(
-        f"{alone.sum()} of {found.label.sum()} fakes share no source with a real video here, as far as names and lists "
-        "tell. If they were made from these, say so in names or in a manifest: the splits rely on it."
+        f"{alone.sum()} of {checked.label.sum()} fakes share no source with a real video here, as far as names and "
+        "lists tell. If they were made from these, say so in names or in a manifest: the splits rely on it."
     )
 
 # %%

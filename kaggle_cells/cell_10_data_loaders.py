@@ -73,11 +73,12 @@ VAL_LOADER, TEST_LOADER = (  # process 1 of 3 scores the clips 1, 4, 7, ...
 )
 
 shared = f", shared by {PROCESSES} processes" if PROCESSES > 1 else ""
-print(
-    f"Batches of {BATCH_SIZE_USED or scored_at_once} clips{shared} on {ENVIRONMENT.device} in "
-    f"{str(PRECISION or torch.float32).removeprefix('torch.')}: {len(TRAIN_LOADER)} for training, {len(VAL_LOADER)} "
-    f"for validation, {len(TEST_LOADER)} for the test"
-)
+if len(TEST_LOADER):
+    print(
+        f"Batches of {BATCH_SIZE_USED or scored_at_once} clips{shared} on {ENVIRONMENT.device} in "
+        f"{str(PRECISION or torch.float32).removeprefix('torch.')}: {len(TRAIN_LOADER)} for training, "
+        f"{len(VAL_LOADER)} for validation, {len(TEST_LOADER)} for the test"
+    )
 
 # %% [markdown]
 # `SELF_BLEND` of the fakes that training shows are made on the spot from real clips, other ones in each epoch:

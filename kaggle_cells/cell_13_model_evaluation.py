@@ -129,10 +129,16 @@ if CONFIG.PREDICT_DIR:
     prediction_started = time.perf_counter()
     SCORED = PREDICTOR.predict_folder(Path(CONFIG.PREDICT_DIR), CONFIG.NUM_WORKERS, RESULTS / "predictions.csv")
     seconds = time.perf_counter() - prediction_started
-    verdicts = SCORED.verdict.value_counts()
+    verdicts, unread, faceless = (
+        SCORED.verdict.value_counts(),
+        (SCORED.error != "").sum(),
+        SCORED.face_share.eq(0).sum(),
+    )
     print(
         f"{len(SCORED)} videos below {CONFIG.PREDICT_DIR} in {duration(seconds)}: {verdicts.get('fake', 0)} called "
-        f"fake, {verdicts.get('real', 0)} real; {(SCORED.error != '').sum()} could not be read, and in "
-        f"{(SCORED.face_share == 0).sum()} no face was found. All are in {RESULTS / 'predictions.csv'}"
+        f"fake, {verdicts.get('real', 0)} real"
+        + (f"; {unread} could not be read" if unread else "")
+        + (f"; in {faceless} no face was found" if faceless else "")
+        + f". All are in {RESULTS / 'predictions.csv'}"
     )
     display(SCORED.sort_values("probability", ascending=False).head(20))

@@ -124,6 +124,11 @@ if WEIGHTS_ORIGIN.startswith("random"):
     notes.append("The backbone did not start from ImageNet's weights, with which it would have learned far more.")
 if HISTORY and not sizes["val"]["fake"]:
     notes.append("Validation has no fakes: epoch, calibration and threshold were chosen on self-blends.")
+at_chance = f"The model is hardly better than chance: validation AUC {MODEL_INFO['val_auc']:.3f}."
+if MODEL_INFO["val_auc"] < 0.65:
+    notes.insert(0, at_chance)
+if METRICS and min(sizes["test"].values()) < 10:
+    notes.insert(0, f"The test is tiny, {tested_videos}: neither its numbers nor their intervals say much.")
 if LEAKING:
     notes.append(f"Leakage: {len(LEAKING)} groups are in several of the given splits: the test is easier than it looks")
 if CONFIG.FACE_CROP and (faceless := results["data"]["without_face"]):
@@ -222,13 +227,17 @@ for row in lowest(results["robustness"][1:]):
     achieved += [f"Hardest condition: {row['degradation']} {row['strength']:g}, AUC {with_interval(row)}."]
     if CONFIG.AUGMENTATION != "robust":
         ideas += ['`AUGMENTATION = "robust"`, if your videos are as small, blurred or dark as in the hardest condition']
+if at_chance in notes:
+    achieved += [at_chance]
 if len(SCORED):
     achieved += [f"Your own videos: {verdicts.get('fake', 0)} of {len(SCORED)} called fake."]
 else:
     ideas += ['`predict_video("my_video.mp4")` in a new cell, or `PREDICT_DIR`, to score videos of your own']
 if DATA_ORIGIN.startswith("demo"):
     ideas += ["a real dataset: the demo set shows that everything works, not how well it works on deepfakes"]
-if WEIGHTS_ORIGIN.startswith("random"):
+if WEIGHTS_ORIGIN == "random":
+    ideas += ["`PRETRAINED = True`: from ImageNet weights it would learn far more"]
+elif WEIGHTS_ORIGIN.startswith("random"):
     ideas += [f"ImageNet weights: turn the internet on, or attach a dataset that holds `{CONFIG.BACKBONE}.pth`"]
 if HISTORY and MODEL_INFO["epoch"] > 0.9 * CONFIG.EPOCHS:
     ideas += [f"more than {CONFIG.EPOCHS} `EPOCHS`: the best one was among the last"]
@@ -237,6 +246,7 @@ if HISTORY and len(TRAINED_ON) > 1 and not CONFIG.HOLDOUT_METHODS:
 if HISTORY and 0 < CONFIG.MAX_VIDEOS_PER_CLASS < 1000:
     ideas += [f"more than {CONFIG.MAX_VIDEOS_PER_CLASS} videos a class, and another `SEED`: single runs differ"]
 summary = [*(f"- {line}" for line in achieved), "", "To try next:", "", *(f"- {idea}" for idea in ideas)]
+summary = summary[: None if ideas else len(achieved)]
 display(Markdown("\n".join(summary))) if IN_NOTEBOOK else print("\n".join(summary))
 files = {}
 for name, meaning in WHAT_FILES_ARE.items():

@@ -80,7 +80,7 @@ def test_overrides_are_typed_and_unknown_names_are_errors(tmp_path):
     known = {"EPOCHS": "int", "DATA_DIR": "str", "METHODS": "list"}
     found = builder.read_parameters(str(empty), [["EPOCHS", "3"], ["METHODS", "[a, b]"], ["DATA_DIR", "2024"]], known)
     assert found == {"EPOCHS": 3, "METHODS": ["a", "b"], "DATA_DIR": "2024"}
-    with pytest.raises(builder.Failure, match="EPOCH is no parameter; did you mean EPOCHS"):
+    with pytest.raises(builder.Failure, match="EPOCH is no parameter; is it EPOCHS"):
         builder.read_parameters(str(empty), [["EPOCH", "3"]], known)
     with pytest.raises(builder.Failure, match="neither a parameter set .*ci, demo, t4x2"):
         builder.read_parameters("dmeo", [], known)
@@ -127,7 +127,10 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path):
             break
     running.send_signal(signal.SIGINT)
     rest = running.stdout.read()
-    assert running.wait() == 1 and f"Stopped. To go on with it, run the same again with --output {tmp_path}" in rest
+    assert (
+        running.wait() == 1
+        and f"Stopped. To go on, with what was wrong put right, run the same again with --output {tmp_path}" in rest
+    )
 
 
 def test_kernel_metadata_is_ready_for_kaggle():

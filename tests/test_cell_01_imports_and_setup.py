@@ -1,6 +1,7 @@
 import dataclasses
 import re
 import runpy
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def test_a_gpu_that_cannot_compute_becomes_advice_and_the_run_goes_on_on_the_cpu
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla P100-PCIE-16GB")
     monkeypatch.setattr(torch, "ones", no_kernels)
+    monkeypatch.setattr(sys, "argv", ["kaggle_cells/cell_12_training_loop.py"])
     runpy.run_path(cell.__file__)  # no traceback
     said = re.search("Note: GPU 0 .*", capsys.readouterr().out)[0]
     assert "Tesla P100-PCIE-16GB" in said and "no kernel image" in said and "Accelerator > GPU T4 x2" in said

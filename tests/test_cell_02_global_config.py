@@ -25,6 +25,7 @@ def changed(**parameters) -> Config:
         ("LEARNING_RATE", "fast", "str, not float"),
         ("FACE_CROP", 1, "int, not bool"),
         ("LOSS", "hinge", "one of focal, bce"),
+        ("BACKBONE", "resnet5O", "no torchvision classification model; try resnet101"),
         ("AMP", "fp8", "one of auto"),
         ("METHODS", [1], "list, not list of str"),
         ("ATTENTION_HEADS", 7, "does not divide"),

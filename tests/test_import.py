@@ -123,6 +123,7 @@ def test_a_split_cell_and_a_moved_one(edit, project):
     edit.notebook.cells.insert(edit.index("def auc_of") + 1, moved)
     said = edit.take()
     assert "def choose_trainable" in contents(project)["cell_07_training_functions.py"] and "1 moved here" in said
+    assert "cell_05_model_definition.py: 1 moved away\n" in said
     assert_given_back(edit.notebook)
 
 
@@ -164,7 +165,7 @@ def test_a_notebook_that_papermill_executed(edit, project, tmp_path):
     said = edit.take()
     after = contents(project)
     assert changes(before, after) == {"cell_02"} and "EPOCHS = 3" not in after["cell_02_global_config.py"]
-    assert "+raise RuntimeError('here it ends')" in said and said.count("papermill added it") >= 2
+    assert "+raise RuntimeError('here it ends')" in said and said.count("as papermill adds them") >= 2
     edit.notebook.cells[edit.index("EPOCHS = 3")].metadata = {}  # a tag that another tool dropped
     assert "Nothing to do" in edit.take()
 
@@ -196,15 +197,21 @@ def test_files_pasted_whole_into_cells_come_apart_again(edit, project):
     assert after["cell_06_loss_and_utils.py"] == texts[5]
 
 
+def test_a_cell_that_moves_within_its_file(edit, project):
+    edit.notebook.cells.insert(edit.index("def fit_threshold"), edit.notebook.cells.pop(edit.index("STYLE: Any = {")))
+    assert "cell_08_evaluation_functions.py: in another order\n" in edit.take()
+    assert_given_back(edit.notebook)
+
+
 def test_what_cannot_be_placed_is_refused_and_nothing_is_written(edit):
     edit.cell("class FocalLoss").metadata[SOURCE_KEY] = "kaggle_cells/cell_15_more.py"
     edit.refused(r"cell \d+ \('.*'\) comes from kaggle_cells/cell_15_more.py, which is not here")
 
 
-@pytest.mark.parametrize("source", ["def broken(:\n    pass", "files = !ls", "await something()"])
-def test_code_that_is_no_python_is_refused(edit, source):
-    edit.insert(40, source)
-    edit.refused(rf"cell 41 \('{re.escape(source.splitlines()[0])}'\) is no Python")
+@pytest.mark.parametrize("line", ["def broken(:", "files = !ls", "await something()"])
+def test_code_that_is_no_python_is_refused_with_the_line(edit, line):
+    edit.insert(40, f"import os\n{line}\nprint(os)")
+    edit.refused(rf"cell 41 \('import os'\) is no Python, even without magics: '{re.escape(line)}': ")
 
 
 def test_a_lost_script_is_refused(edit):
@@ -246,7 +253,7 @@ def test_edits_of_an_older_notebook_come_with_a_warning(edit, project):
     newer = project / "kaggle_cells" / "cell_06_loss_and_utils.py"
     newer.write_text(newer.read_text(encoding="utf-8") + "\nNEWER = 1\n", encoding="utf-8")
     said = edit.take(dry_run=True)
-    assert "-NEWER = 1" in said and "may be newer work in these" in said
+    assert "-NEWER = 1" in said and "made from other scripts than these" in said
 
 
 def test_the_command(tmp_path):
