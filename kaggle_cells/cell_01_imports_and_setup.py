@@ -111,6 +111,7 @@ REQUIREMENTS = {
     "tqdm": "tqdm>=4.66",
     "IPython": "ipython>=8.0",
 }
+OPENCV = ["opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless"]
 
 
 def attached_files(pattern: str) -> list[Path]:
@@ -219,11 +220,12 @@ def internet_is_reachable(seconds: float = 3.0) -> bool:
 
 
 def installed_versions() -> dict[str, str]:
-    """The versions of Python and of the packages that bring the modules of REQUIREMENTS; OpenCV's has several names."""
-    versions, owners = {"python": platform.python_version()}, importlib.metadata.packages_distributions()
-    for module in REQUIREMENTS:
-        there = importlib.util.find_spec(module) and module in owners
-        versions[module] = importlib.metadata.version(owners[module][0]) if there else "not installed"
+    """The versions of Python and of the packages of REQUIREMENTS; OpenCV's goes by several names."""
+    versions = {"python": platform.python_version()}
+    for module, requirement in REQUIREMENTS.items():
+        names = OPENCV if module == "cv2" else [re.split("[=<>]", requirement)[0]]
+        found = [package.version for name in names for package in importlib.metadata.distributions(name=name)]
+        versions[module] = (found or ["unknown" if importlib.util.find_spec(module) else "not installed"])[0]
     return versions
 
 
@@ -296,7 +298,7 @@ def environment_table(found: Environment) -> pd.DataFrame:
         "internet": "reachable" if found.internet else "not reachable",
         **{name: found.versions[name] for name in shown},
     }
-    return pd.DataFrame({"environment": rows})
+    return pd.Series(rows, name="environment").to_frame()
 
 
 ENVIRONMENT = probe_environment()

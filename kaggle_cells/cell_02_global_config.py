@@ -324,4 +324,4 @@ _steps = {
 }
 if SHOW_TABLES:
     with pd.option_context("display.max_colwidth", None):
-        display(pd.DataFrame({"this run": _steps}))
+        display(pd.Series(_steps, name="this run").to_frame())

@@ -109,5 +109,5 @@ parts = {
     "all": (MODEL, ""),
 }
 counts = {name: f"{sum(weight.numel() for weight in part.parameters()):,}" for name, (part, _) in parts.items()}
-display(pd.DataFrame({"parameters": counts, "gives": {name: given for name, (_, given) in parts.items()}}))
+display(pd.DataFrame({"parameters": pd.Series(counts), "gives": [given for _, given in parts.values()]}))
 print(f"Weights: {WEIGHTS_ORIGIN}")

@@ -71,7 +71,7 @@ if len(PREDICTIONS):
         INTERVALS[name] = bootstrap(labels, chances, threshold, PREDICTIONS.group.to_numpy())
         IN_WORDS[name] = {m: in_words(value, INTERVALS[name][m]) for m, value in METRICS[name].items()}
     fitted, plain = IN_WORDS.values()
-    both = pd.DataFrame({f"threshold {THRESHOLD:.3f}": fitted, "threshold 0.5": plain})
+    both = pd.DataFrame({f"threshold {THRESHOLD:.3f}": pd.Series(fitted), "threshold 0.5": pd.Series(plain)})
     undecided = both.iloc[:, :1].drop(index=[*DECISIONS]).set_axis(["test set [95 % interval]"], axis=1)
     display(undecided.rename(index=metric_name), both.loc[[*DECISIONS]].rename(index=metric_name))
 

@@ -255,5 +255,5 @@ for name, meaning in WHAT_FILES_ARE.items():
         size = sum(part.stat().st_size for part in parts if part.is_file())
         files[name] = {"size": file_size(size), "": meaning}
 with pd.option_context("display.max_colwidth", None, "display.width", 120):
-    display(pd.DataFrame.from_dict(files, orient="index"))
+    display(pd.DataFrame([*files.values()], index=[*files]))
 print("Everything is below", CONFIG.work_dir.resolve())

@@ -49,6 +49,7 @@ def test_the_table_is_compact_and_holds_what_matters():
     t4s = dict(machine="Kaggle", interactive=False, gpus=("Tesla T4", "Tesla T4"), gpu_gib=(14.7, 14.7))
     table = cell.environment_table(dataclasses.replace(cell.ENVIRONMENT, **t4s, precision="fp16", internet=False))
     shown = table["environment"]
+    assert list(table.index)[:3] == ["machine", "GPU", "precision"]
     assert len(table) < 15 and shown["machine"] == "Kaggle, unattended"
     assert shown["GPU"] == "2 x Tesla T4, 15 GiB" and shown["precision"] == "fp16"
     assert shown["internet"] == "not reachable" and str(Path.cwd()) in shown["free disk"]
