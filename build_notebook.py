@@ -41,27 +41,21 @@ class Failure(Exception):
     """Ends the command with exit status 1 and this message."""
 
 
-def read_scripts() -> dict[str, nbformat.NotebookNode]:
-    """The scripts as notebooks, in order, by the name of their file."""
-    files = sorted(CELLS.glob("cell_*.py"))
-    return {file.name: jupytext.reads(file.read_text(encoding="utf-8"), fmt=FORMAT) for file in files}
-
-
-def digest_of_scripts() -> str:
-    contents = [file.read_text(encoding="utf-8") for file in sorted(CELLS.glob("cell_*.py"))]
-    return hashlib.sha256("\n".join(contents).encode()).hexdigest()[:16]
+def script_texts() -> dict[str, str]:
+    """The scripts, in order, by the name of their file."""
+    return {file.name: file.read_text(encoding="utf-8") for file in sorted(CELLS.glob("cell_*.py"))}
 
 
 def assemble() -> nbformat.NotebookNode:
     """The notebook of the fourteen scripts: no outputs, and the same bytes for the same sources."""
-    notebook = nbformat.v4.new_notebook()
+    texts, notebook = script_texts(), nbformat.v4.new_notebook()
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
-        BASE_KEY: digest_of_scripts(),
+        BASE_KEY: hashlib.sha256("\n".join(texts.values()).encode()).hexdigest()[:16],
     }
-    for name, script in read_scripts().items():
-        for number, cell in enumerate(script.cells, 1):
+    for name, text in texts.items():
+        for number, cell in enumerate(jupytext.reads(text, fmt=FORMAT).cells, 1):
             cell.id = f"{name[:7].replace('_', '-')}-{number:02}"
             cell.metadata.pop("lines_to_next_cell", None)
             cell.metadata = {**cell.metadata, SOURCE_KEY: f"kaggle_cells/{name}"}
@@ -201,9 +195,9 @@ def match(cells: list[nbformat.NotebookNode], originals: list[nbformat.NotebookN
         if len(files(same)) == 1:
             of[number] = same[0]
     for number, cell in enumerate(cells):
-        by_id = [place for place in free(cell) if originals[place].id == cell.get("id")]
-        if number not in of and SOURCE_KEY in cell.metadata and by_id:
-            of[number] = by_id[0]
+        if number not in of and SOURCE_KEY in cell.metadata:
+            by_id = [place for place in free(cell) if originals[place].id == cell.get("id")]
+            of |= {number: by_id[0]} if by_id else {}
     alike = []
     for number, cell in enumerate(cells):
         if number not in of:
@@ -267,9 +261,8 @@ def place_cells(
 
 def import_edits(path: Path, dry_run: bool) -> None:
     """Make the scripts those of an edited notebook, and show what changes. Raises Failure, or writes all of it."""
-    scripts, base = read_scripts(), assemble()
-    known = known_parameters(base)
-    cells, left_out, built_from = read_edited(path, known)
+    before, base = script_texts(), assemble()
+    cells, left_out, built_from = read_edited(path, known_parameters(base))
     of = match(cells, base.cells)
     homes = place_cells(cells, base.cells, of)
     if not any("parameters" in base.cells[place].metadata.get("tags", []) for place in of.values()):
@@ -277,7 +270,8 @@ def import_edits(path: Path, dry_run: bool) -> None:
     texts: dict[str, str] = {}
     difference: list[str] = []
     summary: list[str] = []
-    for name, script in scripts.items():
+    for name in before:
+        script = jupytext.reads(before[name], fmt=FORMAT)
         here = [number for number, home in enumerate(homes) if home == f"kaggle_cells/{name}"]
         mine = [place for place, cell in enumerate(base.cells) if cell.metadata[SOURCE_KEY] == f"kaggle_cells/{name}"]
         own, script.cells = dict(zip(mine, script.cells, strict=True)), []
@@ -292,8 +286,7 @@ def import_edits(path: Path, dry_run: bool) -> None:
         if wanted != kept:
             odd = next(n for n, pair in zip(here, zip_longest(wanted, kept), strict=False) if pair[0] != pair[1])
             raise Failure(f"{in_short(cells[odd].metadata['number'], cells[odd])} would not be the same after a build")
-        before = (CELLS / name).read_text(encoding="utf-8")
-        if texts[name] == before:
+        if texts[name] == before[name]:
             continue
         counts = {
             "changed": sum(of.get(n) in own and cells[n].source != base.cells[of[n]].source for n in here),
@@ -305,14 +298,14 @@ def import_edits(path: Path, dry_run: bool) -> None:
         words = [f"{count} {what}" for what, count in counts.items() if count] or ["in another order"]
         summary.append(f"kaggle_cells/{name}: {', '.join(words)}")
         old, new = f"a/kaggle_cells/{name}", f"b/kaggle_cells/{name}"
-        difference += difflib.unified_diff(before.splitlines(), texts[name].splitlines(), old, new, lineterm="")
+        difference += difflib.unified_diff(before[name].splitlines(), texts[name].splitlines(), old, new, lineterm="")
     for line in [*difference, *(f"Left out: {line}" for line in left_out), *summary]:
         print(line)
     if not summary:
         print(f"Nothing to do: the scripts are those of {path}")
         return
-    if built_from != digest_of_scripts():
-        made_from = "other scripts than these" if built_from else "it does not say what"
+    if built_from != base.metadata[BASE_KEY]:
+        made_from = "other scripts than these" if built_from else "scripts that it does not name"
         print(f"Note: the notebook was made from {made_from}. What the diff takes away may be newer work: look at it.")
     if dry_run:
         print("A dry run: nothing was written.")

@@ -71,6 +71,7 @@ import time
 import types
 import urllib.request
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +89,7 @@ STARTED = time.time()
 IN_NOTEBOOK = "__file__" not in globals()
 ON_KAGGLE = "KAGGLE_KERNEL_RUN_TYPE" in os.environ or Path("/kaggle/working").is_dir()
 ON_COLAB = "google.colab" in sys.modules
-# A program that imports these files for a Predictor wants no tables.
+# A program that imports these files for a Predictor wants no tables, and no request to the internet.
 SHOW_TABLES = IN_NOTEBOOK or Path(sys.argv[0]).name.startswith("cell_")
 
 # %% [markdown]
@@ -114,9 +115,9 @@ REQUIREMENTS = {
 OPENCV = ["opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless"]
 
 
-def attached_files(pattern: str) -> list[Path]:
-    """Files below /kaggle/input, up to six folders deep, whose paths end like this."""
-    return sorted(Path(file) for depth in range(7) for file in glob.glob(f"/kaggle/input/{'*/' * depth}{pattern}"))
+def attached_files(pattern: str, inputs: Path = Path("/kaggle/input"), depths: Iterable[int] = range(7)) -> list[Path]:
+    """Files below /kaggle/input, so many folders deep, whose paths end like this."""
+    return sorted(Path(file) for depth in depths for file in glob.glob(f"{inputs}/{'*/' * depth}{pattern}"))
 
 
 def install(requirement: str) -> str:
@@ -256,7 +257,7 @@ def probe_environment() -> Environment:
     """Look at the machine, try its GPUs, and collect advice for what will not work."""
     gpus, advice = probe_gpus()
     device = f"cuda:{min(gpus)}" if gpus else "cpu"
-    internet = RANK == 0 and internet_is_reachable()
+    internet = SHOW_TABLES and RANK == 0 and internet_is_reachable()
     free_disk = shutil.disk_usage(".").free / 2**30
     try:
         ensure_packages("facenet_pytorch")

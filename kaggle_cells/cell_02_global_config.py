@@ -236,14 +236,11 @@ def check_injected(history: list[str]) -> None:
 
     `history` holds the cells run so far. Papermill's assignments are a cell of its own, which begins in one way.
     """
-    for cell in history:
-        if cell.startswith("# Parameters\n"):
-            names = [target.id for line in ast.parse(cell).body for target in getattr(line, "targets", [])]
-            for name in names:
-                if name not in PARAMETERS:
-                    raise ValueError(
-                        f"{name} is no parameter" + (meant(name, "; is it {}?") or ". Section 2 lists them.")
-                    )
+    injected = [cell for cell in history if cell.startswith("# Parameters\n")]
+    targets = [target for line in ast.parse("\n".join(injected)).body for target in getattr(line, "targets", [])]
+    for name in (target.id for target in targets if isinstance(target, ast.Name)):
+        if name not in PARAMETERS:
+            raise ValueError(f"{name} is no parameter" + (meant(name, "; is it {}?") or ". Section 2 lists them."))
 
 
 def parameters_from_environment(environ: dict[str, str]) -> dict[str, object]:

@@ -760,10 +760,12 @@ def save_csv(table: pd.DataFrame, file: Path) -> None:
         table.to_csv(partial_file, index=False, errors="backslashreplace")
 
 
+OWN_TABLES = ("train.csv", "val.csv", "test.csv", "skipped.csv")  # what cell 9 writes in data/
+
+
 def require_own_tables(folder: Path) -> None:
     """Raise FileExistsError if a table that cell 9 would write in `folder` is there and somebody else's: a manifest."""
-    for name in ("train", "val", "test", "skipped"):
-        file = folder / f"{name}.csv"
+    for file in map(folder.joinpath, OWN_TABLES):
         if file.exists() and not {"clip_file", "reason"} & set(pd.read_csv(file, nrows=0, encoding_errors="replace")):
             raise FileExistsError(f"{file} would be overwritten, and is not of this notebook: choose another WORK_DIR")
 

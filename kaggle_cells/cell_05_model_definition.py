@@ -253,10 +253,10 @@ def load_backbone_weights(backbone: nn.Module, name: str, pretrained: bool, path
 
     Raises ValueError if the file named does not fit the backbone. A failed download is a warning.
     """
-    if not path and not pretrained:
-        return "random"
     if path:
         weights, origin = local_weights(Path(path), backbone), f"file {path}"
+    elif not pretrained:
+        return "random"
     else:
         try:
             weights, origin = attached_weights(backbone, name) or (imagenet_weights(name), "ImageNet (torchvision)")

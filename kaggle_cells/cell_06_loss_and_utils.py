@@ -9,7 +9,6 @@
 import copy
 import dataclasses
 import gc
-import glob
 import hashlib
 import itertools
 import math
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cell_01_imports_and_setup import attached_files
 from cell_02_global_config import Config
 from cell_03_data_processing import replacing
 
@@ -225,8 +225,8 @@ def run_to_resume(checkpoint: Path, settings: dict, attached: Iterable[Path] = (
 
 def attached_checkpoints(inputs: Path = Path("/kaggle/input")) -> list[Path]:
     """Where outputs of earlier Kaggle sessions would have their checkpoint, in both of Kaggle's layouts."""
-    patterns = (f"{inputs}/{'*/' * depth}models/*_checkpoint.pth" for depth in (1, 2, 3))
-    return sorted({Path(file).with_name("last_checkpoint.pth") for pattern in patterns for file in glob.glob(pattern)})
+    files = attached_files("models/*_checkpoint.pth", inputs, depths=(1, 2, 3))
+    return sorted({file.with_name("last_checkpoint.pth") for file in files})
 
 
 def data_fingerprint(videos: pd.DataFrame) -> str:

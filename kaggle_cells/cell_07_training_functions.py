@@ -66,7 +66,7 @@ def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     as the T4, and float32 on the CPU.
     """
     choice = native_precision(device) if choice == "auto" else choice
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(choice)
+    return {"off": None, "fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[choice]
 
 
 class LossScaler(torch.amp.GradScaler):

@@ -433,7 +433,7 @@ def plot_curves(table: pd.DataFrame, threshold: float, auc: Interval) -> Figure:
     The pale ROC curves are those of single methods against all real videos; `auc` is the interval of the whole.
     """
     labels, chances = table.label.to_numpy(), table.probability.to_numpy()
-    metrics = compute_metrics(labels, chances, threshold)
+    metrics: dict[str, Any] = compute_metrics(labels, chances, threshold)
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.7))
     if metrics["auc_roc"] is None:
         figure.suptitle("No curves: the test set has one class alone", x=0.02, ha="left", fontsize=12)
@@ -444,8 +444,7 @@ def plot_curves(table: pd.DataFrame, threshold: float, auc: Interval) -> Figure:
     single.set_label("single methods")
     axes[0].plot(*skm.roc_curve(labels, chances)[:2], color=FAKE_COLOUR)
     axes[0].plot([0, 1], [0, 1], color="0.5", linestyle=":")
-    false_alarms = np.mean(chances[labels == 0] >= threshold)
-    axes[0].plot(false_alarms, metrics["recall"], "o", color="black", label=f"threshold {threshold:.2f}")
+    axes[0].plot(1 - metrics["specificity"], metrics["recall"], "o", color="black", label=f"threshold {threshold:.2f}")
     axes[0].set(xlabel="reals called fake", ylabel="fakes found", title=f"AUC {in_words(metrics['auc_roc'], auc)}")
     axes[0].legend(loc="lower right", fontsize=10)
     precision, recall, _ = skm.precision_recall_curve(labels, chances)
@@ -497,7 +496,7 @@ def plot_calibration(labels: np.ndarray, chances: np.ndarray) -> Figure:
     below.hist(both, edges, stacked=True, color=[REAL_COLOUR, FAKE_COLOUR], label=["real", "fake"])
     below.set(xlabel="P(fake)", ylabel="videos")
     below.legend(fontsize=10)
-    ece = compute_metrics(labels, chances, 0.5)["ece"] or 0.0
+    ece: Any = compute_metrics(labels, chances, 0.5)["ece"]
     ax.set_title(f"P(fake) is off by {100 * ece:.0f} points on average (ECE)")
     return figure
 

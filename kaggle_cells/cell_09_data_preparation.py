@@ -21,6 +21,7 @@ from cell_02_global_config import CONFIG
 from cell_03_data_processing import (
     CLIP_COLUMNS,
     EVERY_CLASS,
+    OWN_TABLES,
     VIDEO_COLUMNS,
     ClipSettings,
     cache_clips,
@@ -63,8 +64,7 @@ for DATA_ORIGIN in places:
     except FileNotFoundError as error:
         if CONFIG.DATA_DIR != "auto":
             raise
-        own_tables = {f"{name}.csv" for name in ("train", "val", "test", "skipped")}
-        if Path(DATA_ORIGIN).is_dir() and {file.name for file in Path(DATA_ORIGIN).iterdir()} - own_tables:
+        if Path(DATA_ORIGIN).is_dir() and {file.name for file in Path(DATA_ORIGIN).iterdir()} - {*OWN_TABLES}:
             print(f"Not used: {error}")
 else:
     if CONFIG.DATA_DIR == "none" or (CONFIG.DATA_DIR == "auto" and CONFIG.PREDICT_DIR and not CONFIG.EPOCHS):

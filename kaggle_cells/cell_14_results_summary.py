@@ -245,9 +245,10 @@ if HISTORY and len(TRAINED_ON) > 1 and not CONFIG.HOLDOUT_METHODS:
     ideas += [f"`HOLDOUT_METHODS = {sorted(TRAINED_ON)[:1]}`, to see how it does on fakes of a kind it never saw"]
 if HISTORY and 0 < CONFIG.MAX_VIDEOS_PER_CLASS < 1000:
     ideas += [f"more than {CONFIG.MAX_VIDEOS_PER_CLASS} videos a class, and another `SEED`: single runs differ"]
-summary = [*(f"- {line}" for line in achieved), "", "To try next:", "", *(f"- {idea}" for idea in ideas)]
-summary = summary[: None if ideas else len(achieved)]
-display(Markdown("\n".join(summary))) if IN_NOTEBOOK else print("\n".join(summary))
+summary = "\n".join(f"- {line}" for line in achieved)
+if ideas:
+    summary += "\n\nTo try next:\n\n" + "\n".join(f"- {idea}" for idea in ideas)
+display(Markdown(summary)) if IN_NOTEBOOK else print(summary)
 files = {}
 for name, meaning in WHAT_FILES_ARE.items():
     parts = [CONFIG.work_dir / name, *(CONFIG.work_dir / name).rglob("*")]

@@ -103,6 +103,7 @@ def test_a_single_name_is_taken_for_a_list_of_one():
 
 def test_a_name_that_papermill_was_given_and_that_is_no_parameter_stops_the_run():
     cell.check_injected(["", "# Parameters\nEPOCHS = 3\nMETHODS = ['a']\n", "# Parameters of mine\nx = 1"])
+    cell.check_injected(["# Parameters\nEPOCHS, SEED = 3, 1\n"])  # somebody's own
     with pytest.raises(ValueError, match=r"EPOCH is no parameter; is it EPOCHS\?"):
         cell.check_injected(["# Parameters\nSEED = 3\nEPOCH = 3\n"])
     with pytest.raises(ValueError, match=r"learning_rate is no parameter; is it LEARNING_RATE\?"):
