@@ -2,29 +2,58 @@
 
 import json
 import os
-import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many tests run at once as there are cores
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
+
 import matplotlib
 import pandas as pd
+import processes
 import pytest
+import torch
+import yaml
+from filelock import FileLock
+from processes import ROOT, Program
 
 matplotlib.use("Agg")
-ROOT = Path(__file__).resolve().parents[1]
-os.environ.setdefault("TQDM_DISABLE", "1")
+torch.set_num_threads(1)
 
 import build_notebook as builder  # noqa: E402
 from cell_03_data_processing import ClipSettings, cache_clips, find_videos, load_face_detector, make_demo_set  # noqa: E402
 
 SMALL = ClipSettings(frames=4, seconds=8.0, size=64, face_crop=True, margin=0.25)
+CI = yaml.safe_load((ROOT / "notebooks" / "params" / "ci.yaml").read_text(encoding="utf-8"))
+CI_WITHOUT_ROBUSTNESS = {**CI, "ROBUSTNESS": 0}  # its twelve passes over the test set take longer than the training
 
 
 @pytest.fixture(scope="session")
-def demo_set(tmp_path_factory) -> Path:
+def once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`once(name, make)` is a folder that `make` fills, whichever of pytest-xdist's workers asks for it first."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        place, done = shared / "shared" / name, shared / "shared" / f".{name}.done"
+        place.mkdir(parents=True, exist_ok=True)
+        with FileLock(shared / f"{name}.lock"):
+            if not done.exists():
+                make(place)
+                done.touch()
+        return place
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_set(once) -> Path:
     """12 real demo videos and a fake of each."""
-    return make_demo_set(tmp_path_factory.mktemp("demo"), 12, seed=42, workers=2)
+    return once("demo_set", lambda folder: make_demo_set(folder, 12, seed=42, workers=2))
 
 
 @pytest.fixture(scope="session")
@@ -33,9 +62,13 @@ def face_detector():
 
 
 @pytest.fixture(scope="session")
-def clip_table(demo_set, face_detector, tmp_path_factory) -> pd.DataFrame:
+def clip_table(demo_set, face_detector, once) -> pd.DataFrame:
     """The demo set's videos with small cached clips."""
-    usable, skipped = cache_clips(find_videos(demo_set), SMALL, tmp_path_factory.mktemp("cache"), face_detector, 2)
+
+    def make(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+        return cache_clips(find_videos(demo_set), SMALL, folder, face_detector, 2)
+
+    usable, skipped = make(once("clips", make))
     assert skipped.empty
     return usable
 
@@ -53,32 +86,58 @@ class Run:
         return pd.read_csv(self.folder / name)
 
 
-def run_notebook(folder: Path, *arguments: str, expect: int = 0) -> Run:
-    """`python build_notebook.py run ARGUMENTS`, somewhere without a ./data folder."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "build_notebook.py"), "run", *arguments, "--output", str(folder)]
-    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
-    done = subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == expect, done.stdout + done.stderr
-    return Run(folder, done.stdout + done.stderr)
+def run_notebook(folder: Path, *arguments: object, expect: int = 0) -> Run:
+    """`python build_notebook.py run ARGUMENTS`, somewhere without a ./data folder. The kernel is a real process."""
+    words = [ROOT / "build_notebook.py", "run", *arguments, "--output", folder]
+    return Run(folder, processes.run(words, folder.parent, expect))
 
 
-def script(cell: str, folder: Path, **parameters: object) -> dict:
-    """How to start one cell as a script in `folder`, with parameters in the environment: arguments of `Popen`."""
-    environment = {**os.environ, **{f"DEEPFAKE_{name}": str(value) for name, value in parameters.items()}}
-    return dict(args=[sys.executable, str(ROOT / "kaggle_cells" / f"{cell}.py")], cwd=folder, env=environment)
+def in_environment(parameters: dict) -> dict[str, object]:
+    """Parameters as the variables that scripts read them from."""
+    return {f"DEEPFAKE_{name}": value for name, value in parameters.items()}
 
 
-def run_script(cell: str, work_dir: Path, **parameters: object) -> subprocess.CompletedProcess:
-    """One cell as a script, run to its end."""
-    start = script(cell, work_dir, **parameters, WORK_DIR=work_dir)
-    return subprocess.run(**start, capture_output=True, text=True, timeout=600)
+def start_script(cell: str, folder: Path, **parameters: object) -> Program:
+    """Start one cell as a script in a folder."""
+    return Program([ROOT / "kaggle_cells" / f"{cell}.py"], folder, **in_environment(parameters))
+
+
+def run_script(cell: str, folder: Path, expect: int = 0, **parameters: object) -> str:
+    """One cell as a script in a folder, run to its end; returns what it printed."""
+    words = [ROOT / "kaggle_cells" / f"{cell}.py"]
+    return processes.run(words, folder, expect, **in_environment(parameters))
+
+
+def program_file(folder: Path, program: str) -> Path:
+    """A Python file in a folder that has the cells to import."""
+    folder.mkdir(parents=True, exist_ok=True)
+    preamble = f"import os, signal, sys\nsys.path.insert(0, {str(ROOT / 'kaggle_cells')!r})\n"
+    file = folder / "program.py"
+    file.write_text(preamble + program, encoding="utf-8")
+    return file
+
+
+def run_program(program: str, folder: Path, expect: int = 0, **parameters: object) -> str:
+    """A program that has the cells to import, run to its end in a folder; returns what it printed."""
+    return processes.run([program_file(folder, program)], folder, expect, **in_environment(parameters))
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory) -> Run:
-    """The notebook executed with ci.yaml, demo set and all."""
-    return run_notebook(tmp_path_factory.mktemp("notebook") / "run", "ci")
+def finished_run(once) -> Run:
+    """The notebook executed with ci.yaml, demo set and all, by the command that users type."""
+
+    def make(folder: Path) -> None:
+        words = [sys.executable, ROOT / "build_notebook.py", "run", "ci", "--output", folder / "run"]
+        (folder / "output.txt").write_text(processes.command(words, folder), encoding="utf-8")
+
+    folder = once("notebook", make)
+    return Run(folder / "run", (folder / "output.txt").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def its_clips(finished_run) -> dict[str, Path]:
+    """Parameters for further runs on the videos and clips of the finished one."""
+    return {"DATA_DIR": finished_run.folder / "demo_videos_42", "CACHE_DIR": finished_run.folder / "cache"}
 
 
 @pytest.fixture

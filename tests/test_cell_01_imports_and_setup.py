@@ -108,6 +108,6 @@ def test_the_bridge_finds_names_of_main_and_otherwise_names_the_cell_to_run(monk
 
 
 def test_the_list_of_cells_is_the_folder():
-    from conftest import ROOT
+    from processes import ROOT
 
     assert tuple(sorted(file.stem for file in (ROOT / "kaggle_cells").glob("cell_*.py"))) == cell.CELLS

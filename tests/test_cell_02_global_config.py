@@ -4,7 +4,7 @@ import math
 import papermill
 import pytest
 import torch
-from conftest import ROOT
+from processes import ROOT
 
 import cell_02_global_config as cell
 from cell_02_global_config import CONFIG, Config

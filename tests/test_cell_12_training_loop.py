@@ -1,41 +1,28 @@
 """Training that is killed, runs out of memory or is shared by several processes ends as if nothing had happened."""
 
 import shutil
-import subprocess
+import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import processes
 import pytest
 import torch
-import yaml
-from conftest import ROOT, script
+from conftest import CI, in_environment, program_file
+from conftest import run_program as run
 
-CI = yaml.safe_load((ROOT / "notebooks" / "params" / "ci.yaml").read_text(encoding="utf-8"))
 TIMES = ["seconds", "clips_per_second"]
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 SECTION_12 = "import cell_12_training_loop"
 
 
 @pytest.fixture(scope="module")
-def shared(finished_run):
+def shared(its_clips):
     """Parameters of four epochs on the clips that are there already: three batches an epoch."""
-    videos, cache = finished_run.folder / "demo_videos_42", finished_run.folder / "cache"
-    light = {"BACKBONE": "shufflenet_v2_x0_5", "EMA_DECAY": 0.9, "EPOCHS": 4, "LR_PATIENCE": 0}
-    return {**CI, **light, "DATA_DIR": videos, "CACHE_DIR": cache}
-
-
-def run(folder: Path, parameters: dict, program: str = SECTION_12, start: tuple = (), expect: int = 0) -> str:
-    """Run a program that has the cells to import, in a folder of its own; returns what it printed."""
-    folder.mkdir(exist_ok=True)
-    preamble = f"import os, signal, sys\nsys.path.insert(0, {str(ROOT / 'kaggle_cells')!r})\n"
-    (folder / "program.py").write_text(preamble + program)
-    settings = script("", folder, **parameters)
-    settings["args"] = [sys.executable, *start, str(folder / "program.py")]
-    done = subprocess.run(**settings, capture_output=True, text=True, timeout=300)
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return {**CI, **its_clips, "BACKBONE": "shufflenet_v2_x0_5", "EMA_DECAY": 0.9, "EPOCHS": 4, "LR_PATIENCE": 0}
 
 
 def history(folder: Path) -> pd.DataFrame:
@@ -72,7 +59,7 @@ def same_end(first: Path, second: Path) -> None:
 def uninterrupted(shared, tmp_path_factory) -> Path:
     """Four epochs at once."""
     folder = tmp_path_factory.mktemp("training") / "whole"
-    run(folder, shared)
+    run(SECTION_12, folder, **shared)
     saved = checkpoint(folder)
     parts = {"model", "average", "optimizer", "scheduler", "scaler", "stopper"}
     figures = {"epoch", "history", "best", "settings", "batch_size", "precision", "initial_weights"}
@@ -99,9 +86,9 @@ cell.Trainer.step = step
 
 
 def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_to_the_identical_end(shared, uninterrupted, tmp_path):
-    run(tmp_path, shared, at_step(8, KILL) + SECTION_12, expect=-9)
+    run(at_step(8, KILL) + SECTION_12, tmp_path, expect=-9, **shared)
     assert checkpoint(tmp_path)["epoch"] == len(history(tmp_path)) == 2
-    assert "Going on after epoch 2" in run(tmp_path, shared)
+    assert "Going on after epoch 2" in run(SECTION_12, tmp_path, **shared)
     same_end(uninterrupted, tmp_path)
 
 
@@ -137,8 +124,8 @@ os.replace = between
 def test_a_run_killed_while_it_writes_its_checkpoint_goes_on_from_a_good_one(
     shared, uninterrupted, tmp_path, moment, program
 ):
-    run(tmp_path, shared, program + SECTION_12, expect=-9)
-    assert "Going on after epoch" in run(tmp_path, shared), moment
+    run(program + SECTION_12, tmp_path, expect=-9, **shared)
+    assert "Going on after epoch" in run(SECTION_12, tmp_path, **shared), moment
     same_end(uninterrupted, tmp_path)
     assert not list((tmp_path / "models").glob(".partial-*"))
 
@@ -149,16 +136,16 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_used(shared, uninterrup
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    output = run(tmp_path, shared)
+    output = run(SECTION_12, tmp_path, **shared)
     assert "last_checkpoint.pth is damaged" in output and "Going on after epoch 3" in output
     same_end(uninterrupted, tmp_path)
 
 
 def test_a_run_that_replaces_an_older_one_never_falls_back_to_that(shared, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
-    run(tmp_path, {**shared, "RESUME": False}, at_step(5, KILL) + SECTION_12, expect=-9)
+    run(at_step(5, KILL) + SECTION_12, tmp_path, expect=-9, **{**shared, "RESUME": False})
     (tmp_path / "models" / "last_checkpoint.pth").write_bytes(b"damaged")
-    output = run(tmp_path, shared)
+    output = run(SECTION_12, tmp_path, **shared)
     assert "is damaged or no checkpoint" in output and "Going on" not in output
     same_end(uninterrupted, tmp_path)
 
@@ -166,7 +153,7 @@ def test_a_run_that_replaces_an_older_one_never_falls_back_to_that(shared, unint
 def test_a_finished_run_is_not_repeated_and_its_best_model_is_restored(shared, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     (tmp_path / "models" / "best_model.pth").unlink()
-    output = run(tmp_path, shared)
+    output = run(SECTION_12, tmp_path, **shared)
     assert "pth: training is finished" in output and "\nepoch " not in output
     same_end(uninterrupted, tmp_path)
 
@@ -182,8 +169,8 @@ cell.imagenet_weights = refused
 print(end.WEIGHTS_ORIGIN)
 """
     parameters = {**shared, "PRETRAINED": True}
-    assert "asked for weights" in run(tmp_path, {**parameters, "EPOCHS": 1}, program)
-    resumed = run(tmp_path, {**parameters, "EPOCHS": 2}, program)
+    assert "asked for weights" in run(program, tmp_path, **{**parameters, "EPOCHS": 1})
+    resumed = run(program, tmp_path, **{**parameters, "EPOCHS": 2})
     assert "asked for weights" not in resumed and "starts from random weights" not in resumed
     assert resumed.rstrip().endswith("could not be downloaded (no internet)")
 
@@ -208,7 +195,7 @@ importlib.reload(cell_11_model_setup)
 import cell_12_training_loop
 """
     )
-    output = run(tmp_path, shared, program)
+    output = run(program, tmp_path, **shared)
     assert "interrupted within an epoch: run cell 11" in output
     assert "Going on after epoch 2" in output
     same_end(uninterrupted, tmp_path)
@@ -217,10 +204,10 @@ import cell_12_training_loop
 def test_on_kaggle_training_goes_on_from_an_attached_output(shared, uninterrupted, tmp_path):
     attached = f"import cell_06_loss_and_utils as cell\ncell.attached_checkpoints = lambda: [{{}}]\n{SECTION_12}"
     before = tmp_path / "before"
-    run(before, shared, at_step(11, KILL) + SECTION_12, expect=-9)
+    run(at_step(11, KILL) + SECTION_12, before, expect=-9, **shared)
     found = attached.format(f"__import__('pathlib').Path({str(before / 'models' / 'last_checkpoint.pth')!r})")
     after = tmp_path / "after"
-    assert f"Going on after epoch 3 of {before}" in run(after, shared, found)
+    assert f"Going on after epoch 3 of {before}" in run(found, after, **shared)
     same_end(uninterrupted, after)
 
 
@@ -228,14 +215,14 @@ def test_on_kaggle_training_goes_on_from_an_attached_output(shared, uninterrupte
 
 
 def test_another_seed_gives_another_history(shared, uninterrupted, tmp_path):
-    run(tmp_path, {**shared, "EPOCHS": 1, "SEED": 43})
+    run(SECTION_12, tmp_path, **{**shared, "EPOCHS": 1, "SEED": 43})
     assert history(tmp_path).train_loss[0] != history(uninterrupted).train_loss[0]
 
 
 def test_other_settings_are_refused_before_anything_is_overwritten(shared, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.[cp][st][vh]")}
-    output = run(tmp_path, {**shared, "MAX_VIDEOS_PER_CLASS": 8, "LEARNING_RATE": 0.01}, expect=1)
+    output = run(SECTION_12, tmp_path, expect=1, **{**shared, "MAX_VIDEOS_PER_CLASS": 8, "LEARNING_RATE": 0.01})
     assert "MAX_VIDEOS_PER_CLASS: 12 then, 8 now\n  LEARNING_RATE: 0.0003 then, 0.01 now" in output
     assert len(before) > 5 and before == {file: file.stat().st_mtime_ns for file in before}
 
@@ -246,13 +233,13 @@ def test_other_videos_are_refused_before_the_tables_are_overwritten(shared, unin
     table = pd.concat(pd.read_csv(tmp_path / "data" / f"{name}.csv") for name in ("train", "val", "test"))
     fewer = table.drop(index=table.index[table.split == "train"][:1])
     fewer[["path", "label", "method", "group", "split"]].to_csv(tmp_path / "fewer.csv", index=False)
-    output = run(tmp_path, {**shared, "DATA_DIR": tmp_path / "fewer.csv"}, expect=1)
+    output = run(SECTION_12, tmp_path, expect=1, **{**shared, "DATA_DIR": tmp_path / "fewer.csv"})
     assert "DATA: '24 videos" in output and (tmp_path / "data" / "train.csv").read_bytes() == before
 
 
 def test_an_interrupted_run_without_time_for_another_epoch_ends_with_what_it_has(shared, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
-    output = run(tmp_path, {**shared, "EPOCHS": 5, "TIME_BUDGET_HOURS": 1e-6})
+    output = run(SECTION_12, tmp_path, **{**shared, "EPOCHS": 5, "TIME_BUDGET_HOURS": 1e-6})
     assert "Stopped after 4 of 5 epochs" in output and len(history(tmp_path)) == 4
 
 
@@ -267,7 +254,7 @@ def step(self, *batch):
     return take_step(self, *batch)
 cell.Trainer.step = step
 """
-    output = run(tmp_path, {**shared, "TIME_BUDGET_HOURS": 0.25}, program + SECTION_12)
+    output = run(program + SECTION_12, tmp_path, **{**shared, "TIME_BUDGET_HOURS": 0.25})
     assert "Stopped after 2 of 4 epochs: one more, of 5 min" in output and "time budget of 15 min" in output
     assert len(history(tmp_path)) == 2
 
@@ -282,22 +269,54 @@ def greedy(self, clips):
     return forward(self, clips)
 cell.DeepfakeDetector.forward = greedy
 """
-    output = run(tmp_path, {**shared, "EPOCHS": 2}, program + SECTION_12)
+    output = run(program + SECTION_12, tmp_path, **{**shared, "EPOCHS": 2})
     assert output.count("Memory ran out with 4 clips at once") == 1 and len(history(tmp_path)) == 2
 
 
 # Several processes
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+def torchrun(program: str, folder: Path, **parameters: object) -> str:
+    """A program in two processes, started by the command that users type; returns what both printed."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return processes.command([*launch, program_file(folder, program)], folder, **in_environment(parameters))
+
+
+def together(count: int, program: str, folder: Path, expect: int = 0, **parameters: object) -> str:
+    """A program in several processes that find each other as those of torchrun do, and all end when one fails.
+
+    Returns what all printed."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    meeting = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count}
+    file = program_file(folder, program)
+    ranks = [{**meeting, "RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
+    started = [processes.Program([file], folder, **rank, **in_environment(parameters)) for rank in ranks]
+    try:
+        while any(process.is_running for process in started) and not any(process.status for process in started):
+            time.sleep(0.05)
+        failed = [process.status for process in started if process.status]
+    finally:
+        for process in started:
+            process.kill()
+        print(printed := "\n".join(process.output for process in started))
+    assert failed[:1] == [expect] * bool(expect)
+    return printed
+
+
+def manifest(folder: Path, run_folder: Path, val: slice) -> Path:
+    """The videos of a finished run, with fewer of them to validate on."""
+    tables = {name: pd.read_csv(run_folder / "data" / f"{name}.csv") for name in ("train", "val", "test")}
+    tables["val"] = tables["val"].sort_values("group").iloc[val]
+    file = folder / "videos.csv"
+    pd.concat(tables.values())[["path", "label", "method", "group", "split"]].to_csv(file, index=False)
+    return file
 
 
 def test_two_processes_train_as_one_and_validate_every_clip_once(finished_run, shared, tmp_path):
     """Five clips to validate, which do not divide by two."""
-    tables = [finished_run.table(f"data/{name}.csv") for name in ("train", "val", "test")]
-    manifest = pd.concat([tables[0], tables[1].iloc[:5], tables[2]])
-    manifest[["path", "label", "method", "group", "split"]].to_csv(tmp_path / "videos.csv", index=False)
-    parameters = {**shared, "DATA_DIR": tmp_path / "videos.csv", "EPOCHS": 3, "DROPOUT": 0.0, "LEARNING_RATE": 1e-5}
+    videos = manifest(tmp_path, finished_run.folder, slice(5))
+    parameters = {**shared, "DATA_DIR": videos, "EPOCHS": 3, "DROPOUT": 0.0, "LEARNING_RATE": 1e-5}
     program = f"""
 import cell_03_data_processing as data
 if os.environ.get("RANK") == "1":
@@ -305,7 +324,7 @@ if os.environ.get("RANK") == "1":
 {SECTION_12} as cell
 print("validated", cell.validated.rows.tolist())
 """
-    outputs = [run(tmp_path / name, parameters, program, start) for name, start in (("one", ()), ("two", TORCHRUN))]
+    outputs = run(program, tmp_path / "one", **parameters), torchrun(program, tmp_path / "two", **parameters)
     assert all("validated [0, 1, 2, 3, 4]" in output for output in outputs)
     assert "Batches of 4 clips, shared by 2 processes" in outputs[1] and outputs[1].count("videos taken") == 1
     one, two = (history(tmp_path / name) for name in ("one", "two"))
@@ -315,19 +334,17 @@ print("validated", cell.validated.rows.tolist())
     assert weights[0]["model"].keys() == weights[1]["model"].keys()
 
 
+@pytest.mark.slow
 def test_there_may_be_fewer_clips_to_validate_than_processes(finished_run, shared, tmp_path):
-    tables = [finished_run.table(f"data/{name}.csv") for name in ("train", "val", "test")]
-    one_pair = tables[1][tables[1].group == tables[1].group[0]]
-    manifest = pd.concat([tables[0], one_pair, tables[2]])[["path", "label", "method", "group", "split"]]
-    manifest.to_csv(tmp_path / "videos.csv", index=False)
-    parameters = {**shared, "DATA_DIR": tmp_path / "videos.csv", "EPOCHS": 1, "BATCH_SIZE": 0}
+    videos = manifest(tmp_path, finished_run.folder, slice(2))
+    parameters = {**shared, "DATA_DIR": videos, "EPOCHS": 1, "BATCH_SIZE": 0}
     program = f"{SECTION_12} as cell\nprint('validated', cell.validated.rows.tolist(), cell.BATCH_SIZE_USED)\n"
-    three = (*TORCHRUN[:-1], "--nproc_per_node=3")
-    assert "validated [0, 1] 24" in run(tmp_path, parameters, program, three)
-    resumed = run(tmp_path, {**parameters, "EPOCHS": 2}, program)
+    assert "validated [0, 1] 24" in together(3, program, tmp_path, **parameters)
+    resumed = run(program, tmp_path, **{**parameters, "EPOCHS": 2})
     assert "Batches of 24 clips on cpu" in resumed and "Going on after epoch 1" in resumed
 
 
+@pytest.mark.slow
 def test_processes_compute_the_gradients_and_statistics_of_one_to_the_last_digits(tmp_path):
     """In double precision, where rounding cannot hide or make a difference."""
     program = """
@@ -353,17 +370,17 @@ for step in range(3):
 if RANK == 0:
     torch.save(model.state_dict(), "weights.pth")
 """
-    for name, start in (("one", ()), ("two", TORCHRUN)):
-        run(tmp_path / name, {}, program, start)
+    run(program, tmp_path / "one")
+    together(2, program, tmp_path / "two")
     one, two = (torch.load(tmp_path / name / "weights.pth", weights_only=True) for name in ("one", "two"))
     assert all(torch.allclose(two[name], value, rtol=0, atol=1e-11) for name, value in one.items())
 
 
 def test_a_batch_that_processes_cannot_share_ends_all_of_them_with_the_reason(shared, tmp_path):
-    output = run(tmp_path, {**shared, "BATCH_SIZE": 3}, start=TORCHRUN, expect=1)
-    assert "videos taken" not in output and "BATCH_SIZE = 3 is no multiple of 2, the number of processes" in output
+    output = together(2, SECTION_12, tmp_path, expect=1, **{**shared, "BATCH_SIZE": 3})
+    assert "BATCH_SIZE = 3 is no multiple of 2, the number of processes" in output and "videos taken" not in output
 
 
 def test_the_cells_after_training_are_not_for_torchrun(shared, tmp_path):
-    output = run(tmp_path, {**shared, "EPOCHS": 1}, "import cell_13_model_evaluation", TORCHRUN, expect=1)
+    output = together(2, "import cell_13_model_evaluation", tmp_path, expect=1, **{**shared, "EPOCHS": 1})
     assert "torchrun is for cell_12_training_loop.py" in output

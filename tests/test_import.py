@@ -3,14 +3,13 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import papermill
+import processes
 import pytest
-from conftest import ROOT
+from processes import ROOT
 
 import build_notebook as builder
 from build_notebook import SOURCE_KEY
@@ -266,16 +265,16 @@ def test_the_command(tmp_path):
     notebook.cells[-1].source += "\nprint('done')"
     nbformat.write(notebook, copy / "notebooks" / "deepfake_detection.ipynb")
 
-    def command(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "build_notebook.py", *arguments], cwd=copy, capture_output=True, text=True
-        )
+    def command(*arguments: str, expect: int = 0) -> str:
+        return processes.run([copy / "build_notebook.py", *arguments], copy, expect)
 
     edited = "notebooks/deepfake_detection.ipynb"
-    assert command("check").returncode == 1
-    assert "+print('done')" in command("import", edited, "--dry-run").stdout and command("check").returncode == 1
-    assert command("import", edited).returncode == 0
-    assert command().returncode == 0 and command("check").returncode == 0
-    assert "Nothing to do" in command("import", edited).stdout
-    missing = command("import", "elsewhere.ipynb")
-    assert missing.returncode == 1 and missing.stderr.startswith("elsewhere.ipynb cannot be read as a notebook")
+    command("check", expect=1)
+    assert "+print('done')" in command("import", edited, "--dry-run")
+    command("check", expect=1)
+    command("import", edited)
+    command()
+    command("check")
+    assert "Nothing to do" in command("import", edited)
+    missing = command("import", "elsewhere.ipynb", expect=1)
+    assert missing.startswith("elsewhere.ipynb cannot be read as a notebook")

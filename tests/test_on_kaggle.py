@@ -17,7 +17,8 @@ import pytest
 import torch
 import torchvision
 import yaml
-from conftest import ROOT, Run
+from conftest import CI, Run
+from processes import command
 from test_end_to_end import PROMISED
 
 import build_notebook as builder
@@ -77,23 +78,15 @@ class Kaggle:
             for path in ("/kaggle/", "/tmp/clip_cache"):
                 cell.source = cell.source.replace(f'"{path}', f'"{self.folder}{path}')
         (self.folder / "asked.ipynb").write_text(nbformat.writes(notebook), encoding="utf-8")
-        ci = yaml.safe_load((ROOT / "notebooks" / "params" / "ci.yaml").read_text(encoding="utf-8"))
-        given = {**ci, "DATA_DIR": "auto", "PRETRAINED": True, **parameters}
+        given = {**CI, "DATA_DIR": "auto", "PRETRAINED": True, **parameters}
         (self.folder / "given.yaml").write_text(yaml.safe_dump(given))
-        dropped = ("TQDM_DISABLE", "PYTHONPATH", "JUPYTER_PATH")
-        environment = {name: value for name, value in os.environ.items() if name not in dropped}
-        environment |= {**OFFLINE, "KAGGLE_KERNEL_RUN_TYPE": "Batch", "HOME": str(self.folder)}
-        python: list = [python_without_facenet(self.folder), "-m"]
-        done = subprocess.run(
-            [*python, "papermill", "../../asked.ipynb", "executed.ipynb", "-f", "../../given.yaml"],
-            cwd=working,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == expect, done.stderr[-5000:]
-        return Run(working, done.stderr)
+        environment = {**OFFLINE, "KAGGLE_KERNEL_RUN_TYPE": "Batch", "HOME": self.folder}
+        python = [python_without_facenet(self.folder), "-m", "papermill"]
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("TQDM_DISABLE", "PYTHONPATH", "JUPYTER_PATH"):
+                patch.delenv(name, raising=False)
+            words = [*python, "../../asked.ipynb", "executed.ipynb", "-f", "../../given.yaml"]
+            return Run(working, command(words, working, expect, **environment))
 
 
 def shown(run: Run) -> str:
@@ -130,6 +123,7 @@ def test_everything_works_offline_with_attached_wheels_and_weights(first_session
     assert list((kaggle.folder / "tmp" / "clip_cache").iterdir()) and not (run.folder / "cache").exists()
 
 
+@pytest.mark.slow
 def test_a_later_session_in_the_older_layout_goes_on_from_the_attached_output(first_session, demo_set, tmp_path):
     _, earlier, _ = first_session
     kaggle = Kaggle(tmp_path)
@@ -137,7 +131,7 @@ def test_a_later_session_in_the_older_layout_goes_on_from_the_attached_output(fi
     make_wheel(kaggle.inputs / "wheels" / "deep")
     shutil.copytree(earlier.folder, kaggle.inputs / "my-notebook")
     before = kaggle.contents()
-    run = kaggle.run_all(0, EPOCHS=3)
+    run = kaggle.run_all(0, EPOCHS=3, ROBUSTNESS=0)
     text = shown(run)
     assert "Going on after epoch 1 of " in text and "my-notebook/models/last_checkpoint.pth" in text
     assert run.table("results/training_history.csv").epoch.tolist() == [1, 2, 3]
@@ -145,6 +139,7 @@ def test_a_later_session_in_the_older_layout_goes_on_from_the_attached_output(fi
     assert kaggle.contents() == before
 
 
+@pytest.mark.slow
 def test_without_the_wheel_the_run_ends_early_and_says_what_to_attach(demo_set, tmp_path):
     kaggle = Kaggle(tmp_path)
     shutil.copytree(demo_set, kaggle.inputs / "face-videos")

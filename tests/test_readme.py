@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import ROOT
+from processes import ROOT
 
 import build_notebook as builder
 
