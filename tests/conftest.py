@@ -1,4 +1,7 @@
-"""Shared fixtures: a small demo set, its clips, and one finished run of the notebook."""
+"""Shared fixtures: a small demo set, its clips, and one finished run of the notebook.
+
+The libraries and the cells are imported by the fixtures that need them: pytest-xdist's main process needs neither.
+"""
 
 import json
 import os
@@ -6,30 +9,31 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import processes
+import pytest
+import yaml
+from filelock import FileLock
+from processes import ROOT, Program
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many tests run at once as there are cores
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
-
-import matplotlib
-import pandas as pd
-import processes
-import pytest
-import torch
-import yaml
-from filelock import FileLock
-from processes import ROOT, Program
-
-matplotlib.use("Agg")
-torch.set_num_threads(1)
-
-import build_notebook as builder  # noqa: E402
-from cell_03_data_processing import ClipSettings, cache_clips, find_videos, load_face_detector, make_demo_set  # noqa: E402
-
-SMALL = ClipSettings(frames=4, seconds=8.0, size=64, face_crop=True, margin=0.25)
+SMALL: dict[str, Any] = dict(frames=4, seconds=8.0, size=64, face_crop=True, margin=0.25)  # ClipSettings
 CI = yaml.safe_load((ROOT / "notebooks" / "params" / "ci.yaml").read_text(encoding="utf-8"))
 CI_WITHOUT_ROBUSTNESS = {**CI, "ROBUSTNESS": 0}  # its twelve passes over the test set take longer than the training
+
+LONGEST = ("test_end_to_end", "test_on_kaggle", "test_cell_12_training_loop", "test_build_notebook", "test_import")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that all workers end at about the same time."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
@@ -53,20 +57,25 @@ def once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], object]
 @pytest.fixture(scope="session")
 def demo_set(once) -> Path:
     """12 real demo videos and a fake of each."""
+    from cell_03_data_processing import make_demo_set
+
     return once("demo_set", lambda folder: make_demo_set(folder, 12, seed=42, workers=2))
 
 
 @pytest.fixture(scope="session")
 def face_detector():
+    from cell_03_data_processing import load_face_detector
+
     return load_face_detector("cpu")
 
 
 @pytest.fixture(scope="session")
-def clip_table(demo_set, face_detector, once) -> pd.DataFrame:
+def clip_table(demo_set, face_detector, once) -> "pd.DataFrame":
     """The demo set's videos with small cached clips."""
+    from cell_03_data_processing import ClipSettings, cache_clips, find_videos
 
-    def make(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-        return cache_clips(find_videos(demo_set), SMALL, folder, face_detector, 2)
+    def make(folder: Path) -> tuple:
+        return cache_clips(find_videos(demo_set), ClipSettings(**SMALL), folder, face_detector, 2)
 
     usable, skipped = make(once("clips", make))
     assert skipped.empty
@@ -82,7 +91,9 @@ class Run:
     def results(self) -> dict:
         return json.loads((self.folder / "results" / "experiment_results.json").read_text())
 
-    def table(self, name: str) -> pd.DataFrame:
+    def table(self, name: str) -> "pd.DataFrame":
+        import pandas as pd
+
         return pd.read_csv(self.folder / name)
 
 
@@ -135,6 +146,20 @@ def finished_run(once) -> Run:
 
 
 @pytest.fixture(scope="session")
+def failed_run(once) -> Run:
+    """A run that ended in section 9, since its data are nowhere, in a folder with the notebook of an earlier one."""
+
+    def make(folder: Path) -> None:
+        (folder / "run").mkdir()
+        (folder / "run" / "deepfake_detection.ipynb").write_text("with all its figures")
+        failed = run_notebook(folder / "run", "ci", "-p", "DATA_DIR", folder / "nowhere", expect=1)
+        (folder / "output.txt").write_text(failed.output, encoding="utf-8")
+
+    folder = once("failed", make)
+    return Run(folder / "run", (folder / "output.txt").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
 def its_clips(finished_run) -> dict[str, Path]:
     """Parameters for further runs on the videos and clips of the finished one."""
     return {"DATA_DIR": finished_run.folder / "demo_videos_42", "CACHE_DIR": finished_run.folder / "cache"}
@@ -143,6 +168,8 @@ def its_clips(finished_run) -> dict[str, Path]:
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A copy of the sources that a test may change."""
+    import build_notebook as builder
+
     for folder in ("kaggle_cells", "notebooks"):
         (tmp_path / folder).mkdir()
     for file in (ROOT / "kaggle_cells").glob("*.py"):

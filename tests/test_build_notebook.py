@@ -86,23 +86,23 @@ def test_overrides_are_typed_and_unknown_names_are_errors(tmp_path):
         builder.read_parameters("dmeo", [], known)
 
 
+@pytest.mark.slow
 def test_plain_papermill_stops_at_a_name_that_is_no_parameter(tmp_path):
     words = [sys.executable, "-m", "papermill", builder.NOTEBOOK, "out.ipynb", "-p", "EPOCH", "3"]
     assert "EPOCH is no parameter; is it EPOCHS?" in processes.command(words, tmp_path, expect=1)
     assert not (tmp_path / "data").exists()
 
 
-def test_a_failing_cell_ends_the_run_with_its_error_its_file_and_how_to_go_on_and_leaves_an_earlier_notebook(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    earlier = folder / "deepfake_detection.ipynb"
-    earlier.write_text("with all its figures")
-    failed = run_notebook(folder, "ci", "-p", "DATA_DIR", tmp_path / "nowhere", expect=1)
-    assert "FileNotFoundError: DATA_DIR" in failed.output
-    assert "kaggle_cells/cell_09_data_preparation.py" in failed.output
-    assert failed.output.rstrip().endswith(f"--output {folder}")
-    kept = nbformat.read(folder / "deepfake_detection.unfinished.ipynb", as_version=4)
-    assert any(cell.get("outputs") for cell in kept.cells) and earlier.read_text() == "with all its figures"
+def test_a_failing_cell_ends_the_run_with_its_error_its_file_and_how_to_go_on(failed_run):
+    assert "FileNotFoundError: DATA_DIR" in failed_run.output
+    assert "kaggle_cells/cell_09_data_preparation.py" in failed_run.output
+    assert failed_run.output.rstrip().endswith(f"--output {failed_run.folder}")
+
+
+def test_a_failing_run_keeps_what_it_showed_beside_the_notebook_of_an_earlier_one(failed_run):
+    kept = nbformat.read(failed_run.folder / "deepfake_detection.unfinished.ipynb", as_version=4)
+    assert any(cell.get("outputs") for cell in kept.cells)
+    assert (failed_run.folder / "deepfake_detection.ipynb").read_text() == "with all its figures"
 
 
 def test_a_folder_given_twice_is_an_error(tmp_path):

@@ -1,16 +1,16 @@
 import collections
-import itertools
+import dataclasses
 import json
 import os
 import shutil
 from pathlib import Path
 
+import conftest
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
@@ -22,6 +22,8 @@ from sklearn.preprocessing import StandardScaler
 import cell_03_data_processing as cell
 from cell_03_data_processing import VideoError, find_videos, read_frames, split_videos
 
+SLOW = pytest.mark.slow
+SMALL = cell.ClipSettings(**conftest.SMALL)
 PLAIN = cell.ClipSettings(frames=4, seconds=8.0, size=32, face_crop=False, margin=0.25)
 
 
@@ -458,21 +460,9 @@ def source_graphs(draw):
     return videos, draw(st.floats(0.05, 0.4)), draw(st.floats(0.05, 0.4)), draw(st.integers(0, 2**31 - 1))
 
 
-def distance_to_goal(videos, shares):
-    """The chi-square distance that a split has from the shares, over the classes and methods of each dataset."""
-    total = 0.0
-    for _, part in videos.groupby("dataset"):
-        for column in ("label", "method"):
-            for _, kind in part.groupby(column):
-                for name, share in shares.items():
-                    goal = share * len(kind)
-                    total += ((kind.split == name).sum() - goal) ** 2 / goal
-    return total
-
-
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=20)
 @given(source_graphs())
-def test_no_group_crosses_a_split_the_seed_decides_and_no_random_deal_comes_nearer_to_the_shares(drawn):
+def test_no_group_crosses_a_split_and_the_seed_alone_decides(drawn):
     videos, val, test, seed = drawn
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cell, "require_classes", lambda *_: None)  # so few videos may leave a split empty
@@ -481,26 +471,23 @@ def test_no_group_crosses_a_split_the_seed_decides_and_no_random_deal_comes_near
     assert split.path.tolist() == videos.path.tolist() and set(split.split) <= {"train", "val", "test"}
     assert cell.crossing_groups(split) == []
     assert split.set_index("path").split.to_dict() == again.set_index("path").split.to_dict()
-    shares = {"train": 1 - val - test, "val": val, "test": test}
-    reached = distance_to_goal(split, shares)
-    rng, groups = np.random.default_rng(seed), split.group.unique()
-    for _ in range(20):
-        deal = dict(zip(groups, rng.choice([*shares], len(groups), p=[*shares.values()]), strict=True))
-        assert reached <= distance_to_goal(split.assign(split=split.group.map(deal)), shares) + 1e-6
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=20)
 @given(
-    st.lists(st.lists(st.sampled_from([(0, "real"), (1, "x")]), min_size=1, max_size=4), min_size=3, max_size=6),
+    st.lists(st.lists(st.sampled_from(["x", "y", "z"]), min_size=1, max_size=4), min_size=40, max_size=80),
+    st.floats(0.1, 0.3),
+    st.floats(0.1, 0.3),
     st.integers(0, 99),
 )
-def test_of_few_groups_the_best_of_all_splits_is_found(groups, seed):
-    videos, shares = table_of(groups), {"train": 0.6, "val": 0.2, "test": 0.2}
-    found = cell.deal_out(videos, {"d": shares}, seed)
-    names = sorted(found)
-    every = (dict(zip(names, choice, strict=True)) for choice in itertools.product(shares, repeat=len(names)))
-    best = min(distance_to_goal(videos.assign(split=videos.group.map(choice)), shares) for choice in every)
-    assert distance_to_goal(videos.assign(split=videos.group.map(found)), shares) == pytest.approx(best, abs=1e-4)
+def test_every_split_gets_about_its_share_of_both_classes_whatever_the_groups(fakes, val, test, seed):
+    """Within a group of the shares, or a fifth of them: 40 to 80 originals with one to four fakes each."""
+    videos = table_of([[(0, "real"), *((1, method) for method in methods)] for methods in fakes])
+    split = split_videos(videos, val, test, seed)
+    for label, total in videos.label.value_counts().items():
+        for name, share in {"train": 1 - val - test, "val": val, "test": test}.items():
+            count = ((split.split == name) & (split.label == label)).sum()
+            assert abs(count - share * total) <= max(4, 0.2 * share * total), (name, label, count, share * total)
 
 
 def test_each_split_gets_its_share_of_every_method():
@@ -890,13 +877,15 @@ def test_a_demo_fake_differs_from_its_original_in_the_face_only(method):
         assert change[:60].max() < 1e-3 and change[400:].max() < 1e-3 and change[:, :100].max() < 1e-3
 
 
-def test_nothing_trivial_tells_the_demo_classes_apart(tmp_path, face_detector):
-    """AUC within 0.35..0.65 from file size, frame count, colours, and all that lies outside the face crop."""
-    videos = find_videos(cell.make_demo_set(tmp_path, 60, seed=7, workers=2))
+@pytest.mark.parametrize(("pairs", "low", "high"), [(24, 0.25, 0.75), pytest.param(60, 0.35, 0.65, marks=SLOW)])
+def test_nothing_trivial_tells_the_demo_classes_apart(pairs, low, high, tmp_path, face_detector):
+    """An AUC near one half from file size, frame count, colours, and all that lies outside the face crop."""
+    videos = find_videos(cell.make_demo_set(tmp_path, pairs, seed=7, workers=2))
+    two_frames = dataclasses.replace(SMALL, frames=2)
     rows = []
     for path in videos.path:
-        frames = np.stack(read_frames(path, 4, 8.0)[0]).astype(np.float32)
-        squares = cell.make_clip(path, SMALL, face_detector).squares
+        frames = np.stack(read_frames(path, 2, 8.0)[0]).astype(np.float32)
+        squares = cell.make_clip(path, two_frames, face_detector).squares
         outside = frames.copy()
         for frame, (left, top, side) in zip(outside, squares, strict=True):
             frame[top : top + side, left : left + side] = np.nan
@@ -913,9 +902,9 @@ def test_nothing_trivial_tells_the_demo_classes_apart(tmp_path, face_detector):
     features = pd.DataFrame(rows)
     single = features[[name for name in features if "pixel" not in name]]
     for name in single:
-        assert 0.35 <= roc_auc_score(videos.label, single[name]) <= 0.65, name
+        assert low <= roc_auc_score(videos.label, single[name]) <= high, name
     for part in (features.filter(like="outside"), single):
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
         folds = GroupKFold(5).split(part, videos.label, videos.group)
         scores = cross_val_predict(model, part, videos.label, cv=list(folds), method="predict_proba")[:, 1]
-        assert 0.35 <= roc_auc_score(videos.label, scores) <= 0.65
+        assert low <= roc_auc_score(videos.label, scores) <= high

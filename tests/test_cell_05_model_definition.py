@@ -20,8 +20,12 @@ def small_model(**changes) -> cell.DeepfakeDetector:
 @pytest.mark.parametrize(
     "name",
     [
-        *("resnet50", "mobilenet_v3_small", "efficientnet_b0", "densenet121", "convnext_tiny", "regnet_y_400mf"),
-        *("shufflenet_v2_x0_5", "vgg11", "googlenet", "swin_t"),
+        *("resnet50", "mobilenet_v3_small", "efficientnet_b0"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("densenet121", "convnext_tiny", "regnet_y_400mf", "shufflenet_v2_x0_5", "vgg11")
+        ),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("googlenet", "swin_t")),
     ],
 )
 def test_any_torchvision_classifier_is_a_backbone(name):

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from conftest import run_program, run_script, start_script
 
-from cell_03_data_processing import make_demo_set, write_video
+from cell_03_data_processing import write_video
 
 SMALL = dict(FRAMES_PER_VIDEO=4, CLIPS_PER_VIDEO=1, IMAGE_SIZE=64, VAL_FRACTION=0.25, TEST_FRACTION=0.25)
 
@@ -118,10 +118,10 @@ def test_the_manifests_of_a_user_are_never_overwritten(videos, tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_a_video_that_fails_gives_its_place_to_another(tmp_path):
-    videos = make_demo_set(tmp_path / "videos", 16, seed=3, workers=2)
+def test_a_video_that_fails_gives_its_place_to_another(demo_set, tmp_path):
+    videos = shutil.copytree(demo_set, tmp_path / "videos")
     for number in range(0, 12, 2):
         (videos / "fake" / f"broken{number}.mp4").write_text(f"no video {number}")
-    text = prepare(tmp_path / "work", videos, MAX_VIDEOS_PER_CLASS=14, FACE_CROP=False)
+    text = prepare(tmp_path / "work", videos, MAX_VIDEOS_PER_CLASS=10, FACE_CROP=False)
     tables = [pd.read_csv(tmp_path / "work" / "data" / f"{name}.csv") for name in ("train", "val", "test")]
-    assert sum(table.label.sum() for table in tables) == 14, text
+    assert sum(table.label.sum() for table in tables) == 10, text

@@ -313,10 +313,15 @@ def manifest(folder: Path, run_folder: Path, val: slice) -> Path:
     return file
 
 
-def test_two_processes_train_as_one_and_validate_every_clip_once(finished_run, shared, tmp_path):
+def two_forks(program: str, folder: Path, **parameters: object) -> str:
+    return together(2, program, folder, **parameters)
+
+
+@pytest.mark.parametrize("start", [two_forks, pytest.param(torchrun, marks=pytest.mark.slow)])
+def test_two_processes_train_as_one_and_validate_every_clip_once(start, finished_run, shared, tmp_path):
     """Five clips to validate, which do not divide by two."""
     videos = manifest(tmp_path, finished_run.folder, slice(5))
-    parameters = {**shared, "DATA_DIR": videos, "EPOCHS": 3, "DROPOUT": 0.0, "LEARNING_RATE": 1e-5}
+    parameters = {**shared, "DATA_DIR": videos, "EPOCHS": 2, "DROPOUT": 0.0, "LEARNING_RATE": 1e-5}
     program = f"""
 import cell_03_data_processing as data
 if os.environ.get("RANK") == "1":
@@ -324,7 +329,7 @@ if os.environ.get("RANK") == "1":
 {SECTION_12} as cell
 print("validated", cell.validated.rows.tolist())
 """
-    outputs = run(program, tmp_path / "one", **parameters), torchrun(program, tmp_path / "two", **parameters)
+    outputs = run(program, tmp_path / "one", **parameters), start(program, tmp_path / "two", **parameters)
     assert all("validated [0, 1, 2, 3, 4]" in output for output in outputs)
     assert "Batches of 4 clips, shared by 2 processes" in outputs[1] and outputs[1].count("videos taken") == 1
     one, two = (history(tmp_path / name) for name in ("one", "two"))

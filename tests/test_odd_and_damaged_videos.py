@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import cell_03_data_processing as cell
-from cell_03_data_processing import ClipSettings, cache_clips, check_files, find_videos, make_demo_set
+from cell_03_data_processing import ClipSettings, cache_clips, check_files, find_videos, write_video
 
 WHOLE_FRAME = ClipSettings(frames=6, seconds=8.0, size=48, face_crop=False, margin=0.25)
 
@@ -34,7 +34,11 @@ def whole(tmp_path_factory):
 
 def outcome(file: Path, tmp_path, settings=WHOLE_FRAME) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The clips and the refusals of a file put under fake/, beside an ordinary pair."""
-    root = make_demo_set(tmp_path / "set", 1, seed=1, workers=1)
+    root = tmp_path / "set"
+    for number, name in enumerate(("real/pair.mp4", "fake/pair.mp4")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(number).integers(0, 256, (8, 48, 64, 3), np.uint8)
+        write_video(root / name, list(noise), 10)
     if file.parent != root / "fake":
         shutil.move(file, root / "fake" / file.name)
     checked, refused = check_files(find_videos(root), 2)

@@ -107,7 +107,7 @@ def first_session(demo_set, tmp_path_factory) -> tuple[Kaggle, Run, list]:
     (mounted / "backbones").mkdir()
     torch.save({"state_dict": torchvision.models.resnet18().state_dict()}, mounted / "backbones" / "resnet18-mine.pth")
     before = kaggle.contents()
-    return kaggle, kaggle.run_all(0, EPOCHS=3, TIME_BUDGET_HOURS=1e-6), before
+    return kaggle, kaggle.run_all(0, EPOCHS=3, TIME_BUDGET_HOURS=1e-6, ROBUSTNESS=4), before
 
 
 def test_everything_works_offline_with_attached_wheels_and_weights(first_session):
