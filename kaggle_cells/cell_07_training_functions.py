@@ -115,12 +115,12 @@ def step_fits(config: Config, device: torch.device, precision: torch.dtype | Non
 
 
 def choose_batch_size(config: Config, device: torch.device, precision: torch.dtype | None) -> int:
-    """The most clips, 8 at most, that a training step can take on one GPU; on the CPU simply 8.
+    """The most clips, 8 at most, that a training step can take on one device.
 
     Raises RuntimeError with advice if not even a single clip fits.
     """
     for batch in (8, 4, 2, 1):
-        if device.type == "cpu" or step_fits(config, device, precision, batch):
+        if step_fits(config, device, precision, batch):
             return batch
         free_memory()
     raise RuntimeError(

@@ -40,7 +40,8 @@ BATCH_SIZE_USED = CONFIG.BATCH_SIZE
 if interrupted_run := checkpoint_to_resume():
     BATCH_SIZE_USED = peek(interrupted_run)["batch_size"]
 if CONFIG.EPOCHS and not BATCH_SIZE_USED:
-    fits_everywhere = min(gathered(choose_batch_size(CONFIG, DEVICE, PRECISION)))
+    fits = choose_batch_size(CONFIG, DEVICE, PRECISION) if DEVICE.type == "cuda" else 8  # main memory has room
+    fits_everywhere = min(gathered(fits))
     BATCH_SIZE_USED = fits_everywhere * max(PROCESSES, len(ENVIRONMENT.gpus))
     free_memory()
 

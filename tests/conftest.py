@@ -103,17 +103,17 @@ def run_notebook(folder: Path, *arguments: object, expect: int = 0) -> Run:
     return Run(folder, processes.run(words, folder.parent, expect))
 
 
-def in_environment(parameters: dict) -> dict[str, object]:
+def in_environment(parameters: dict) -> dict[str, Any]:
     """Parameters as the variables that scripts read them from."""
     return {f"DEEPFAKE_{name}": value for name, value in parameters.items()}
 
 
-def start_script(cell: str, folder: Path, **parameters: object) -> Program:
+def start_script(cell: str, folder: Path, **parameters: Any) -> Program:
     """Start one cell as a script in a folder."""
     return Program([ROOT / "kaggle_cells" / f"{cell}.py"], folder, **in_environment(parameters))
 
 
-def run_script(cell: str, folder: Path, expect: int = 0, **parameters: object) -> str:
+def run_script(cell: str, folder: Path, expect: int = 0, **parameters: Any) -> str:
     """One cell as a script in a folder, run to its end; returns what it printed."""
     words = [ROOT / "kaggle_cells" / f"{cell}.py"]
     return processes.run(words, folder, expect, **in_environment(parameters))
@@ -128,7 +128,7 @@ def program_file(folder: Path, program: str) -> Path:
     return file
 
 
-def run_program(program: str, folder: Path, expect: int = 0, **parameters: object) -> str:
+def run_program(program: str, folder: Path, expect: int = 0, **parameters: Any) -> str:
     """A program that has the cells to import, run to its end in a folder; returns what it printed."""
     return processes.run([program_file(folder, program)], folder, expect, **in_environment(parameters))
 

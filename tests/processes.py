@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,13 +51,15 @@ def become(arguments: Sequence[str], folder: str, environment: Mapping[str, str]
 class Program:
     """A Python program that runs. Its output goes to a file beside the folder it runs in."""
 
-    def __init__(self, arguments: Sequence[object], folder: Path, **environment: object) -> None:
+    def __init__(self, arguments: Sequence[object], folder: Path, **environment: Any) -> None:
         words = [str(word) for word in arguments]
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder.parent / f".{folder.name}-{os.urandom(4).hex()}.txt"
         variables = {**os.environ, **{name: str(value) for name, value in environment.items()}}
         self.process = SERVER.Process(target=become, args=(words, str(folder), variables, str(self.file)))
         self.process.start()
+        assert self.process.pid
+        self.pid = self.process.pid
 
     @property
     def output(self) -> str:
@@ -74,15 +77,15 @@ class Program:
 
     def interrupt(self) -> None:
         """What Ctrl-C does."""
-        os.kill(self.process.pid, signal.SIGINT)
+        os.kill(self.pid, signal.SIGINT)
 
     def kill(self) -> None:
         """End the program and what it started, in the middle of whatever they do."""
         if self.is_running:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
         self.process.join()
 
-    def wait(self, seconds: float = 240) -> int:
+    def wait(self, seconds: float = 240) -> int | None:
         """The exit status of the program. One that takes too long is killed, and fails the test with its output."""
         try:
             self.process.join(seconds)
@@ -92,10 +95,10 @@ class Program:
             if self.is_running:  # too slow, or the whole test was
                 self.kill()
                 print(self.output)
-        return self.process.exitcode
+        return self.status
 
 
-def run(arguments: Sequence[object], folder: Path, expect: int = 0, **environment: object) -> str:
+def run(arguments: Sequence[object], folder: Path, expect: int = 0, **environment: Any) -> str:
     """Run a program to its end, with variables in its environment; returns what it printed."""
     program = Program(arguments, folder, **environment)
     status = program.wait()
@@ -103,7 +106,7 @@ def run(arguments: Sequence[object], folder: Path, expect: int = 0, **environmen
     return program.output
 
 
-def command(arguments: Sequence[object], folder: Path, expect: int = 0, **environment: object) -> str:
+def command(arguments: Sequence[object], folder: Path, expect: int = 0, **environment: Any) -> str:
     """Run any command to its end, a real one and not a fork; returns what it printed."""
     variables = {**os.environ, **{name: str(value) for name, value in environment.items()}}
     words, output = [str(word) for word in arguments], folder / ".output.txt"

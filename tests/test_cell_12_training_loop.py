@@ -276,13 +276,13 @@ cell.DeepfakeDetector.forward = greedy
 # Several processes
 
 
-def torchrun(program: str, folder: Path, **parameters: object) -> str:
+def torchrun(program: str, folder: Path, **parameters: Any) -> str:
     """A program in two processes, started by the command that users type; returns what both printed."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return processes.command([*launch, program_file(folder, program)], folder, **in_environment(parameters))
 
 
-def together(count: int, program: str, folder: Path, expect: int = 0, **parameters: object) -> str:
+def together(count: int, program: str, folder: Path, expect: int = 0, **parameters: Any) -> str:
     """A program in several processes that find each other as those of torchrun do, and all end when one fails.
 
     Returns what all printed."""
@@ -313,7 +313,7 @@ def manifest(folder: Path, run_folder: Path, val: slice) -> Path:
     return file
 
 
-def two_forks(program: str, folder: Path, **parameters: object) -> str:
+def two_forks(program: str, folder: Path, **parameters: Any) -> str:
     return together(2, program, folder, **parameters)
 
 
