@@ -71,9 +71,11 @@ import time
 import types
 import urllib.request
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # A damaged video makes FFmpeg and OpenCV print lines that do not name it; skipped.csv does, with the reason.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -155,11 +157,14 @@ def ensure_packages(*modules: str) -> None:
 
 ensure_packages(*(module for module in REQUIREMENTS if module != "facenet_pytorch"))
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import psutil
 import torch
 from IPython import get_ipython
-from IPython.display import display
+from IPython.display import DisplayHandle, display
+from matplotlib.figure import Figure
 
 # %% [markdown]
 # **The machine.** A GPU can be present and still useless: PyTorch lists a P100 as available, but recent builds hold no
@@ -309,6 +314,74 @@ if SHOW_TABLES:
     display(environment_table(ENVIRONMENT))
     for line in ENVIRONMENT.advice:
         print("Note:", line)
+
+
+# %% [markdown]
+# **Files and figures.** A file is replaced as a whole or not at all. Figures share one style and two colours that
+# colour-blind readers can tell apart.
+
+
+# %%
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A path to write to instead of `file`, which takes its place only when all is written."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial_file = file.with_name(f".partial-{os.getpid()}-{threading.get_ident()}-{file.name}")
+    try:
+        yield partial_file
+        os.replace(partial_file, file)
+    finally:
+        partial_file.unlink(missing_ok=True)
+
+
+def save_csv(table: pd.DataFrame, file: Path) -> None:
+    """Write a table without its index, all of it or nothing."""
+    with replacing(file) as partial_file:
+        table.to_csv(partial_file, index=False, errors="backslashreplace")
+
+
+# %%
+REAL_COLOUR, FAKE_COLOUR = "#0072B2", "#D55E00"
+WIDTH = 7  # inches; with letters of 12 points it can be read on a phone
+STYLE: Any = {
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 110,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 12,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "font.size": 12,
+}
+styled: Any = plt.rc_context(STYLE)  # decorates the functions that draw
+
+
+def show_figure(figure: Figure, shown: DisplayHandle | None = None) -> DisplayHandle | None:
+    """Show a figure in a notebook, and close it. Given what it returned, it shows the new one in that place."""
+    if IN_NOTEBOOK and shown:
+        shown.update(figure)
+    elif IN_NOTEBOOK:
+        shown = display(figure, display_id=True)
+    plt.close(figure)
+    return shown
+
+
+def save_figure(figure: Figure, file: Path, shown: DisplayHandle | None = None) -> DisplayHandle | None:
+    """Write a figure, then show it; see `show_figure`."""
+    with replacing(file) as partial_file:
+        figure.savefig(partial_file, dpi=150)
+    return show_figure(figure, shown)
+
+
+def show_row(axes: np.ndarray, name: str, images: np.ndarray) -> None:
+    """Images (N, H, W) in 0..1 or (N, H, W, 3) side by side, with a name before them."""
+    for ax, image in zip(axes, images, strict=True):
+        ax.imshow(image, cmap="gray", vmin=0, vmax=1)
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
 
 
 # %% [markdown]

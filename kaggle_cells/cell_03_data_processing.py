@@ -15,14 +15,12 @@ import json
 import os
 import re
 import shutil
-import threading
 import unicodedata
 import warnings
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +34,7 @@ import psutil
 import torch
 from tqdm.auto import tqdm
 
-from cell_01_imports_and_setup import NO_BARS, ensure_packages
+from cell_01_imports_and_setup import NO_BARS, ensure_packages, replacing
 from cell_02_global_config import Config
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
@@ -742,24 +740,6 @@ def crop_squares(boxes: np.ndarray, height: int, width: int, margin: float) -> n
 
 
 # %%
-@contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """A path to write to instead of `file`, which takes its place only when all is written."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = file.with_name(f".partial-{os.getpid()}-{threading.get_ident()}-{file.name}")
-    try:
-        yield partial_file
-        os.replace(partial_file, file)
-    finally:
-        partial_file.unlink(missing_ok=True)
-
-
-def save_csv(table: pd.DataFrame, file: Path) -> None:
-    """Write a table without its index, all of it or nothing."""
-    with replacing(file) as partial_file:
-        table.to_csv(partial_file, index=False, errors="backslashreplace")
-
-
 OWN_TABLES = ("train.csv", "val.csv", "test.csv", "skipped.csv")  # what cell 9 writes in data/
 
 

@@ -22,9 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cell_01_imports_and_setup import attached_files
+from cell_01_imports_and_setup import attached_files, replacing
 from cell_02_global_config import Config
-from cell_03_data_processing import replacing
 
 
 class FocalLoss(nn.Module):

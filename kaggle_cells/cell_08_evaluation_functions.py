@@ -24,24 +24,14 @@ import numpy as np
 import pandas as pd
 import sklearn.metrics as skm
 import torch
-from IPython.display import DisplayHandle, display
 from matplotlib.figure import Figure
 from scipy.optimize import minimize
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from cell_01_imports_and_setup import IN_NOTEBOOK, NO_BARS
-from cell_03_data_processing import (
-    Clip,
-    ClipSettings,
-    VideoError,
-    load_face_detector,
-    make_clip,
-    replacing,
-    save_csv,
-    videos_below,
-)
+from cell_01_imports_and_setup import FAKE_COLOUR, NO_BARS, REAL_COLOUR, WIDTH, save_csv, show_row, styled
+from cell_03_data_processing import Clip, ClipSettings, VideoError, load_face_detector, make_clip, videos_below
 from cell_04_dataset_class import ClipDataset, PairDraws, normalize, self_blend, to_float
 from cell_05_model_definition import DeepfakeDetector, Output, load_detector
 from cell_07_training_functions import validate
@@ -319,48 +309,10 @@ def heat_maps(model: DeepfakeDetector, clips: torch.Tensor) -> tuple[torch.Tenso
 
 
 # %% [markdown]
-# **Figures** share one style and two colours that colour-blind readers can tell apart. Their titles say what was
-# found.
+# **Figures.** Their titles say what was found.
+
 
 # %%
-REAL_COLOUR, FAKE_COLOUR = "#0072B2", "#D55E00"
-WIDTH = 7  # inches; with letters of 12 points it can be read on a phone
-STYLE: Any = {
-    "figure.constrained_layout.use": True,
-    "figure.dpi": 110,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 12,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "font.size": 12,
-}
-styled: Any = plt.rc_context(STYLE)  # decorates the functions that draw
-
-
-def save_figure(figure: Figure, file: Path, shown: DisplayHandle | None = None) -> DisplayHandle | None:
-    """Write a figure, show it in a notebook, and let go of it. Given what it returned, it shows the new one there."""
-    with replacing(file) as partial_file:
-        figure.savefig(partial_file, dpi=150)
-    if IN_NOTEBOOK and shown:
-        shown.update(figure)
-    elif IN_NOTEBOOK:
-        shown = display(figure, display_id=True)
-    plt.close(figure)
-    return shown
-
-
-def show_row(axes: np.ndarray, name: str, images: np.ndarray) -> None:
-    """Images (N, H, W) in 0..1 or (N, H, W, 3) side by side, with a name before them."""
-    for ax, image in zip(axes, images, strict=True):
-        ax.imshow(image, cmap="gray", vmin=0, vmax=1)
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-    axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
-
-
 @styled
 def plot_samples(table: pd.DataFrame, per_clip: int = 5) -> Figure:
     """One clip of each method, up to `per_clip` of its different frames in a row."""

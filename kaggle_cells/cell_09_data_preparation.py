@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import display
 
-from cell_01_imports_and_setup import ENVIRONMENT, RANK
+from cell_01_imports_and_setup import ENVIRONMENT, RANK, save_csv, save_figure
 from cell_02_global_config import CONFIG
 from cell_03_data_processing import (
     CLIP_COLUMNS,
@@ -35,11 +35,10 @@ from cell_03_data_processing import (
     require_classes,
     require_own_tables,
     require_space,
-    save_csv,
     split_videos,
 )
 from cell_06_loss_and_utils import run_settings, run_to_resume
-from cell_08_evaluation_functions import plot_samples, save_figure
+from cell_08_evaluation_functions import plot_samples
 
 
 def kinds_of(videos: pd.DataFrame) -> list[pd.Series]:

@@ -13,12 +13,12 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader
 
-from cell_01_imports_and_setup import ENVIRONMENT, PROCESSES, RANK
+from cell_01_imports_and_setup import ENVIRONMENT, PROCESSES, RANK, save_figure
 from cell_02_global_config import CONFIG
 from cell_04_dataset_class import ClipDataset, PairBatches
 from cell_06_loss_and_utils import attached_checkpoints, free_memory, peek, run_settings, run_to_resume
 from cell_07_training_functions import amp_dtype, choose_batch_size, from_first, gathered, join_processes
-from cell_08_evaluation_functions import plot_self_blends, save_figure
+from cell_08_evaluation_functions import plot_self_blends
 
 DEVICE = torch.device(ENVIRONMENT.device)
 PRECISION = amp_dtype(CONFIG.AMP, DEVICE)

@@ -13,20 +13,12 @@ import time
 
 import pandas as pd
 
-from cell_01_imports_and_setup import PROCESSES, RANK, STARTED, duration
+from cell_01_imports_and_setup import PROCESSES, RANK, STARTED, duration, save_csv, save_figure
 from cell_02_global_config import CONFIG, seed_everything
-from cell_03_data_processing import save_csv
 from cell_04_dataset_class import PairDraws
 from cell_06_loss_and_utils import free_memory, model_file, previous_of, save_checkpoint, unwrapped
 from cell_07_training_functions import from_first, progress, train_one_epoch, validate
-from cell_08_evaluation_functions import (
-    DEGRADED_PASSES,
-    fit_calibration,
-    fit_threshold,
-    plot_history,
-    probabilities,
-    save_figure,
-)
+from cell_08_evaluation_functions import DEGRADED_PASSES, fit_calibration, fit_threshold, plot_history, probabilities
 from cell_10_data_loaders import (
     BATCH_SIZE_USED,
     DEVICE,

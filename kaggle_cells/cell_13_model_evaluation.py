@@ -13,9 +13,8 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from cell_01_imports_and_setup import duration
+from cell_01_imports_and_setup import duration, save_csv, save_figure
 from cell_02_global_config import CONFIG
-from cell_03_data_processing import save_csv
 from cell_05_model_definition import load_detector
 from cell_07_training_functions import progress, validate
 from cell_08_evaluation_functions import (
@@ -36,7 +35,6 @@ from cell_08_evaluation_functions import (
     plot_robustness,
     plot_scores,
     probabilities,
-    save_figure,
 )
 from cell_09_data_preparation import CLIP_SETTINGS, FACE_DETECTOR, SPLIT_TABLES
 from cell_10_data_loaders import DEVICE, TEST_LOADER

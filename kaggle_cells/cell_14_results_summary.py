@@ -14,9 +14,8 @@ from typing import Any
 import pandas as pd
 from IPython.display import Markdown, display
 
-from cell_01_imports_and_setup import ENVIRONMENT, IN_NOTEBOOK, STARTED, duration, file_size
+from cell_01_imports_and_setup import ENVIRONMENT, IN_NOTEBOOK, STARTED, duration, file_size, replacing
 from cell_02_global_config import CONFIG
-from cell_03_data_processing import replacing
 from cell_08_evaluation_functions import DECISIONS, in_words, metric_name
 from cell_09_data_preparation import DATA_ORIGIN, LEAKING, PREPARATION_SECONDS, SKIPPED, VIDEOS
 from cell_10_data_loaders import BATCH_SIZE_USED, PRECISION

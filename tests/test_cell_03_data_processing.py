@@ -20,6 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import cell_03_data_processing as cell
+from cell_01_imports_and_setup import replacing, save_csv
 from cell_03_data_processing import VideoError, find_videos, read_frames, split_videos
 
 SLOW = pytest.mark.slow
@@ -388,7 +389,7 @@ def test_a_name_that_is_not_utf8_is_refused_since_opencv_would_crash(tmp_path):
     os.rename(tmp_path / "fake/b.mp4", os.fsencode(tmp_path) + b"/fake/na\xefve.mp4")
     _, refused = cell.check_files(find_videos(tmp_path), 1)
     assert refused.reason.tolist() == ["its name is not valid UTF-8: rename it"]
-    cell.save_csv(refused, tmp_path / "skipped.csv")
+    save_csv(refused, tmp_path / "skipped.csv")
     assert "na\\udcefve.mp4" in (tmp_path / "skipped.csv").read_text()
     with pytest.raises(VideoError, match="not valid UTF-8"):
         read_frames(Path(os.fsdecode(os.fsencode(tmp_path) + b"/fake/na\xefve.mp4")), 4, 8.0)
@@ -811,7 +812,7 @@ def test_a_damaged_cache_file_is_made_again(two_videos, tmp_path):
 
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
     (tmp_path / "file").write_text("old")
-    with pytest.raises(KeyboardInterrupt), cell.replacing(tmp_path / "file") as partial_file:
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "file") as partial_file:
         partial_file.write_text("half of the n")
         raise KeyboardInterrupt
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "old"

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 import cell_05_model_definition
 import cell_08_evaluation_functions as cell
+from cell_01_imports_and_setup import save_figure
 from cell_03_data_processing import ClipSettings, VideoError
 from cell_04_dataset_class import ClipDataset
 from cell_05_model_definition import Output
@@ -213,7 +214,7 @@ def test_every_figure_is_drawn_and_written(table, clip_table, tmp_path):
     assert titles["calibration"] == "P(fake) is off by 31 points on average (ECE)"
     assert titles["mistakes"] == "No mistake in 7 videos" and "one class" in titles["one class"]
     for name, figure in figures.items():
-        cell.save_figure(figure, tmp_path / "deep" / f"{name}.png")
+        save_figure(figure, tmp_path / "deep" / f"{name}.png")
         assert plt.imread(tmp_path / "deep" / f"{name}.png").std() > 0.01
     assert not plt.get_fignums()
 

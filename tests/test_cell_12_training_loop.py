@@ -323,9 +323,9 @@ def test_two_processes_train_as_one_and_validate_every_clip_once(start, finished
     videos = manifest(tmp_path, finished_run.folder, slice(5))
     parameters = {**shared, "DATA_DIR": videos, "EPOCHS": 2, "DROPOUT": 0.0, "LEARNING_RATE": 1e-5}
     program = f"""
-import cell_03_data_processing as data
+import cell_01_imports_and_setup as helpers
 if os.environ.get("RANK") == "1":
-    data.replacing = None  # through which everything is written
+    helpers.replacing = None  # through which everything is written
 {SECTION_12} as cell
 print("validated", cell.validated.rows.tolist())
 """
