@@ -32,7 +32,11 @@ ROOT = Path(__file__).resolve().parent
 CELLS = ROOT / "kaggle_cells"
 NOTEBOOK = ROOT / "notebooks" / "deepfake_detection.ipynb"
 PARAMETER_SETS = ROOT / "notebooks" / "params"
-FORMAT = {"extension": ".py", "format_name": "percent", "comment_magics": False}  # a comment stays one: # %matplotlib
+FORMAT = {
+    "extension": ".py",
+    "format_name": "percent",
+    "comment_magics": False,
+}  # a comment stays one: # %matplotlib
 SOURCE_KEY = "deepfake_source"  # metadata of a notebook cell: the file that it came from
 BASE_KEY = "deepfake_base"  # metadata of a notebook: a digest of the scripts that it was built from
 
@@ -86,9 +90,17 @@ def check() -> None:
         print(f"{NOTEBOOK.relative_to(ROOT)} is up to date")
         return
     lines = difflib.unified_diff(
-        committed.splitlines(), fresh.splitlines(), "committed notebook", "kaggle_cells", lineterm=""
+        committed.splitlines(),
+        fresh.splitlines(),
+        "committed notebook",
+        "kaggle_cells",
+        lineterm="",
     )
-    raise Failure("\n".join([*lines, "", "The notebook is stale: run python build_notebook.py and commit it."]))
+    raise Failure(
+        "\n".join(
+            [*lines, "", "The notebook is stale: run python build_notebook.py and commit it."]
+        )
+    )
 
 
 # Edits come back
@@ -120,7 +132,10 @@ def is_injected(cell: nbformat.NotebookNode, known: dict[str, str]) -> bool:
     if not cell.source.startswith("# Parameters\n") or why_no_python(cell.source):
         return False
     lines = ast.parse(cell.source).body
-    return all(isinstance(line, ast.Assign) and getattr(line.targets[0], "id", "") in known for line in lines)
+    return all(
+        isinstance(line, ast.Assign) and getattr(line.targets[0], "id", "") in known
+        for line in lines
+    )
 
 
 def in_short(number: int, cell: nbformat.NotebookNode) -> str:
@@ -128,7 +143,9 @@ def in_short(number: int, cell: nbformat.NotebookNode) -> str:
     return f"notebook cell {number} ({cell.source.strip().splitlines()[0][:60]!r})"
 
 
-def read_edited(path: Path, known: dict[str, str]) -> tuple[list[nbformat.NotebookNode], list[str], str]:
+def read_edited(
+    path: Path, known: dict[str, str]
+) -> tuple[list[nbformat.NotebookNode], list[str], str]:
     """The cells of a notebook that belong into scripts, what was left out, and the digest of what it was built from.
 
     A file that was pasted into one cell becomes its cells again. Raises Failure for what is no notebook or no Python.
@@ -152,12 +169,20 @@ def read_edited(path: Path, known: dict[str, str]) -> tuple[list[nbformat.Notebo
                 left_out.append(f"{in_short(number, part)}: as papermill adds them")
                 continue
             if part.get("attachments"):
-                raise Failure(f"{in_short(number, part)} holds pictures, which scripts cannot: link to them instead")
-            python = without_magics(part.source).rstrip() if part.cell_type == "code" else part.source
+                raise Failure(
+                    f"{in_short(number, part)} holds pictures, which scripts cannot: link to them instead"
+                )
+            python = (
+                without_magics(part.source).rstrip() if part.cell_type == "code" else part.source
+            )
             if part.cell_type == "code" and (reason := why_no_python(python)):
-                raise Failure(f"{in_short(number, part)} is no Python, even without magics: {reason}. Mend it there")
+                raise Failure(
+                    f"{in_short(number, part)} is no Python, even without magics: {reason}. Mend it there"
+                )
             if python != part.source:
-                left_out.append(f"{in_short(number, part)}: {'all of it' if not python else 'lines'} for IPython")
+                left_out.append(
+                    f"{in_short(number, part)}: {'all of it' if not python else 'lines'} for IPython"
+                )
                 part.source = python
             if part.source.strip():
                 cells.append(part)
@@ -167,10 +192,14 @@ def read_edited(path: Path, known: dict[str, str]) -> tuple[list[nbformat.Notebo
 def likeness(first: str, second: str) -> float:
     """From 0, no word in common, to 1."""
     matcher = difflib.SequenceMatcher(None, first.split(), second.split(), autojunk=False)
-    return matcher.ratio() if matcher.real_quick_ratio() > 0.6 and matcher.quick_ratio() > 0.6 else 0.0
+    return (
+        matcher.ratio() if matcher.real_quick_ratio() > 0.6 and matcher.quick_ratio() > 0.6 else 0.0
+    )
 
 
-def match(cells: list[nbformat.NotebookNode], originals: list[nbformat.NotebookNode]) -> dict[int, int]:
+def match(
+    cells: list[nbformat.NotebookNode], originals: list[nbformat.NotebookNode]
+) -> dict[int, int]:
     """Which original each cell is, by their places in the lists: by text, by id, else the most alike; each only once.
 
     A cell that names its file is matched within that file; without, the original must be the only one or stand out.
@@ -217,7 +246,9 @@ def in_order(numbers: list[int]) -> set[int]:
     longest: set[int] = set()
     runs: list[list[int]] = [[]]
     for place, number in enumerate(numbers):
-        runs.append([*max((run for run in runs if not run or numbers[run[-1]] <= number), key=len), place])
+        runs.append(
+            [*max((run for run in runs if not run or numbers[run[-1]] <= number), key=len), place]
+        )
         longest = max(longest, {*runs[-1]}, key=len)
     return longest
 
@@ -232,9 +263,13 @@ def place_cells(
     files = list(dict.fromkeys(original.metadata[SOURCE_KEY] for original in originals))
     home: list[str | None] = []
     for number, cell in enumerate(cells):
-        file = cell.metadata.get(SOURCE_KEY) or (originals[of[number]].metadata[SOURCE_KEY] if number in of else None)
+        file = cell.metadata.get(SOURCE_KEY) or (
+            originals[of[number]].metadata[SOURCE_KEY] if number in of else None
+        )
         if file and file not in files:
-            raise Failure(f"{in_short(cell.metadata['number'], cell)} comes from {file}, which is not here")
+            raise Failure(
+                f"{in_short(cell.metadata['number'], cell)} comes from {file}, which is not here"
+            )
         home.append(file)
     known = [number for number, file in enumerate(home) if file]
     if not known:
@@ -247,7 +282,11 @@ def place_cells(
             file = home[number] or ""
         elif home[number] is None:
             after = min((other for other in steady if other > number), default=number)
-            started = after in of and of[after] and originals[of[after] - 1].metadata[SOURCE_KEY] == home[after]
+            started = (
+                after in of
+                and of[after]
+                and originals[of[after] - 1].metadata[SOURCE_KEY] == home[after]
+            )
             if SOURCE_KEY not in cells[after].metadata and home[after] != file and started:
                 raise Failure(
                     f"{in_short(cell.metadata['number'], cell)} may be new at the end of {file}, or stand for the "
@@ -255,7 +294,9 @@ def place_cells(
                 )
         homes.append(file)
     if lost := [file for file in files if file not in homes]:
-        raise Failure(f"Nothing is left of {', '.join(lost)}: each script needs a cell. Import the whole notebook")
+        raise Failure(
+            f"Nothing is left of {', '.join(lost)}: each script needs a cell. Import the whole notebook"
+        )
     return homes
 
 
@@ -266,39 +307,65 @@ def import_edits(path: Path, dry_run: bool) -> None:
     of = match(cells, base.cells)
     homes = place_cells(cells, base.cells, of)
     if not any("parameters" in base.cells[place].metadata.get("tags", []) for place in of.values()):
-        raise Failure("The cell of parameters, in section 2, is gone or not to be recognised: papermill needs it")
+        raise Failure(
+            "The cell of parameters, in section 2, is gone or not to be recognised: papermill needs it"
+        )
     texts: dict[str, str] = {}
     difference: list[str] = []
     summary: list[str] = []
     for name in before:
         script = jupytext.reads(before[name], fmt=FORMAT)
         here = [number for number, home in enumerate(homes) if home == f"kaggle_cells/{name}"]
-        mine = [place for place, cell in enumerate(base.cells) if cell.metadata[SOURCE_KEY] == f"kaggle_cells/{name}"]
+        mine = [
+            place
+            for place, cell in enumerate(base.cells)
+            if cell.metadata[SOURCE_KEY] == f"kaggle_cells/{name}"
+        ]
         own, script.cells = dict(zip(mine, script.cells, strict=True)), []
         for number in here:
             tags = cells[number].metadata.get("tags")
-            metadata = own[of[number]].metadata if of.get(number) in own else {"tags": tags} if tags else {}
+            metadata = (
+                own[of[number]].metadata
+                if of.get(number) in own
+                else {"tags": tags}
+                if tags
+                else {}
+            )
             create = getattr(nbformat.v4, f"new_{cells[number].cell_type}_cell")
             script.cells.append(create(cells[number].source, metadata=metadata))
         texts[name] = jupytext.writes(script, fmt=FORMAT)
         wanted = [(cells[number].cell_type, cells[number].source) for number in here]
-        kept = [(cell.cell_type, cell.source) for cell in jupytext.reads(texts[name], fmt=FORMAT).cells]
+        kept = [
+            (cell.cell_type, cell.source) for cell in jupytext.reads(texts[name], fmt=FORMAT).cells
+        ]
         if wanted != kept:
-            odd = next(n for n, pair in zip(here, zip_longest(wanted, kept), strict=False) if pair[0] != pair[1])
-            raise Failure(f"{in_short(cells[odd].metadata['number'], cells[odd])} would not be the same after a build")
+            odd = next(
+                n
+                for n, pair in zip(here, zip_longest(wanted, kept), strict=False)
+                if pair[0] != pair[1]
+            )
+            raise Failure(
+                f"{in_short(cells[odd].metadata['number'], cells[odd])} would not be the same after a build"
+            )
         if texts[name] == before[name]:
             continue
         counts = {
-            "changed": sum(of.get(n) in own and cells[n].source != base.cells[of[n]].source for n in here),
+            "changed": sum(
+                of.get(n) in own and cells[n].source != base.cells[of[n]].source for n in here
+            ),
             "new": sum(n not in of for n in here),
             "moved here": sum(n in of and of[n] not in own for n in here),
             "moved away": sum(place in mine and n not in here for n, place in of.items()),
             "deleted": sum(place not in of.values() for place in mine),
         }
-        words = [f"{count} {what}" for what, count in counts.items() if count] or ["in another order"]
+        words = [f"{count} {what}" for what, count in counts.items() if count] or [
+            "in another order"
+        ]
         summary.append(f"kaggle_cells/{name}: {', '.join(words)}")
         old, new = f"a/kaggle_cells/{name}", f"b/kaggle_cells/{name}"
-        difference += difflib.unified_diff(before[name].splitlines(), texts[name].splitlines(), old, new, lineterm="")
+        difference += difflib.unified_diff(
+            before[name].splitlines(), texts[name].splitlines(), old, new, lineterm=""
+        )
     for line in [*difference, *(f"Left out: {line}" for line in left_out), *summary]:
         print(line)
     if not summary:
@@ -306,13 +373,17 @@ def import_edits(path: Path, dry_run: bool) -> None:
         return
     if built_from != base.metadata[BASE_KEY]:
         made_from = "other scripts than these" if built_from else "scripts that it does not name"
-        print(f"Note: the notebook was made from {made_from}. What the diff takes away may be newer work: look at it.")
+        print(
+            f"Note: the notebook was made from {made_from}. What the diff takes away may be newer work: look at it."
+        )
     if dry_run:
         print("A dry run: nothing was written.")
         return
     for name, text in texts.items():
         (CELLS / name).write_text(text, encoding="utf-8", newline="\n")
-    print("Written. Now: ruff check . && ruff format . && python build_notebook.py && python -m pytest")
+    print(
+        "Written. Now: ruff check . && ruff format . && python build_notebook.py && python -m pytest"
+    )
 
 
 # Runs
@@ -334,7 +405,9 @@ def read_parameters(source: str, overrides: list[list[str]], known: dict[str, st
         raise Failure(f"{source!r} is neither a parameter set ({sets}) nor a file")
     try:
         parameters = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        parameters |= {name: v if known.get(name) == "str" else yaml.safe_load(v) for name, v in overrides}
+        parameters |= {
+            name: v if known.get(name) == "str" else yaml.safe_load(v) for name, v in overrides
+        }
     except (yaml.YAMLError, TypeError) as error:
         raise Failure(f"{file} and -p must give NAME: VALUE pairs: {error}") from error
     for name in parameters:
@@ -347,20 +420,26 @@ def read_parameters(source: str, overrides: list[list[str]], known: dict[str, st
 
 def run(source: str, overrides: list[list[str]], output: Path | None) -> None:
     """Execute the notebook with papermill in one run folder. Raises Failure with the failing cell's file."""
-    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a warning about frozen modules, in every kernel
+    os.environ.setdefault(
+        "PYDEVD_DISABLE_FILE_VALIDATION", "1"
+    )  # a warning about frozen modules, in every kernel
     import papermill
     from nbclient.exceptions import DeadKernelError
 
     notebook = assemble()
     parameters = read_parameters(source, overrides, known_parameters(notebook))
     if output and parameters.get("WORK_DIR"):
-        raise Failure(f"--output {output} and WORK_DIR {parameters['WORK_DIR']} both name the run's folder: give one")
+        raise Failure(
+            f"--output {output} and WORK_DIR {parameters['WORK_DIR']} both name the run's folder: give one"
+        )
     name = f"{Path(source).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = (output or Path(parameters.get("WORK_DIR") or ROOT / "runs" / name)).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     parameters["WORK_DIR"] = str(folder)
     assembled, executed = folder / ".assembled.ipynb", folder / NOTEBOOK.name
-    written = executed.with_suffix(".unfinished.ipynb") if executed.exists() else executed  # the old one is kept so far
+    written = (
+        executed.with_suffix(".unfinished.ipynb") if executed.exists() else executed
+    )  # the old one is kept so far
     again = f"To go on, with what was wrong put right, run the same again with --output {folder}"
     assembled.write_text(as_text(notebook), encoding="utf-8")
     print(f"Running {len(notebook.cells)} cells in {folder}", flush=True)
@@ -373,11 +452,15 @@ def run(source: str, overrides: list[list[str]], output: Path | None) -> None:
             kernel_name="python3",
             stdout_file=sys.stdout,
             progress_bar=sys.stderr.isatty(),
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns that its own loopback traffic is plain
+            extra_arguments=[
+                "--IPKernelApp.log_level=ERROR"
+            ],  # it warns that its own loopback traffic is plain
         )
     except papermill.PapermillExecutionError as error:
         failed = nbformat.read(written, as_version=4)
-        cell = next(c for c in failed.cells if any(o.output_type == "error" for o in c.get("outputs", [])))
+        cell = next(
+            c for c in failed.cells if any(o.output_type == "error" for o in c.get("outputs", []))
+        )
         raise Failure(
             f"{error.ename}: {error.evalue}\n\nThe cell that failed is in "
             f"{cell.metadata.get(SOURCE_KEY, 'the parameters given')}. "
@@ -392,26 +475,47 @@ def run(source: str, overrides: list[list[str]], output: Path | None) -> None:
     finally:
         assembled.unlink(missing_ok=True)
     os.replace(written, executed)
-    print(f"\nFinished in {time.time() - started:.0f} s. Look at\n  {executed}  (the notebook with all figures)")
-    for name in ("results/experiment_report.txt", "results/predictions.csv", "models/best_model.pth"):
+    print(
+        f"\nFinished in {time.time() - started:.0f} s. Look at\n  {executed}  (the notebook with all figures)"
+    )
+    for name in (
+        "results/experiment_report.txt",
+        "results/predictions.csv",
+        "models/best_model.pth",
+    ):
         if (folder / name).exists():
             print(f"  {folder / name}")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", metavar="build | check | run | import")
     commands.add_parser("build", help="assemble the notebook (the default)")
     commands.add_parser("check", help="fail if the committed notebook is stale")
     runner = commands.add_parser("run", help="execute the notebook")
     runner.add_argument("parameters", help="a set in notebooks/params/, or a YAML file")
-    runner.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
-    runner.add_argument("--output", type=Path, help="the run's folder (default: runs/NAME-TIME)")
-    importer = commands.add_parser("import", help="take the edits in a notebook back into the scripts")
-    importer.add_argument(
-        "notebook", type=Path, help="the edited notebook, as downloaded from Kaggle or saved by Jupyter"
+    runner.add_argument(
+        "-p",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="set a parameter",
     )
-    importer.add_argument("--dry-run", action="store_true", help="show what would change, and write nothing")
+    runner.add_argument("--output", type=Path, help="the run's folder (default: runs/NAME-TIME)")
+    importer = commands.add_parser(
+        "import", help="take the edits in a notebook back into the scripts"
+    )
+    importer.add_argument(
+        "notebook",
+        type=Path,
+        help="the edited notebook, as downloaded from Kaggle or saved by Jupyter",
+    )
+    importer.add_argument(
+        "--dry-run", action="store_true", help="show what would change, and write nothing"
+    )
     arguments = parser.parse_args()
     try:
         if arguments.command == "check":

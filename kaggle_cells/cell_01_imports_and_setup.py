@@ -83,7 +83,9 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
 # Of the processes that torchrun starts to train together, the first one prepares, writes and talks.
 RANK, LOCAL_RANK, PROCESSES = 0, 0, 1
 if "TORCHELASTIC_RUN_ID" in os.environ:
-    RANK, LOCAL_RANK, PROCESSES = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    RANK, LOCAL_RANK, PROCESSES = (
+        int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    )
 if RANK:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -114,19 +116,39 @@ REQUIREMENTS = {
     "tqdm": "tqdm>=4.66",
     "IPython": "ipython>=8.0",
 }
-OPENCV = ["opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless"]
+OPENCV = [
+    "opencv-python",
+    "opencv-python-headless",
+    "opencv-contrib-python",
+    "opencv-contrib-python-headless",
+]
 
 
-def attached_files(pattern: str, inputs: Path = Path("/kaggle/input"), depths: Iterable[int] = range(7)) -> list[Path]:
+def attached_files(
+    pattern: str, inputs: Path = Path("/kaggle/input"), depths: Iterable[int] = range(7)
+) -> list[Path]:
     """Files below /kaggle/input, so many folders deep, whose paths end like this."""
-    return sorted(Path(file) for depth in depths for file in glob.glob(f"{inputs}/{'*/' * depth}{pattern}"))
+    return sorted(
+        Path(file) for depth in depths for file in glob.glob(f"{inputs}/{'*/' * depth}{pattern}")
+    )
 
 
 def install(requirement: str) -> str:
     """Install one package and nothing else, from attached wheels or from PyPI. Returns pip's reason for a failure."""
     wheels = attached_files(re.split("[=<>]", requirement)[0].replace("-", "_") + "-*.whl")
     folders = [option for wheel in wheels for option in ("--find-links", str(wheel.parent))]
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--timeout", "10", "--retries", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--timeout",
+        "10",
+        "--retries",
+        "0",
+    ]
     for source in ([["--no-index", *folders]] if wheels else []) + [[]]:
         done = subprocess.run([*command, *source, requirement], capture_output=True, text=True)
         if done.returncode == 0:
@@ -146,7 +168,9 @@ def ensure_packages(*modules: str) -> None:
     if not missing:
         return
     wanted = " ".join(f'"{REQUIREMENTS[module]}"' for module in missing)
-    message = f"{', '.join(missing)} cannot be imported. Install with: python -m pip install {wanted}"
+    message = (
+        f"{', '.join(missing)} cannot be imported. Install with: python -m pip install {wanted}"
+    )
     if ON_KAGGLE:
         message = (
             f"{', '.join(missing)} could not be installed ({'; '.join(filter(None, reasons))}). Turn on Settings > "
@@ -230,8 +254,14 @@ def installed_versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for module, requirement in REQUIREMENTS.items():
         names = OPENCV if module == "cv2" else [re.split("[=<>]", requirement)[0]]
-        found = [package.version for name in names for package in importlib.metadata.distributions(name=name)]
-        versions[module] = (found or ["unknown" if importlib.util.find_spec(module) else "not installed"])[0]
+        found = [
+            package.version
+            for name in names
+            for package in importlib.metadata.distributions(name=name)
+        ]
+        versions[module] = (
+            found or ["unknown" if importlib.util.find_spec(module) else "not installed"]
+        )[0]
     return versions
 
 
@@ -251,10 +281,15 @@ def probe_gpus() -> tuple[dict[int, str], list[str]]:
                 "On Kaggle choose Settings > Accelerator > GPU T4 x2; elsewhere install a torch build for it."
             )
     if not count and not torch.version.cuda and shutil.which("nvidia-smi"):
-        advice.append(f"torch {torch.__version__} is built for the CPU alone: install one for CUDA to use the GPU.")
+        advice.append(
+            f"torch {torch.__version__} is built for the CPU alone: install one for CUDA to use the GPU."
+        )
     if not gpus:
         turn_on = " Choose Settings > Accelerator > GPU T4 x2." if ON_KAGGLE and not count else ""
-        advice.append("No usable GPU: training runs on the CPU, which is practical for the demo set only." + turn_on)
+        advice.append(
+            "No usable GPU: training runs on the CPU, which is practical for the demo set only."
+            + turn_on
+        )
     return gpus, advice
 
 
@@ -273,16 +308,22 @@ def probe_environment() -> Environment:
             "No internet: ImageNet weights must come from an attached dataset (section 5). Or set Internet to On."
         )
     if free_disk < 2:
-        advice.append(f"Only {free_disk:.1f} GiB are free in {Path.cwd()}: checkpoints alone can take one.")
+        advice.append(
+            f"Only {free_disk:.1f} GiB are free in {Path.cwd()}: checkpoints alone can take one."
+        )
     return Environment(
         machine="Kaggle" if ON_KAGGLE else "Colab" if ON_COLAB else platform.system(),
         interactive=is_interactive(),
         device=device,
         gpus=tuple(gpus.values()),
         gpu_ids=tuple(gpus),
-        gpu_gib=tuple(torch.cuda.get_device_properties(index).total_memory / 2**30 for index in gpus),
+        gpu_gib=tuple(
+            torch.cuda.get_device_properties(index).total_memory / 2**30 for index in gpus
+        ),
         precision=native_precision(device),
-        cpu_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cpu_cores=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1,
         ram_gib=psutil.virtual_memory().total / 2**30,
         free_disk_gib=free_disk,
         internet=internet,
@@ -293,7 +334,9 @@ def probe_environment() -> Environment:
 
 def environment_table(found: Environment) -> pd.DataFrame:
     """The environment for people."""
-    gpus = Counter(f"{name}, {gib:.0f} GiB" for name, gib in zip(found.gpus, found.gpu_gib, strict=True))
+    gpus = Counter(
+        f"{name}, {gib:.0f} GiB" for name, gib in zip(found.gpus, found.gpu_gib, strict=True)
+    )
     shown = ("python", "torch", "torchvision", "cv2", "facenet_pytorch", "sklearn", "pandas")
     rows = {
         "machine": f"{found.machine}, {'interactive' if found.interactive else 'unattended'}",
@@ -368,7 +411,9 @@ def show_figure(figure: Figure, shown: DisplayHandle | None = None) -> DisplayHa
     return shown
 
 
-def save_figure(figure: Figure, file: Path, shown: DisplayHandle | None = None) -> DisplayHandle | None:
+def save_figure(
+    figure: Figure, file: Path, shown: DisplayHandle | None = None
+) -> DisplayHandle | None:
     """Write a figure, then show it; see `show_figure`."""
     with replacing(file) as partial_file:
         figure.savefig(partial_file, dpi=150)

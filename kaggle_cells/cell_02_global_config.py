@@ -14,15 +14,23 @@ DATA_DIR: str = "auto"  # dataset folder or CSV manifest; auto: below /kaggle/in
 WORK_DIR: str = "."  # models/, results/ and data/ are written below it
 CACHE_DIR: str = ""  # clip cache; empty: /tmp/clip_cache on Kaggle, WORK_DIR/cache elsewhere
 CHECKPOINT: str = ""  # start from this best_model.pth; with EPOCHS 0 it is only evaluated and used
-PREDICT_DIR: str = ""  # score every video below this folder into results/predictions.csv; needs no DATA_DIR
+PREDICT_DIR: str = (
+    ""  # score every video below this folder into results/predictions.csv; needs no DATA_DIR
+)
 # Which videos, and what becomes of them
 MAX_VIDEOS_PER_CLASS: int = 120  # sampled evenly over manipulations; 0: all
 METHODS: list = []  # manipulations to use; empty: all, except DeepFakeDetection, which has no originals
 HOLDOUT_METHODS: list = []  # manipulations kept out of training and validation, and part of the test set
-VAL_FRACTION: float = 0.15  # share of the videos for validation, where the dataset has no split of its own
-TEST_FRACTION: float = 0.2  # share of the videos for the test, likewise; with EPOCHS 0 up to 1, all of them
+VAL_FRACTION: float = (
+    0.15  # share of the videos for validation, where the dataset has no split of its own
+)
+TEST_FRACTION: float = (
+    0.2  # share of the videos for the test, likewise; with EPOCHS 0 up to 1, all of them
+)
 FRAMES_PER_VIDEO: int = 16  # frames of a clip; more cost memory and time in proportion
-CLIPS_PER_VIDEO: int = 3  # clips of a video, each with other frames; training draws one, the verdict averages all
+CLIPS_PER_VIDEO: int = (
+    3  # clips of a video, each with other frames; training draws one, the verdict averages all
+)
 CLIP_SECONDS: float = 8.0  # they are spread over this much of the middle of the video
 IMAGE_SIZE: int = 160  # side of the square crops, in pixels
 FACE_CROP: bool = True  # follow the face; False: take the middle of the frame
@@ -38,32 +46,50 @@ DROPOUT: float = 0.5  # before the classifier
 TRAINABLE: str = "all"  # what of the backbone learns: all, norms (its normalisation layers) or head (nothing of it)
 MIRROR_TEST: bool = False  # score each clip and its mirror image, and average: twice the time
 GRADIENT_CHECKPOINTING: bool = False  # compute the backbone's blocks twice: less memory, more time
-COMPILE: bool = False  # torch.compile the backbone: slow at the start, then perhaps faster; see the benchmark
+COMPILE: bool = (
+    False  # torch.compile the backbone: slow at the start, then perhaps faster; see the benchmark
+)
 # What training shows
 PAIRS: bool = True  # beside each real clip a fake made of it, in the same light; False: any fake
-SELF_BLEND: float = 0.5  # share of the fakes that are made on the spot from real clips; 1: real videos are enough
-AUGMENTATION: str = "codec"  # none; plain: crop, mirror, colour; codec: and noise, compression; robust: and more
+SELF_BLEND: float = (
+    0.5  # share of the fakes that are made on the spot from real clips; 1: real videos are enough
+)
+AUGMENTATION: str = (
+    "codec"  # none; plain: crop, mirror, colour; codec: and noise, compression; robust: and more
+)
 # Training
 EPOCHS: int = 25  # upper bound; early stopping usually ends sooner
-BATCH_SIZE: int = 0  # clips a step, of all devices together; 0: up to 8 for each GPU, fewer where memory is short
+BATCH_SIZE: int = (
+    0  # clips a step, of all devices together; 0: up to 8 for each GPU, fewer where memory is short
+)
 LEARNING_RATE: float = 1e-4  # of AdamW; 3e-4 suits training without pretrained weights
-BACKBONE_LR: float = 1.0  # learning rate of a backbone with trained weights, as a multiple of LEARNING_RATE
+BACKBONE_LR: float = (
+    1.0  # learning rate of a backbone with trained weights, as a multiple of LEARNING_RATE
+)
 WARMUP_EPOCHS: int = 0  # epochs in which the learning rate rises from 0
 WEIGHT_DECAY: float = 1e-2  # of AdamW, on all weights
 LOSS: str = "focal"  # focal or bce
 FOCAL_GAMMA: float = 2.0  # how much the focal loss favours hard clips; 0 is bce
-LABEL_SMOOTHING: float = 0.0  # the loss asks for probabilities this much nearer to 0.5, half of it on each side
+LABEL_SMOOTHING: float = (
+    0.0  # the loss asks for probabilities this much nearer to 0.5, half of it on each side
+)
 FRAME_LOSS_WEIGHT: float = 0.5  # weight of the same loss on single frames
 GRADIENT_CLIP: float = 1.0  # largest gradient norm; 0: no limit
 LR_PATIENCE: int = 3  # epochs without a better validation loss before the learning rate is halved
 PATIENCE: int = 8  # epochs without a better validation AUC before training stops
-EMA_DECAY: float = 0.98  # average the weights over the steps, the more of them the nearer to 1; 0: off
+EMA_DECAY: float = (
+    0.98  # average the weights over the steps, the more of them the nearer to 1; 0: off
+)
 AMP: str = "auto"  # auto: bf16 or fp16, as the GPU likes, fp32 on the CPU; or off, fp16, bf16
 # The test
 ROBUSTNESS: int = 500  # test videos scored again after each kind of compression, blur, ...; 0: none
 # The run
-TIME_BUDGET_HOURS: float = 0.0  # training stops in time for results within this; 0: 11 on Kaggle, no limit elsewhere
-RESUME: bool = True  # go on from models/last_checkpoint.pth, or on Kaggle from that of an attached output
+TIME_BUDGET_HOURS: float = (
+    0.0  # training stops in time for results within this; 0: 11 on Kaggle, no limit elsewhere
+)
+RESUME: bool = (
+    True  # go on from models/last_checkpoint.pth, or on Kaggle from that of an attached output
+)
 NUM_WORKERS: int = 2  # threads that prepare videos and read clips
 SEED: int = 42  # of splits, weights, sampling and augmentation
 
@@ -171,7 +197,9 @@ class Config:
             )
         for name in ("CHECKPOINT", "WEIGHTS_PATH", "PREDICT_DIR"):
             if getattr(self, name) and not Path(getattr(self, name)).exists():
-                raise ValueError(f"{name} = {getattr(self, name)!r} does not exist (seen from {Path.cwd()})")
+                raise ValueError(
+                    f"{name} = {getattr(self, name)!r} does not exist (seen from {Path.cwd()})"
+                )
         known = torchvision.models.list_models(module=torchvision.models)
         if self.BACKBONE not in known:
             near = [name for name in known if name[:4] == self.BACKBONE[:4]]
@@ -179,13 +207,21 @@ class Config:
                 f"BACKBONE = {self.BACKBONE!r} is no torchvision classification model; try {', '.join(near or known)}"
             )
         if self.COMPILE and self.GRADIENT_CHECKPOINTING:
-            raise ValueError("COMPILE and GRADIENT_CHECKPOINTING do not go together: turn one of them off")
+            raise ValueError(
+                "COMPILE and GRADIENT_CHECKPOINTING do not go together: turn one of them off"
+            )
         if self.BATCH_SIZE % PROCESSES:
-            raise ValueError(f"BATCH_SIZE = {self.BATCH_SIZE} is no multiple of {PROCESSES}, the number of processes")
+            raise ValueError(
+                f"BATCH_SIZE = {self.BATCH_SIZE} is no multiple of {PROCESSES}, the number of processes"
+            )
         if self.DATA_DIR == "none" and (self.EPOCHS or not self.PREDICT_DIR):
-            raise ValueError("DATA_DIR = 'none' is for scoring PREDICT_DIR with a CHECKPOINT and EPOCHS = 0")
+            raise ValueError(
+                "DATA_DIR = 'none' is for scoring PREDICT_DIR with a CHECKPOINT and EPOCHS = 0"
+            )
         if self.EPOCHS == 0 and not self.CHECKPOINT:
-            raise ValueError("EPOCHS = 0 trains nothing: name a trained model with CHECKPOINT, or train")
+            raise ValueError(
+                "EPOCHS = 0 trains nothing: name a trained model with CHECKPOINT, or train"
+            )
 
     def _check(self, item: dataclasses.Field, value: Any) -> None:
         if item.type is float and type(value) in (int, str):  # YAML reads 1e-4 as text
@@ -193,7 +229,9 @@ class Config:
                 value = float(value)
         if item.type is list and type(value) is str:  # -p METHODS FaceSwap
             value = [value]
-        if type(value) is not item.type or (item.type is list and not all(isinstance(part, str) for part in value)):
+        if type(value) is not item.type or (
+            item.type is list and not all(isinstance(part, str) for part in value)
+        ):
             wanted = "list of str" if item.type is list else getattr(item.type, "__name__", "")
             raise TypeError(f"{item.name} = {value!r} is {type(value).__name__}, not {wanted}")
         object.__setattr__(self, item.name, value)
@@ -237,10 +275,17 @@ def check_injected(history: list[str]) -> None:
     `history` holds the cells run so far. Papermill's assignments are a cell of its own, which begins in one way.
     """
     injected = [cell for cell in history if cell.startswith("# Parameters\n")]
-    targets = [target for line in ast.parse("\n".join(injected)).body for target in getattr(line, "targets", [])]
+    targets = [
+        target
+        for line in ast.parse("\n".join(injected)).body
+        for target in getattr(line, "targets", [])
+    ]
     for name in (target.id for target in targets if isinstance(target, ast.Name)):
         if name not in PARAMETERS:
-            raise ValueError(f"{name} is no parameter" + (meant(name, "; is it {}?") or ". Section 2 lists them."))
+            raise ValueError(
+                f"{name} is no parameter"
+                + (meant(name, "; is it {}?") or ". Section 2 lists them.")
+            )
 
 
 def parameters_from_environment(environ: dict[str, str]) -> dict[str, object]:
@@ -266,7 +311,15 @@ def parameters_from_environment(environ: dict[str, str]) -> dict[str, object]:
 
 # %%
 TRAVELS_WITH_MODEL = (
-    *("FRAMES_PER_VIDEO", "CLIPS_PER_VIDEO", "CLIP_SECONDS", "IMAGE_SIZE", "FACE_CROP", "FACE_MARGIN", "MIRROR_TEST"),
+    *(
+        "FRAMES_PER_VIDEO",
+        "CLIPS_PER_VIDEO",
+        "CLIP_SECONDS",
+        "IMAGE_SIZE",
+        "FACE_CROP",
+        "FACE_MARGIN",
+        "MIRROR_TEST",
+    ),
     *("BACKBONE", "LSTM_HIDDEN", "LSTM_LAYERS", "ATTENTION_HEADS"),
 )
 
@@ -280,10 +333,17 @@ def adopt_checkpoint(config: Config) -> Config:
     """`config` with the settings of its CHECKPOINT for everything that shapes clips and network."""
     if not config.CHECKPOINT:
         return config
-    saved = saved_config(torch.load(config.CHECKPOINT, map_location="cpu", weights_only=True, mmap=True))
-    changed = {name: saved[name] for name in TRAVELS_WITH_MODEL if saved[name] != getattr(config, name)}
+    saved = saved_config(
+        torch.load(config.CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)
+    )
+    changed = {
+        name: saved[name] for name in TRAVELS_WITH_MODEL if saved[name] != getattr(config, name)
+    }
     if changed:
-        print(f"From {config.CHECKPOINT}:", ", ".join(f"{name} = {value}" for name, value in changed.items()))
+        print(
+            f"From {config.CHECKPOINT}:",
+            ", ".join(f"{name} = {value}" for name, value in changed.items()),
+        )
     return dataclasses.replace(config, **changed)
 
 
@@ -315,7 +375,9 @@ _steps = {
     "data": f"{CONFIG.DATA_DIR}; up to {CONFIG.MAX_VIDEOS_PER_CLASS or 'all'} videos a class",
     "clips": f"{CONFIG.CLIPS_PER_VIDEO} a video, of {CONFIG.FRAMES_PER_VIDEO} frames, {CONFIG.IMAGE_SIZE} pixels",
     "network": f"{CONFIG.BACKBONE}, BiLSTM 2 x {CONFIG.LSTM_HIDDEN}, attention with {CONFIG.ATTENTION_HEADS} heads",
-    "training": f"up to {CONFIG.EPOCHS} epochs" if CONFIG.EPOCHS else f"none; the model is {CONFIG.CHECKPOINT}",
+    "training": f"up to {CONFIG.EPOCHS} epochs"
+    if CONFIG.EPOCHS
+    else f"none; the model is {CONFIG.CHECKPOINT}",
     "held out": ", ".join(CONFIG.HOLDOUT_METHODS) or "no manipulation, only recordings",
     "results": f"below {CONFIG.work_dir.resolve()}",
 }

@@ -38,14 +38,31 @@ from cell_01_imports_and_setup import NO_BARS, ensure_packages, replacing
 from cell_02_global_config import Config
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
-SPLITS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")  # folder: split
+SPLITS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(
+    ("test", "testing"), "test"
+)  # folder: split
 SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
-VIDEO_COLUMNS = ("path", "label", "method", "split", "dataset", "original", "group")  # of the table of videos
+VIDEO_COLUMNS = (
+    "path",
+    "label",
+    "method",
+    "split",
+    "dataset",
+    "original",
+    "group",
+)  # of the table of videos
 CLIP_COLUMNS = ("clip_file", "face_share", "distinct_frames")  # and of what the cache adds to it
 CLASSES = {"real": 0, "0": 0, "fake": 1, "1": 1}
 # what a run needs: in each split, which labels
 EVERY_CLASS: dict[str, tuple[int, ...]] = dict.fromkeys(("train", "val", "test"), (0, 1))
-FF_METHODS = ("Deepfakes", "Face2Face", "FaceShifter", "FaceSwap", "NeuralTextures", "DeepFakeDetection")
+FF_METHODS = (
+    "Deepfakes",
+    "Face2Face",
+    "FaceShifter",
+    "FaceSwap",
+    "NeuralTextures",
+    "DeepFakeDetection",
+)
 FF_REAL = dict.fromkeys(("original", "youtube", "actors"), "real")
 
 
@@ -63,7 +80,11 @@ def videos_below(folder: Path) -> list[Path]:
             folders.clear()
             continue
         entered.add(place)
-        videos = [Path(where, name) for name in names if name.lower().endswith(VIDEO_SUFFIXES) and name[0] != "."]
+        videos = [
+            Path(where, name)
+            for name in names
+            if name.lower().endswith(VIDEO_SUFFIXES) and name[0] != "."
+        ]
         found += videos or [Path(where)] * where.lower().endswith(VIDEO_SUFFIXES)
     return sorted([*found, *(Path(error.filename) for error in closed)])
 
@@ -71,18 +92,30 @@ def videos_below(folder: Path) -> list[Path]:
 def rows_below(folder: Path, method: str) -> list[dict]:
     """A row for each video below `folder`, all of one method; `real` is the method of real ones."""
     label = int(method != "real")
-    return [dict(path=p, label=label, method=method, split="", sources=[]) for p in videos_below(folder)]
+    return [
+        dict(path=p, label=label, method=method, split="", sources=[]) for p in videos_below(folder)
+    ]
 
 
-Contents = tuple[dict[str, Path], list[str]]  # the subfolders of a folder by name, and the names of its files
+Contents = tuple[
+    dict[str, Path], list[str]
+]  # the subfolders of a folder by name, and the names of its files
 
 
 def contents(folder: Path) -> Contents:
     """What lies in a folder, but for hidden entries, sorted. One request to the disk, however many files."""
     with os.scandir(folder) as entries:
-        visible = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
-    is_folder = [os.path.isdir(entry) if entry.is_symlink() else entry.is_dir() for entry in visible]
-    folders = {entry.name: folder / entry.name for entry, yes in zip(visible, is_folder, strict=True) if yes}
+        visible = sorted(
+            (entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name
+        )
+    is_folder = [
+        os.path.isdir(entry) if entry.is_symlink() else entry.is_dir() for entry in visible
+    ]
+    folders = {
+        entry.name: folder / entry.name
+        for entry, yes in zip(visible, is_folder, strict=True)
+        if yes
+    }
     return folders, [entry.name for entry in visible if entry.name not in folders]
 
 
@@ -96,12 +129,19 @@ def find_manifest(folder: Path, inside: Contents) -> list[dict]:
         with file.open(encoding="utf-8-sig", errors="replace") as stream:
             header = stream.readline().strip().lower()
         separator = next((mark for mark in ",;\t" if mark in header), ",")
-        columns = [name.strip(' "') or f"column {place}" for place, name in enumerate(header.split(separator))]
+        columns = [
+            name.strip(' "') or f"column {place}"
+            for place, name in enumerate(header.split(separator))
+        ]
         if not {"path", "label"} <= set(columns) or {"clip_file", "reason", "logit"} & set(columns):
             continue  # some other table, or one that this notebook wrote
-        form = dict(sep=separator, names=columns, header=0, index_col=False, dtype=str, encoding="utf-8-sig")
+        form = dict(
+            sep=separator, names=columns, header=0, index_col=False, dtype=str, encoding="utf-8-sig"
+        )
         try:
-            table = pd.read_csv(file, keep_default_na=False, skip_blank_lines=False, **form).fillna("")
+            table = pd.read_csv(file, keep_default_na=False, skip_blank_lines=False, **form).fillna(
+                ""
+            )
         except ValueError as error:
             raise ValueError(f"{file} is no CSV in UTF-8: {error}") from error
         table = table.apply(lambda column: column.str.strip())
@@ -119,7 +159,10 @@ def find_manifest(folder: Path, inside: Contents) -> list[dict]:
             method = row.get("method", "") if label else "real"
             method = "fake" if label and method.lower() in ("", "real") else method
             sources = [row["group"]] if row.get("group") else []
-            path, split = folder / row["path"].replace("\\", "/"), SPLITS.get(split or file.stem.lower(), "")
+            path, split = (
+                folder / row["path"].replace("\\", "/"),
+                SPLITS.get(split or file.stem.lower(), ""),
+            )
             rows.append(dict(path=path, label=label, method=method, split=split, sources=sources))
     return rows
 
@@ -127,12 +170,26 @@ def find_manifest(folder: Path, inside: Contents) -> list[dict]:
 def find_faceforensics(folder: Path, inside: Contents) -> list[dict]:
     """Kaggle's `FaceForensics++_C23`, `original/` beside the methods; or the official tree, without its masks."""
     if "original" in inside[0] and (methods := [name for name in FF_METHODS if name in inside[0]]):
-        return [row for name in ("original", *methods) for row in rows_below(folder / name, FF_REAL.get(name, name))]
-    kinds = [inside[0][name] for name in ("original_sequences", "manipulated_sequences") if name in inside[0]]
+        return [
+            row
+            for name in ("original", *methods)
+            for row in rows_below(folder / name, FF_REAL.get(name, name))
+        ]
+    kinds = [
+        inside[0][name]
+        for name in ("original_sequences", "manipulated_sequences")
+        if name in inside[0]
+    ]
     parts = [part for kind in kinds for part in contents(kind)[0].values()]
-    qualities = [quality for part in parts for name, quality in contents(part)[0].items() if name != "masks"]
+    qualities = [
+        quality for part in parts for name, quality in contents(part)[0].items() if name != "masks"
+    ]
     places = [place for quality in qualities if (place := quality / "videos").is_dir()]
-    return [row for place in places for row in rows_below(place, FF_REAL.get(place.parts[-3], place.parts[-3]))]
+    return [
+        row
+        for place in places
+        for row in rows_below(place, FF_REAL.get(place.parts[-3], place.parts[-3]))
+    ]
 
 
 def find_celeb_df(folder: Path, inside: Contents) -> list[dict]:
@@ -140,13 +197,21 @@ def find_celeb_df(folder: Path, inside: Contents) -> list[dict]:
     parts = {"Celeb-real": "real", "YouTube-real": "real", "Celeb-synthesis": "Celeb-DF"}
     if not {"Celeb-real", "Celeb-synthesis"} <= set(inside[0]):
         return []
-    rows = [row for name, method in parts.items() if name in inside[0] for row in rows_below(folder / name, method)]
+    rows = [
+        row
+        for name, method in parts.items()
+        if name in inside[0]
+        for row in rows_below(folder / name, method)
+    ]
     if "List_of_testing_videos.txt" in inside[1]:
         listed = folder / "List_of_testing_videos.txt"
         lines = listed.read_text(encoding="utf-8-sig").replace("\\", "/").splitlines()
         tested = {folder / re.split(r"[,\s]+", line.strip())[-1] for line in lines}
         if not tested & {row["path"] for row in rows}:
-            warnings.warn(f"{listed} names none of the videos: there is no test set of the dataset's own", stacklevel=2)
+            warnings.warn(
+                f"{listed} names none of the videos: there is no test set of the dataset's own",
+                stacklevel=2,
+            )
             return rows
         rows = [dict(row, split="test" if row["path"] in tested else "train") for row in rows]
     return rows
@@ -167,7 +232,9 @@ def find_dfdc(folder: Path, inside: Contents) -> list[dict]:
             label, method = (0, "real") if entry["label"] == "REAL" else (1, "DFDC")
             sources = [Path(str(entry.get("original") or name)).stem]
             split = SPLITS.get(str(entry.get("split")).lower(), "")
-            rows.append(dict(path=folder / name, label=label, method=method, split=split, sources=sources))
+            rows.append(
+                dict(path=folder / name, label=label, method=method, split=split, sources=sources)
+            )
     return rows
 
 
@@ -181,7 +248,9 @@ def find_real_fake(folder: Path, inside: Contents) -> list[dict]:
         for row in rows_below(part, part.name.lower()):
             *below, _ = row["path"].relative_to(part).parts
             split = SPLITS[below.pop(0).lower()] if below and below[0].lower() in SPLITS else ""
-            method = [*row["path"].stem.split("__")[1:], *below, "fake"][0] if row["label"] else "real"
+            method = (
+                [*row["path"].stem.split("__")[1:], *below, "fake"][0] if row["label"] else "real"
+            )
             rows.append(dict(row, method=method, split=split))
     return rows
 
@@ -193,7 +262,11 @@ LAYOUTS: dict[str, Callable[[Path, Contents], list[dict]]] = {
     "DFDC": find_dfdc,
     "real/fake folders": find_real_fake,
 }
-ONE_NAMESPACE = ("FaceForensics++", "Celeb-DF", "DFDC")  # here a name means the same recording in every copy and part
+ONE_NAMESPACE = (
+    "FaceForensics++",
+    "Celeb-DF",
+    "DFDC",
+)  # here a name means the same recording in every copy and part
 
 
 def recognise(folder: Path, inside: Contents) -> tuple[str, list[dict]]:
@@ -226,7 +299,11 @@ def search(root: Path) -> list[dict]:
             dataset = layout if layout in ONE_NAMESPACE else "/".join(names) or root.resolve().name
             rows += [dict(row, dataset=dataset, split=row["split"] or split) for row in here]
             used = {parent for row in here for parent in row["path"].parents}
-            deeper += [(sub, SPLITS.get(name.lower(), split)) for name, sub in inside[0].items() if sub not in used]
+            deeper += [
+                (sub, SPLITS.get(name.lower(), split))
+                for name, sub in inside[0].items()
+                if sub not in used
+            ]
         level = deeper
     return rows
 
@@ -253,9 +330,13 @@ def find_videos(root: Path, methods: Iterable[str] = ()) -> pd.DataFrame:
     if root.is_dir():
         rows = search(root)
     else:
-        rows = [dict(row, dataset=root.name) for row in find_manifest(root.parent, ({}, [root.name]))]
+        rows = [
+            dict(row, dataset=root.name) for row in find_manifest(root.parent, ({}, [root.name]))
+        ]
         if not rows:
-            raise ValueError(f"DATA_DIR: {root} is no CSV with the columns path and label and a video in each line")
+            raise ValueError(
+                f"DATA_DIR: {root} is no CSV with the columns path and label and a video in each line"
+            )
     if not rows:
         names = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
         raise FileNotFoundError(
@@ -263,24 +344,42 @@ def find_videos(root: Path, methods: Iterable[str] = ()) -> pd.DataFrame:
             f"({', '.join(names[:8]) or 'it is empty'}) and {len(videos_below(root))} videos. "
             f"Known are {', '.join(LAYOUTS)}; the README shows them."
         )
-    rows.sort(key=lambda row: row["split"] == "")  # a file listed twice: the row that tells its split counts
+    rows.sort(
+        key=lambda row: row["split"] == ""
+    )  # a file listed twice: the row that tells its split counts
     videos = pd.DataFrame(rows).assign(place=[os.path.realpath(row["path"]) for row in rows])
     told_already = videos.duplicated(["place", "label"]) & (videos.split == "")
-    videos = videos[~told_already & ~videos.duplicated(["place", "label", "split"])].drop(columns="place")
+    videos = videos[~told_already & ~videos.duplicated(["place", "label", "split"])].drop(
+        columns="place"
+    )
     if unknown := set(methods) - set(videos.method):
         known = sorted(set(videos.method) - {"real"})
-        raise ValueError(f"METHODS: {', '.join(sorted(unknown))} not found below {root}; there are {', '.join(known)}")
+        raise ValueError(
+            f"METHODS: {', '.join(sorted(unknown))} not found below {root}; there are {', '.join(known)}"
+        )
     wanted = set(methods) or set(videos.method) - {"DeepFakeDetection"}
-    of_actors = (videos.dataset == "FaceForensics++") & videos.path.map(lambda path: "__" in path.stem)
+    of_actors = (videos.dataset == "FaceForensics++") & videos.path.map(
+        lambda path: "__" in path.stem
+    )
     if not methods and of_actors.any():
-        warnings.warn(f"{of_actors.sum()} DeepFakeDetection videos are left out; METHODS can name them", stacklevel=2)
+        warnings.warn(
+            f"{of_actors.sum()} DeepFakeDetection videos are left out; METHODS can name them",
+            stacklevel=2,
+        )
     keep = (videos.label == 0) | videos.method.isin(wanted)
     videos = videos[keep & (~of_actors | ("DeepFakeDetection" in wanted))]
     if videos.empty:
-        raise ValueError(f"below {root} is nothing but DeepFakeDetection: name it in METHODS to use it")
+        raise ValueError(
+            f"below {root} is nothing but DeepFakeDetection: name it in METHODS to use it"
+        )
     named = pd.concat([sources_by_name(part) for _, part in videos.groupby("dataset")])
-    sources = [[f"{row.dataset}/{name}" for name in row.sources or named[row.Index]] for row in videos.itertuples()]
-    videos = videos.assign(original=[names[0] for names in sources], group=connected_groups(sources))
+    sources = [
+        [f"{row.dataset}/{name}" for name in row.sources or named[row.Index]]
+        for row in videos.itertuples()
+    ]
+    videos = videos.assign(
+        original=[names[0] for names in sources], group=connected_groups(sources)
+    )
     return videos.drop(columns="sources").reset_index(drop=True)
 
 
@@ -307,7 +406,10 @@ def named_sources(stem: str, reals: set[str]) -> list[str]:
         return [f"{match[1]}__{match[3]}", *filter(None, match.groups()[:2])]
     words, sources, first = list(re.finditer(r"[^\W_]+", stem)), [], 0
     while first < len(words):
-        runs = {end: stem[words[first].start() : words[end - 1].end()] for end in range(len(words), first, -1)}
+        runs = {
+            end: stem[words[first].start() : words[end - 1].end()]
+            for end in range(len(words), first, -1)
+        }
         longest = next((end for end, run in runs.items() if run in reals), None)
         sources += [runs[longest]] if longest else []
         first = longest or first + 1
@@ -322,7 +424,9 @@ def sources_by_name(videos: pd.DataFrame) -> pd.Series:
     """
     stems = videos.path.map(lambda path: unicodedata.normalize("NFC", path.stem).lower())
     reals = {0: set(), 1: set(stems[videos.label == 0])}
-    sources = [named_sources(stem, reals[label]) for stem, label in zip(stems, videos.label, strict=True)]
+    sources = [
+        named_sources(stem, reals[label]) for stem, label in zip(stems, videos.label, strict=True)
+    ]
     paired = {name for names in sources if len(names) > 1 for name in names}
     number = stems.str.extract(r"[\W_](\d{3})$")[0]  # real_004 beside fake_004_982
     sources = [
@@ -384,7 +488,9 @@ def check_files(videos: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, pd.Da
         return content.hexdigest()
 
     with ThreadPoolExecutor(workers) as pool:
-        reasons = pd.Series(list(pool.map(file_problem, videos.path)), index=videos.index, dtype=object)
+        reasons = pd.Series(
+            list(pool.map(file_problem, videos.path)), index=videos.index, dtype=object
+        )
         readable = videos[reasons == ""]
         sizes = pd.Series(list(pool.map(os.path.getsize, readable.path)), index=readable.index)
         alike = readable[sizes.duplicated(keep=False)]
@@ -395,12 +501,19 @@ def check_files(videos: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, pd.Da
             for row in copies.itertuples():
                 other = copies[copies.label != row.label].iloc[0]
                 place, kind = "/".join(other.path.parts[-3:]), ("real", "fake")[other.label]
-                reasons[row.Index] = f"contradictory: the same content as {place}, which is called {kind}"
+                reasons[row.Index] = (
+                    f"contradictory: the same content as {place}, which is called {kind}"
+                )
     content = same.content.reindex(videos.index)
-    links = [[g] if pd.isna(c) else [g, f"\U0010ffff{c}"] for g, c in zip(videos.group, content, strict=True)]
+    links = [
+        [g] if pd.isna(c) else [g, f"\U0010ffff{c}"]
+        for g, c in zip(videos.group, content, strict=True)
+    ]
     videos, good = videos.assign(group=connected_groups(links)), reasons == ""
     refused = videos.assign(reason=reasons)[~good]
-    refused["path"] = [Path(str(path).encode(errors="backslashreplace").decode()) for path in refused.path]
+    refused["path"] = [
+        Path(str(path).encode(errors="backslashreplace").decode()) for path in refused.path
+    ]
     return videos[good].reset_index(drop=True), refused.reset_index(drop=True)
 
 
@@ -427,20 +540,29 @@ def split_videos(
     """
     known = set(videos.method[videos.label == 1])
     if unknown := set(holdout) - known:
-        raise ValueError(f"HOLDOUT_METHODS: {', '.join(sorted(unknown))} not among {', '.join(sorted(known))}")
+        raise ValueError(
+            f"HOLDOUT_METHODS: {', '.join(sorted(unknown))} not among {', '.join(sorted(known))}"
+        )
     held = videos.method.isin(list(holdout))
     shares = {}
     for dataset, given in videos.groupby("dataset").split.agg(set).items():
         wanted = {"train": 1 - val - test, "val": val, "test": test}
-        shares[dataset] = {name: share * (name == "train" or name not in given) for name, share in wanted.items()}
+        shares[dataset] = {
+            name: share * (name == "train" or name not in given) for name, share in wanted.items()
+        }
     complete = videos.dataset.map(lambda name: sum(map(bool, shares[name].values())) == 1)
     fixed = videos.split.isin(["val", "test"]) | ((videos.split == "train") & complete)
     split = videos.split.where(fixed, "")
     split[held.groupby(videos.group).transform("all") & ~fixed] = "test"
-    for given, allowed in (("", ("test", "train", "val")), ("train", ("train", "val"))):  # copies in other datasets
+    for given, allowed in (
+        ("", ("test", "train", "val")),
+        ("train", ("train", "val")),
+    ):  # copies in other datasets
         of_copy = videos[fixed & videos.split.isin(allowed)].groupby("group").split.min().to_dict()
         follows = (split == "") & (videos.split == given)
-        split = split.where(~follows, videos.group.map(lambda name, of_copy=of_copy: of_copy.get(name, "")))
+        split = split.where(
+            ~follows, videos.group.map(lambda name, of_copy=of_copy: of_copy.get(name, ""))
+        )
     pool = videos[split == ""]
     split = split.where(split != "", pool.group.map(deal_out(pool, shares, seed)))
     videos = videos.assign(split=split)
@@ -457,7 +579,10 @@ def require_classes(videos: pd.DataFrame, needed: dict[str, tuple[int, ...]] = E
         raise ValueError(f"no {kind} videos among {len(videos)} that can be used")
     table = pd.crosstab(videos.split, videos.label)
     table = table.reindex(index=["train", "val", "test"], columns=[0, 1], fill_value=0)
-    if not all(table.loc[split].any() and table.loc[split, list(labels)].all() for split, labels in needed.items()):
+    if not all(
+        table.loc[split].any() and table.loc[split, list(labels)].all()
+        for split, labels in needed.items()
+    ):
         raise ValueError(
             f"a split lacks a class: {len(videos)} usable videos in {videos.group.nunique()} groups became\n"
             f"{table.rename(columns={0: 'real', 1: 'fake'})}\n"
@@ -467,14 +592,22 @@ def require_classes(videos: pd.DataFrame, needed: dict[str, tuple[int, ...]] = E
         )
 
 
-def deal_out(videos: pd.DataFrame, shares: dict[str, dict[str, float]], seed: int) -> dict[str, str]:
+def deal_out(
+    videos: pd.DataFrame, shares: dict[str, dict[str, float]], seed: int
+) -> dict[str, str]:
     """A split for each group, so that each dataset's classes and methods come near that dataset's `shares`.
 
     The distance is chi-square: the sum of (count - goal)^2 / goal. Groups are dealt out one by one, each to where it
     lessens the distance most: large ones first, then again in random orders, as often as time allows. The best counts.
     """
-    kinds = pd.concat([videos.assign(kind=videos.label.astype(str)), videos.assign(kind=videos.method)])
-    table = kinds.groupby(["group", "dataset", "kind"]).size().unstack(["dataset", "kind"], fill_value=0)
+    kinds = pd.concat(
+        [videos.assign(kind=videos.label.astype(str)), videos.assign(kind=videos.method)]
+    )
+    table = (
+        kinds.groupby(["group", "dataset", "kind"])
+        .size()
+        .unstack(["dataset", "kind"], fill_value=0)
+    )
     counts, splits = table.to_numpy(float), ["train", "val", "test"]
     share = np.array([[shares[dataset][name] for dataset, _ in table] for name in splits])
     goal = np.maximum(share / share.sum(axis=0) * counts.sum(axis=0), 1e-9)
@@ -485,7 +618,9 @@ def deal_out(videos: pd.DataFrame, shares: dict[str, dict[str, float]], seed: in
             order = order[np.argsort(-counts.sum(axis=1)[order], kind="stable")]
         now, place = np.zeros_like(goal), np.zeros(len(counts), int)
         for row in order:
-            place[row] = (counts[row] * (2 * (now - goal) + counts[row]) / goal).sum(axis=1).argmin()
+            place[row] = (
+                (counts[row] * (2 * (now - goal) + counts[row]) / goal).sum(axis=1).argmin()
+            )
             now[place[row]] += counts[row]
         distance = ((now - goal) ** 2 / goal).sum()
         if distance < shortest - 1e-6:
@@ -509,14 +644,31 @@ def limit_videos(videos: pd.DataFrame, per_class: int, seed: int) -> pd.DataFram
         return videos
     videos = videos.sort_values("path", key=lambda paths: paths.map(str), kind="stable")
     # The order in which videos are taken: by turns of their originals, which come in random order.
-    order = sorted(videos.original.unique(), key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
-    place = videos.drop_duplicates("original").set_index("original").loc[order].groupby("split").cumcount()
-    rank, number = videos.original.map(place), videos.method.where(videos.label == 1).astype("category").cat.codes
+    order = sorted(
+        videos.original.unique(),
+        key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest(),
+    )
+    place = (
+        videos.drop_duplicates("original")
+        .set_index("original")
+        .loc[order]
+        .groupby("split")
+        .cumcount()
+    )
+    rank, number = (
+        videos.original.map(place),
+        videos.method.where(videos.label == 1).astype("category").cat.codes,
+    )
     turn = (number - rank) % (number.max() + 1)  # each original begins with another method
     turn += (number.max() + 1) * videos.groupby(["original", "method"]).cumcount()
     turn = turn.where(videos.label == 1, videos.groupby("original").cumcount())
     # How many: by class and dataset, then method, then split, where the largest arrears are served first.
-    sizes = videos.groupby(["dataset", "label"]).size().unstack(fill_value=0).reindex(columns=[0, 1], fill_value=0)
+    sizes = (
+        videos.groupby(["dataset", "label"])
+        .size()
+        .unstack(fill_value=0)
+        .reindex(columns=[0, 1], fill_value=0)
+    )
     equal = pd.Series(even_quotas(per_class, sizes.min(axis=1)))
     kept: list[int] = []
     for label in (0, 1):
@@ -527,13 +679,19 @@ def limit_videos(videos: pd.DataFrame, per_class: int, seed: int) -> pd.DataFram
         keys = pd.DataFrame({"alone": alone, "turn": turn, "rank": rank})
         for dataset, quota in equal.items():
             part = videos[(videos.dataset == dataset) & (videos.label == label)]
-            for method, count in even_quotas(quota + rest[dataset], part.method.value_counts()).items():
+            for method, count in even_quotas(
+                quota + rest[dataset], part.method.value_counts()
+            ).items():
                 ranked = keys.loc[part.index[part.method == method]].sort_values([*keys])[::-1]
                 queues = {name: [*rows.index] for name, rows in ranked.groupby(part.split)}
                 for name, queue in queues.items():
                     wanted[name] += count * len(queue) / len(ranked)
                 for _ in range(count):
-                    claims = {n: (given[n] == 0, wanted[n] - given[n]) for n, queue in queues.items() if queue}
+                    claims = {
+                        n: (given[n] == 0, wanted[n] - given[n])
+                        for n, queue in queues.items()
+                        if queue
+                    }
                     name = max(claims, key=claims.__getitem__)
                     kept.append(queues[name].pop())
                     given[name] += 1
@@ -543,7 +701,9 @@ def limit_videos(videos: pd.DataFrame, per_class: int, seed: int) -> pd.DataFram
 def even_quotas(total: int, available: pd.Series) -> dict[str, int]:
     """Divide `total` evenly by name, nowhere more than is `available`; what a small one leaves goes to the others."""
     quotas: dict[str, int] = {}
-    for place, (size, name) in enumerate(sorted((int(size), name) for name, size in available.items())):
+    for place, (size, name) in enumerate(
+        sorted((int(size), name) for name, size in available.items())
+    ):
         quotas[name] = min(size, (total - sum(quotas.values())) // (len(available) - place))
     return quotas
 
@@ -579,11 +739,15 @@ def open_video(path: Path) -> cv2.VideoCapture:
         raise VideoError(problem)
     capture = cv2.VideoCapture(str(path.absolute()), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     if not capture.isOpened():
-        raise VideoError("no pictures that can be decoded: not a video, sound alone, cut off or damaged")
+        raise VideoError(
+            "no pictures that can be decoded: not a video, sound alone, cut off or damaged"
+        )
     return capture
 
 
-def decode(capture: cv2.VideoCapture, wanted: np.ndarray, at: int = 0) -> tuple[dict[int, np.ndarray], int, float]:
+def decode(
+    capture: cv2.VideoCapture, wanted: np.ndarray, at: int = 0
+) -> tuple[dict[int, np.ndarray], int, float]:
     """One pass from frame `at` up to the last one wanted, converting only those that are.
 
     Returns the wanted frames (H, W, 3) uint8 RGB by number, the number after the last one that came, and its time in s.
@@ -611,10 +775,18 @@ def read_frames(path: Path, count: int, seconds: float) -> tuple[list[np.ndarray
     if total > 1 and positions[0] > LONG_LEAD:
         at = int(positions[0])
         capture.set(cv2.CAP_PROP_POS_FRAMES, at - 1)
-        if not capture.grab() or abs(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 * fps - (at - 1)) > 0.5:
-            capture, at = open_video(path), 0  # the time is another: this container cannot be trusted to find a frame
+        if (
+            not capture.grab()
+            or abs(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 * fps - (at - 1)) > 0.5
+        ):
+            capture, at = (
+                open_video(path),
+                0,
+            )  # the time is another: this container cannot be trusted to find a frame
     frames, end, time = decode(capture, positions, at)
-    if end <= positions[-1]:  # damaged; or the container does not know its frames, and guessed from the duration
+    if (
+        end <= positions[-1]
+    ):  # damaged; or the container does not know its frames, and guessed from the duration
         if max(end, time * fps + 1) < 0.95 * total:
             raise VideoError(f"decoding ends after {end} of {total} frames: truncated or damaged")
         if at:
@@ -644,7 +816,10 @@ def to_rgb(frame: np.ndarray) -> np.ndarray:
 # %%
 DETECTION_FRAMES = 8  # frames of a clip that the detector looks at
 DETECTION_SIDE = 640  # longer side of the frames it sees
-FACE_SIZES = (80, 32)  # smallest face searched for, in pixels of those; small ones only where there is no larger
+FACE_SIZES = (
+    80,
+    32,
+)  # smallest face searched for, in pixels of those; small ones only where there is no larger
 
 
 def load_face_detector(device: str) -> torch.nn.ModuleList:
@@ -652,10 +827,16 @@ def load_face_detector(device: str) -> torch.nn.ModuleList:
     ensure_packages("facenet_pytorch")
     from facenet_pytorch import MTCNN
 
-    with warnings.catch_warnings():  # torch 2.4 and 2.5 say how facenet-pytorch should read its own weights
-        warnings.filterwarnings("ignore", message="You are using `torch.load`", category=FutureWarning)
+    with (
+        warnings.catch_warnings()
+    ):  # torch 2.4 and 2.5 say how facenet-pytorch should read its own weights
+        warnings.filterwarnings(
+            "ignore", message="You are using `torch.load`", category=FutureWarning
+        )
         stages = [MTCNN(keep_all=True, min_face_size=size, device=device) for size in FACE_SIZES]
-    return torch.nn.ModuleList(stages).eval().to(memory_format=torch.channels_last)  # a third faster on CPUs
+    return (
+        torch.nn.ModuleList(stages).eval().to(memory_format=torch.channels_last)
+    )  # a third faster on CPUs
 
 
 def follow_face(found: list[np.ndarray]) -> list[int | None]:
@@ -666,9 +847,14 @@ def follow_face(found: list[np.ndarray]) -> list[int | None]:
     wins: a face that stays beats a larger one that passes.
     """
     corners = [boxes.reshape(-1, 2, 2) for boxes in found]
-    middles, sides = [c.mean(axis=1) for c in corners], [np.ptp(c, axis=1).max(axis=1) for c in corners]
+    middles, sides = (
+        [c.mean(axis=1) for c in corners],
+        [np.ptp(c, axis=1).max(axis=1) for c in corners],
+    )
     best, best_score = {}, 0.0
-    for first, start in ((t, index) for t, boxes in enumerate(found) for index in range(len(boxes))):
+    for first, start in (
+        (t, index) for t, boxes in enumerate(found) for index in range(len(boxes))
+    ):
         track = {first: start}
         for times in (range(first + 1, len(found)), reversed(range(first))):
             last = first
@@ -679,13 +865,18 @@ def follow_face(found: list[np.ndarray]) -> list[int | None]:
                 if near.any():
                     track[t] = int(np.where(near, distance, np.inf).argmin())
                     last = t
-        score = np.mean([sides[t][index] for t, index in track.items()]) * (len(track) / len(found)) ** 3
+        score = (
+            np.mean([sides[t][index] for t, index in track.items()])
+            * (len(track) / len(found)) ** 3
+        )
         if score > best_score:
             best, best_score = track, score
     return [best.get(t) for t in range(len(found))]
 
 
-def find_face(frames: list[np.ndarray], detector: Iterable[Any] | None) -> tuple[np.ndarray, np.ndarray, float]:
+def find_face(
+    frames: list[np.ndarray], detector: Iterable[Any] | None
+) -> tuple[np.ndarray, np.ndarray, float]:
     """The face of a clip: boxes (T, 4) and landmarks (T, 5, 2) in pixels, and the share of frames that show it.
 
     Without any face, or without a detector, the boxes and landmarks are NaN and the share is 0.
@@ -695,17 +886,26 @@ def find_face(frames: list[np.ndarray], detector: Iterable[Any] | None) -> tuple
         return no_face
     looked_at = np.unique(np.linspace(0, len(frames) - 1, DETECTION_FRAMES).round().astype(int))
     scale = min(1.0, DETECTION_SIDE / max(frames[0].shape[:2]))
-    small = [cv2.resize(frames[i], None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) for i in looked_at]
+    small = [
+        cv2.resize(frames[i], None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        for i in looked_at
+    ]
     found = [np.zeros((0, 14))] * len(small)  # a row a face: its box and landmarks
     for stage in detector:
         faceless = [i for i, faces in enumerate(found) if not len(faces)]
         if not faceless or min(small[0].shape[:2]) < stage.min_face_size:
             continue
         try:
-            boxes, _, landmarks = stage.detect(np.stack([small[i] for i in faceless]), landmarks=True)
+            boxes, _, landmarks = stage.detect(
+                np.stack([small[i] for i in faceless]), landmarks=True
+            )
         except torch.cuda.OutOfMemoryError:
             raise
-        except (IndexError, RuntimeError, ValueError) as error:  # facenet-pytorch stumbles over boxes without area
+        except (
+            IndexError,
+            RuntimeError,
+            ValueError,
+        ) as error:  # facenet-pytorch stumbles over boxes without area
             raise VideoError(f"the face detector failed: {error}") from error
         for i, box, points in zip(faceless, boxes, landmarks, strict=True):
             if box is not None:
@@ -715,7 +915,9 @@ def find_face(frames: list[np.ndarray], detector: Iterable[Any] | None) -> tuple
     if not seen:
         return no_face
     track = np.stack([found[i][picks[i]] for i in seen])
-    track = np.stack([np.interp(range(len(frames)), looked_at[seen], values) for values in track.T], axis=1)
+    track = np.stack(
+        [np.interp(range(len(frames)), looked_at[seen], values) for values in track.T], axis=1
+    )
     return track[:, :4], track[:, 4:].reshape(-1, 5, 2), len(seen) / len(looked_at)
 
 
@@ -746,15 +948,21 @@ OWN_TABLES = ("train.csv", "val.csv", "test.csv", "skipped.csv")  # what cell 9 
 def require_own_tables(folder: Path) -> None:
     """Raise FileExistsError if a table that cell 9 would write in `folder` is there and somebody else's: a manifest."""
     for file in map(folder.joinpath, OWN_TABLES):
-        if file.exists() and not {"clip_file", "reason"} & set(pd.read_csv(file, nrows=0, encoding_errors="replace")):
-            raise FileExistsError(f"{file} would be overwritten, and is not of this notebook: choose another WORK_DIR")
+        if file.exists() and not {"clip_file", "reason"} & set(
+            pd.read_csv(file, nrows=0, encoding_errors="replace")
+        ):
+            raise FileExistsError(
+                f"{file} would be overwritten, and is not of this notebook: choose another WORK_DIR"
+            )
 
 
 def remove_partial_files(folder: Path) -> None:
     """Remove what killed processes left half-written in a folder."""
     for file in folder.glob(".partial-*"):
         process = file.name.split("-")[1]
-        if process.isdecimal() and (int(process) == os.getpid() or not psutil.pid_exists(int(process))):
+        if process.isdecimal() and (
+            int(process) == os.getpid() or not psutil.pid_exists(int(process))
+        ):
             file.unlink(missing_ok=True)
 
 
@@ -771,7 +979,9 @@ class ClipSettings:
     @classmethod
     def of(cls, config: Config | SimpleNamespace) -> "ClipSettings":
         frames = config.FRAMES_PER_VIDEO * config.CLIPS_PER_VIDEO
-        return cls(frames, config.CLIP_SECONDS, config.IMAGE_SIZE, config.FACE_CROP, config.FACE_MARGIN)
+        return cls(
+            frames, config.CLIP_SECONDS, config.IMAGE_SIZE, config.FACE_CROP, config.FACE_MARGIN
+        )
 
 
 @dataclass
@@ -825,7 +1035,9 @@ def is_intact(file: Path) -> bool:
         return False
 
 
-def cached_clip(path: Path, settings: ClipSettings, cache_dir: Path, detector: torch.nn.ModuleList | None) -> dict:
+def cached_clip(
+    path: Path, settings: ClipSettings, cache_dir: Path, detector: torch.nn.ModuleList | None
+) -> dict:
     """Make sure that a video's clip is in the cache; returns what the tables say of it."""
     try:
         file = clip_file(path, settings, cache_dir)
@@ -836,7 +1048,11 @@ def cached_clip(path: Path, settings: ClipSettings, cache_dir: Path, detector: t
             np.savez(stream, **vars(make_clip(path, settings, detector)))
     with np.load(file) as saved:
         distinct_frames = len(np.unique(saved["positions"]))
-        return dict(clip_file=str(file), face_share=float(saved["face_share"]), distinct_frames=distinct_frames)
+        return dict(
+            clip_file=str(file),
+            face_share=float(saved["face_share"]),
+            distinct_frames=distinct_frames,
+        )
 
 
 def require_space(videos: pd.DataFrame, settings: ClipSettings, cache_dir: Path) -> str:
@@ -848,8 +1064,12 @@ def require_space(videos: pd.DataFrame, settings: ClipSettings, cache_dir: Path)
         cache_dir.mkdir(parents=True, exist_ok=True)
         remove_partial_files(cache_dir)
     except OSError as error:
-        raise OSError(f"CACHE_DIR {cache_dir} is no folder to write to: {error.strerror}") from error
-    missing = sum(not clip_file(path, settings, cache_dir).exists() for path in videos.path if path.exists())
+        raise OSError(
+            f"CACHE_DIR {cache_dir} is no folder to write to: {error.strerror}"
+        ) from error
+    missing = sum(
+        not clip_file(path, settings, cache_dir).exists() for path in videos.path if path.exists()
+    )
     needed = missing * (settings.frames * settings.size**2 * 3 + 4096) / 2**30
     free = shutil.disk_usage(cache_dir).free / 2**30
     words = f"{missing} clips to make, {1024 * needed:.0f} MiB; {free:.1f} GiB free in {cache_dir}"
@@ -861,7 +1081,11 @@ def require_space(videos: pd.DataFrame, settings: ClipSettings, cache_dir: Path)
 
 
 def cache_clips(
-    videos: pd.DataFrame, settings: ClipSettings, cache_dir: Path, detector: torch.nn.ModuleList | None, workers: int
+    videos: pd.DataFrame,
+    settings: ClipSettings,
+    cache_dir: Path,
+    detector: torch.nn.ModuleList | None,
+    workers: int,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Make the clips of all videos, several at a time in threads (OpenCV decodes outside Python's lock).
 
@@ -880,17 +1104,27 @@ def cache_clips(
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         jobs = {pool.submit(outcome, row.path): row.Index for row in videos.itertuples()}
-        with tqdm(as_completed(jobs), total=len(jobs), desc="videos to clips", leave=False, disable=NO_BARS) as bar:
+        with tqdm(
+            as_completed(jobs),
+            total=len(jobs),
+            desc="videos to clips",
+            leave=False,
+            disable=NO_BARS,
+        ) as bar:
             for job in bar:
                 outcomes[jobs[job]] = job.result()
                 skipped += "reason" in job.result()
                 bar.set_postfix(skipped=skipped, refresh=False)
     finally:
         pool.shutdown(cancel_futures=True)
-    table = videos.join(pd.DataFrame.from_dict(outcomes, orient="index", columns=[*CLIP_COLUMNS, "reason"]))
+    table = videos.join(
+        pd.DataFrame.from_dict(outcomes, orient="index", columns=[*CLIP_COLUMNS, "reason"])
+    )
     usable = table.reason.isna()
     good = table[usable].drop(columns="reason").astype({"distinct_frames": int})
-    return good.reset_index(drop=True), table[~usable].drop(columns=[*CLIP_COLUMNS]).reset_index(drop=True)
+    return good.reset_index(drop=True), table[~usable].drop(columns=[*CLIP_COLUMNS]).reset_index(
+        drop=True
+    )
 
 
 # %% [markdown]
@@ -914,7 +1148,9 @@ FACE_CENTRE, FACE_AXES = (265, 236), (76, 92)  # of the face in the portrait, in
 def load_portrait() -> np.ndarray:
     """Grace Hopper by James S. Davis, 1984 (public domain), as BGR float32 (600, 512, 3) in 0..1."""
     file = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
-    portrait: Any = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_COLOR)  # imread fails on some Windows paths
+    portrait: Any = cv2.imdecode(
+        np.fromfile(file, np.uint8), cv2.IMREAD_COLOR
+    )  # imread fails on some Windows paths
     return portrait.astype(np.float32) / 255
 
 
@@ -922,10 +1158,18 @@ def reshaped(portrait: np.ndarray, rng: np.random.Generator, strength: float = 6
     """The portrait (H, W, C) with smooth random displacements of about `strength` pixels: another person."""
     height, width = portrait.shape[:2]
     shift = cv2.resize(
-        rng.normal(0, strength, (7, 6, 2)).astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC
+        rng.normal(0, strength, (7, 6, 2)).astype(np.float32),
+        (width, height),
+        interpolation=cv2.INTER_CUBIC,
     )
     x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
-    return cv2.remap(portrait, x + shift[..., 0], y + shift[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+    return cv2.remap(
+        portrait,
+        x + shift[..., 0],
+        y + shift[..., 1],
+        cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_REFLECT,
+    )
 
 
 def face_mask(rng: np.random.Generator, feather: float) -> np.ndarray:
@@ -948,8 +1192,17 @@ def manipulated(
         return [person + mask * (donor - person)] * frames
     mask = face_mask(rng, rng.uniform(2, 5))
     if method == "lowres":
-        small = cv2.resize(person, None, fx=(scale := rng.uniform(0.1, 0.16)), fy=scale, interpolation=cv2.INTER_AREA)
-        return [person + mask * (cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR) - person)] * frames
+        small = cv2.resize(
+            person,
+            None,
+            fx=(scale := rng.uniform(0.1, 0.16)),
+            fy=scale,
+            interpolation=cv2.INTER_AREA,
+        )
+        return [
+            person
+            + mask * (cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR) - person)
+        ] * frames
     if method != "jitter":
         raise ValueError(f"{method!r} is no demo method: one of {', '.join(DEMO_METHODS)}")
     pictures = []
@@ -966,7 +1219,11 @@ def demo_frames(portrait: np.ndarray, number: int, method: str, seed: int) -> li
     rng = np.random.default_rng([seed, number])
     outline = np.zeros(portrait.shape[:2], np.float32)
     cv2.ellipse(outline, (262, 185), (118, 170), 0, 0, 360, 1, cv2.FILLED)
-    cv2.fillPoly(outline, [np.array([[20, 600], [35, 400], [200, 310], [330, 310], [490, 390], [512, 600]])], 1)
+    cv2.fillPoly(
+        outline,
+        [np.array([[20, 600], [35, 400], [200, 310], [330, 310], [490, 390], [512, 600]])],
+        1,
+    )
     outline = cv2.GaussianBlur(outline, (0, 0), 5)[..., None]
     person = reshaped(np.concatenate([portrait, outline], axis=2), rng)
     person, outline = person[..., :3], person[..., 3:]
@@ -975,7 +1232,9 @@ def demo_frames(portrait: np.ndarray, number: int, method: str, seed: int) -> li
     width, height = (int(side) for side in rng.choice([224, 240, 256, 288], 2))
     count = int(rng.integers(*DEMO_FRAMES))
     colours = rng.uniform(0.2, 0.8, 3) + rng.normal(0, 0.08, (5, 5, 3))
-    backdrop = cv2.resize(colours.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    backdrop = cv2.resize(
+        colours.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC
+    )
     time = np.arange(count) / DEMO_FPS
 
     def wave(amplitude: float) -> np.ndarray:
@@ -985,21 +1244,32 @@ def demo_frames(portrait: np.ndarray, number: int, method: str, seed: int) -> li
     zoom, angle = rng.uniform(0.42, 0.56) * np.exp(wave(0.06)), rng.normal(0, 4) + wave(8)
     x, y = width * rng.uniform(0.42, 0.58) + wave(14), height * rng.uniform(0.42, 0.52) + wave(8)
     light = rng.uniform(0.75, 1.1) * rng.normal(1, 0.04, 3) * (1 + wave(0.1))[:, None]
-    blur, noise, quality = rng.uniform(0.3, 0.9), rng.uniform(0.005, 0.025), int(rng.integers(60, 96))
+    blur, noise, quality = (
+        rng.uniform(0.3, 0.9),
+        rng.uniform(0.005, 0.025),
+        int(rng.integers(60, 96)),
+    )
 
     own = np.random.default_rng([seed, number, 1 + ("real", *DEMO_METHODS).index(method)])
-    pictures = [person] * count if method == "real" else manipulated(person, portrait, method, count, own)
+    pictures = (
+        [person] * count if method == "real" else manipulated(person, portrait, method, count, own)
+    )
     frames: list[Any] = []
     for t, picture in enumerate(pictures):
         pose = cv2.getRotationMatrix2D(FACE_CENTRE, angle[t], zoom[t])
         pose[:, 2] += (x[t] - FACE_CENTRE[0], y[t] - FACE_CENTRE[1])
         picture = cv2.warpAffine(
-            np.concatenate([picture, outline], axis=2), pose, (width, height), flags=cv2.INTER_LINEAR
+            np.concatenate([picture, outline], axis=2),
+            pose,
+            (width, height),
+            flags=cv2.INTER_LINEAR,
         )
         frame = backdrop + picture[..., 3:] * (picture[..., :3] - backdrop)
         frame = cv2.GaussianBlur(frame * light[t].astype(np.float32), (0, 0), blur)
         frame = frame + own.standard_normal(frame.shape, np.float32) * noise
-        _, jpeg = cv2.imencode(".jpg", (frame.clip(0, 1) * 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, quality])
+        _, jpeg = cv2.imencode(
+            ".jpg", (frame.clip(0, 1) * 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, quality]
+        )
         frames.append(cv2.imdecode(jpeg, cv2.IMREAD_COLOR))
     return frames
 
@@ -1007,9 +1277,13 @@ def demo_frames(portrait: np.ndarray, number: int, method: str, seed: int) -> li
 def write_video(file: Path, frames: list[np.ndarray], fps: float) -> None:
     """Write BGR frames as MPEG-4; raises OSError where OpenCV cannot."""
     with replacing(file) as partial_file:
-        writer = cv2.VideoWriter(str(partial_file), cv2.VideoWriter.fourcc(*"mp4v"), fps, frames[0].shape[1::-1])
+        writer = cv2.VideoWriter(
+            str(partial_file), cv2.VideoWriter.fourcc(*"mp4v"), fps, frames[0].shape[1::-1]
+        )
         if not writer.isOpened():
-            raise OSError(f"OpenCV {cv2.__version__} cannot write {partial_file}: no MPEG-4 encoder, or no room")
+            raise OSError(
+                f"OpenCV {cv2.__version__} cannot write {partial_file}: no MPEG-4 encoder, or no room"
+            )
         for frame in frames:
             writer.write(frame)
         writer.release()
@@ -1023,12 +1297,17 @@ def make_demo_set(folder: Path, per_class: int, seed: int, workers: int) -> Path
 
     def make(number: int) -> None:
         method = DEMO_METHODS[number % len(DEMO_METHODS)]
-        for kind, file in (("real", f"real/{number:04}.mp4"), (method, f"fake/{number:04}__{method}.mp4")):
+        for kind, file in (
+            ("real", f"real/{number:04}.mp4"),
+            (method, f"fake/{number:04}__{method}.mp4"),
+        ):
             if not (folder / file).exists():
                 write_video(folder / file, demo_frames(portrait, number, kind, seed), DEMO_FPS)
 
     with ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(make, number) for number in range(per_class)]
-        for job in tqdm(as_completed(jobs), total=per_class, desc="demo set", leave=False, disable=NO_BARS):
+        for job in tqdm(
+            as_completed(jobs), total=per_class, desc="demo set", leave=False, disable=NO_BARS
+        ):
             job.result()
     return folder

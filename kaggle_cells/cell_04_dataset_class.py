@@ -30,7 +30,10 @@ class ClipDataset(Dataset):
     """
 
     def __init__(
-        self, table: pd.DataFrame, workers: int = 1, change: Callable[[np.ndarray], np.ndarray] = lambda clip: clip
+        self,
+        table: pd.DataFrame,
+        workers: int = 1,
+        change: Callable[[np.ndarray], np.ndarray] = lambda clip: clip,
     ) -> None:
         self.files, self.videos = list(table.clip_file), list(table.path)
         self.labels = torch.from_numpy(table.label.to_numpy(np.float32))
@@ -45,7 +48,9 @@ class ClipDataset(Dataset):
             frames, landmarks = self.change(saved["frames"]), saved["landmarks"]
         return torch.from_numpy(frames), torch.from_numpy(landmarks), label, row
 
-    def __getitems__(self, rows: list[int]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
+    def __getitems__(
+        self, rows: list[int]
+    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
         return list(self.pool.map(self.__getitem__, rows))
 
     def name(self, row: int) -> str:
@@ -87,22 +92,31 @@ class PairBatches(Sampler[list[int]]):
         self_blend: float = 0.0,
     ) -> None:
         if batch_size % processes:
-            raise ValueError(f"batches of {batch_size} clips cannot be shared equally by {processes} processes")
+            raise ValueError(
+                f"batches of {batch_size} clips cannot be shared equally by {processes} processes"
+            )
         table = table.reset_index(drop=True)
         self.reals = table.index[table.label == 0].to_numpy()
         self.fakes = table.index[table.label == 1].to_numpy()
         if not len(self.fakes) and self_blend < 1:
-            raise ValueError(f"no fakes to train on: SELF_BLEND = {self_blend} needs some, SELF_BLEND = 1 does without")
+            raise ValueError(
+                f"no fakes to train on: SELF_BLEND = {self_blend} needs some, SELF_BLEND = 1 does without"
+            )
         of_original, of_group = (
-            table.loc[self.fakes].groupby(name).indices if pairs else {} for name in ("original", "group")
+            table.loc[self.fakes].groupby(name).indices if pairs else {}
+            for name in ("original", "group")
         )
         self.partners = {
-            real: self.fakes[of_original.get(table.original[real], of_group.get(table.group[real], slice(None)))]
+            real: self.fakes[
+                of_original.get(table.original[real], of_group.get(table.group[real], slice(None)))
+            ]
             for real in self.reals
         }
         self.share = min(batch_size, 2 * len(self.reals)) // processes
         if not self.share:
-            raise ValueError(f"{2 * len(self.reals)} training clips are too few for {processes} processes")
+            raise ValueError(
+                f"{2 * len(self.reals)} training clips are too few for {processes} processes"
+            )
         self.seed, self.rank, self.processes, self.self_blend = seed, rank, processes, self_blend
         self.set_epoch(0)
 
@@ -147,7 +161,10 @@ def to_float(clips: torch.Tensor) -> torch.Tensor:
 
 @functools.cache  # sending them to a GPU for each batch would make the CPU wait for it
 def imagenet_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (
+        torch.tensor(values, device=device).view(3, 1, 1)
+        for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
     return mean, std
 
 
@@ -164,7 +181,9 @@ class PairDraws:
     that it makes no difference how many they are.
     """
 
-    def __init__(self, device: torch.device, seed: Sequence[int], rank: int = 0, processes: int = 1) -> None:
+    def __init__(
+        self, device: torch.device, seed: Sequence[int], rank: int = 0, processes: int = 1
+    ) -> None:
         self.generator = torch.Generator(device)
         self.generator.manual_seed(mixed_seed(*seed))
         self.rank, self.processes = rank, processes
@@ -190,7 +209,9 @@ class PairDraws:
 # %%
 def separable(clips: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Clips (B, T, 3, S, S) with a matrix (B, S, S), or (S, S) for all, along each of their axes."""
-    rows, columns = (matrix[:, None, None] if matrix.ndim == 3 else matrix for matrix in (rows, columns))
+    rows, columns = (
+        matrix[:, None, None] if matrix.ndim == 3 else matrix for matrix in (rows, columns)
+    )
     return rows @ clips @ columns.mT
 
 
@@ -206,7 +227,9 @@ def crop_matrix(clips: torch.Tensor, centre: torch.Tensor, scale: torch.Tensor) 
     return (1 - (where.clamp(0, size - 1)[..., None] - pixels).abs()).clamp(min=0)
 
 
-def random_crop_and_flip(clips: torch.Tensor, draws: PairDraws) -> tuple[torch.Tensor, torch.Tensor]:
+def random_crop_and_flip(
+    clips: torch.Tensor, draws: PairDraws
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Matrices for rows and for columns: a random square of 0.8..1 of the side, resized back, half of them mirrored."""
     draw = functools.partial(draws.uniform, clips)
     scale, mirror = draw(0.8, 1), draw(-1, 1).sign()
@@ -231,7 +254,9 @@ def change_colours(
     clips: torch.Tensor, gains: torch.Tensor, contrast: torch.Tensor, saturation: torch.Tensor
 ) -> torch.Tensor:
     """Scale channels (B, 3), distance from the mean colour and from grey (B,) of clips (B, T, 3, S, S)."""
-    gains, contrast, saturation = (value.view(len(clips), 1, -1, 1, 1) for value in (gains, contrast, saturation))
+    gains, contrast, saturation = (
+        value.view(len(clips), 1, -1, 1, 1) for value in (gains, contrast, saturation)
+    )
     clips = clips * gains
     clips = clips.mean(dim=(1, 2, 3, 4), keepdim=True).lerp(clips, contrast)
     return clips.mean(dim=2, keepdim=True).lerp(clips, saturation).clamp(0, 1)
@@ -242,7 +267,13 @@ def change_colours(
 # and how tilted. In its coordinates a region is the same part of the face in every frame.
 
 # %%
-STANDARD_FACE = (-0.5 - 0.55j, 0.5 - 0.55j, 0.02j, -0.41 + 0.6j, 0.41 + 0.6j)  # unit: distance between the eyes
+STANDARD_FACE = (
+    -0.5 - 0.55j,
+    0.5 - 0.55j,
+    0.02j,
+    -0.41 + 0.6j,
+    0.41 + 0.6j,
+)  # unit: distance between the eyes
 
 
 @functools.cache
@@ -252,7 +283,9 @@ def standard_face(device: torch.device) -> torch.Tensor:
     return points - points.mean()
 
 
-def face_coordinates(landmarks: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def face_coordinates(
+    landmarks: torch.Tensor, size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Where the pixels of square frames lie on the standard face, as complex numbers x + iy.
 
     Args:
@@ -267,7 +300,9 @@ def face_coordinates(landmarks: torch.Tensor, size: int) -> tuple[torch.Tensor, 
     usual = torch.view_as_real(face * (size / 4) + (0.5 + 0.5j) * size)
     points = torch.view_as_complex(torch.where(landmarks.isnan(), usual, landmarks.float()))
     middle = points.mean(dim=-1, keepdim=True)
-    turn = ((points - middle) * face.conj()).sum(dim=-1, keepdim=True) / face.abs().square().sum()  # least squares
+    turn = ((points - middle) * face.conj()).sum(
+        dim=-1, keepdim=True
+    ) / face.abs().square().sum()  # least squares
     middle, turn = middle[..., None], turn[..., None]
     pixels = torch.arange(size, device=landmarks.device)
     return (pixels + 1j * pixels[:, None] - middle) / turn, turn, middle
@@ -292,16 +327,23 @@ def face_mask_like(where: torch.Tensor, draws: PairDraws) -> torch.Tensor:
         return draws.uniform(where, low, high, *shape, 1, 1, 1)
 
     width, height = draw(0.8, 1.3), draw(0.7, 1.5)
-    across, down = (where.real - draw(-0.2, 0.2)) / width, (where.imag - 0.1 - draw(-0.3, 0.3)) / height
+    across, down = (
+        (where.real - draw(-0.2, 0.2)) / width,
+        (where.imag - 0.1 - draw(-0.3, 0.3)) / height,
+    )
     angle, radius = torch.atan2(down, across), torch.hypot(across, down)
     for waves in (2, 3, 5):
-        radius = radius * (1 + draw(0, 0.2 / waves) * torch.cos(waves * angle + draw(0, 2 * math.pi)))
+        radius = radius * (
+            1 + draw(0, 0.2 / waves) * torch.cos(waves * angle + draw(0, 2 * math.pi))
+        )
     softness = draw(0.02, 0.3)
     inside = ((1 + softness - radius) / (2 * softness)).clamp(0, 1)
     return inside * inside * (3 - 2 * inside)
 
 
-def self_blend(clips: torch.Tensor, landmarks: torch.Tensor, draws: PairDraws) -> tuple[torch.Tensor, torch.Tensor]:
+def self_blend(
+    clips: torch.Tensor, landmarks: torch.Tensor, draws: PairDraws
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Fakes made of real clips (B, T, 3, S, S) in 0..1 with landmarks (B, T, 5, 2), and their masks (B, T, S, S).
 
     Nothing changes where the mask is 0.
@@ -317,15 +359,23 @@ def self_blend(clips: torch.Tensor, landmarks: torch.Tensor, draws: PairDraws) -
         blur_matrix(clips, torch.ones_like(coarse)), coarse.clamp(max=0)
     )
     matrix = resample @ sharpen
-    inner = separable(change_colours(clips, gains, contrast, saturation), matrix, matrix).clamp(0, 1)
+    inner = separable(change_colours(clips, gains, contrast, saturation), matrix, matrix).clamp(
+        0, 1
+    )
 
     trembling = draw(-2, 2, 1).clamp(min=0)  # half of them are steady
     tilt, growth, right, down = (  # the whole clip's, and each frame's
-        limit * (draw(-1, 1, 1) + trembling * draw(-1, 1, frames)) for limit in (0.04, 0.04, 0.1, 0.1)
+        limit * (draw(-1, 1, 1) + trembling * draw(-1, 1, frames))
+        for limit in (0.04, 0.04, 0.1, 0.1)
     )
-    moved = torch.polar(1 + growth, tilt)[..., None, None] * where + torch.complex(right, down)[..., None, None]
+    moved = (
+        torch.polar(1 + growth, tilt)[..., None, None] * where
+        + torch.complex(right, down)[..., None, None]
+    )
     grid = (2 * torch.view_as_real(moved * turn + middle) + 1) / size - 1
-    inner = F.grid_sample(inner.flatten(0, 1), grid.flatten(0, 1), padding_mode="reflection", align_corners=False)
+    inner = F.grid_sample(
+        inner.flatten(0, 1), grid.flatten(0, 1), padding_mode="reflection", align_corners=False
+    )
     mask = face_mask_like(where, draws)
     ratio = draw(0.25, 2, 1, 1, 1, 1).clamp(max=1)  # more than half of them are blended in full
     return torch.lerp(clips, inner.view_as(clips), ratio * mask[:, :, None]), mask
@@ -369,8 +419,13 @@ def lose_frames(clips: torch.Tensor, draws: PairDraws) -> torch.Tensor:
 def cut_out(clips: torch.Tensor, landmarks: torch.Tensor, draws: PairDraws) -> torch.Tensor:
     """In some clips, an oval of one colour covers the surroundings of one landmark in all frames."""
     where, *_ = face_coordinates(landmarks, clips.shape[-1])
-    radius, shape = draws.sometimes(clips, 0.15, 0.5)[..., None], draws.uniform(clips, 0.6, 1.6, 1, 1, 1)
-    centre = standard_face(clips.device)[draws.uniform(clips, 0, 5).long().clamp(max=4)].view(-1, 1, 1, 1)
+    radius, shape = (
+        draws.sometimes(clips, 0.15, 0.5)[..., None],
+        draws.uniform(clips, 0.6, 1.6, 1, 1, 1),
+    )
+    centre = standard_face(clips.device)[draws.uniform(clips, 0, 5).long().clamp(max=4)].view(
+        -1, 1, 1, 1
+    )
     covered = torch.hypot((where - centre).real * shape, (where - centre).imag / shape) < radius
     return torch.where(covered[:, :, None], draws.uniform(clips, 0, 1, 1, 3, 1, 1), clips)
 
@@ -378,7 +433,9 @@ def cut_out(clips: torch.Tensor, landmarks: torch.Tensor, draws: PairDraws) -> t
 @functools.cache
 def codec_constants(size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     """RGB to luma and chroma (3, 3), and back; the cosine transform of blocks of 8 (S, S); steps (3, S, S)."""
-    colours = torch.tensor([[0.299, 0.587, 0.114], [-0.1687, -0.3313, 0.5], [0.5, -0.4187, -0.0813]])
+    colours = torch.tensor(
+        [[0.299, 0.587, 0.114], [-0.1687, -0.3313, 0.5], [0.5, -0.4187, -0.0813]]
+    )
     blocks = []
     for length in [8] * (size // 8) + [size % 8] * (size % 8 > 0):
         place = torch.arange(length)
@@ -404,7 +461,11 @@ def compress(clips: torch.Tensor, coarseness: torch.Tensor) -> torch.Tensor:
 
 
 def augment(
-    clips: torch.Tensor, landmarks: torch.Tensor, rows: torch.Tensor, draws: PairDraws, config: Config
+    clips: torch.Tensor,
+    landmarks: torch.Tensor,
+    rows: torch.Tensor,
+    draws: PairDraws,
+    config: Config,
 ) -> torch.Tensor:
     """What training shows of a batch, ordered in pairs.
 
@@ -435,7 +496,9 @@ def augment(
     clips = separable(clips, rows, columns)
     clips = change_colours(clips, draw(0.8, 1.2, 3), draw(0.8, 1.2), draw(0.8, 1.2))
     if config.AUGMENTATION in ("codec", "robust"):
-        noise = torch.empty_like(clips[0]).normal_(generator=draws.generator)  # the same film for all, at its own gain
+        noise = torch.empty_like(clips[0]).normal_(
+            generator=draws.generator
+        )  # the same film for all, at its own gain
         clips = clips + draws.sometimes(clips, 0.7, 0.03)[..., None, None] * noise
         clips = compress(clips, draws.sometimes(clips, 0.7, 0.8))
     return clips

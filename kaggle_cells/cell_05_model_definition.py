@@ -88,7 +88,9 @@ class DeepfakeDetector(nn.Module):
         width = 2 * lstm_hidden
         self.backbone = backbone
         self.frame_head = nn.Sequential(nn.Dropout(dropout), nn.Linear(features, 1))
-        self.lstm = nn.LSTM(features, lstm_hidden, lstm_layers, batch_first=True, bidirectional=True)
+        self.lstm = nn.LSTM(
+            features, lstm_hidden, lstm_layers, batch_first=True, bidirectional=True
+        )
         self.attention = nn.MultiheadAttention(width, attention_heads, batch_first=True)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(2 * width, 1))
@@ -110,9 +112,13 @@ class DeepfakeDetector(nn.Module):
         turns = clips.shape[1] // self.frames if clips.shape[1] % self.frames == 0 else 1
         views = clips.unflatten(1, (-1, turns)).transpose(1, 2).flatten(0, 1)
         output = self._one(torch.cat([views, views.flip(-1)]) if self.mirror else views)
-        logit, frame_logits, attention = (part.unflatten(0, (-1, len(clips), turns)).mean(dim=0) for part in output)
+        logit, frame_logits, attention = (
+            part.unflatten(0, (-1, len(clips), turns)).mean(dim=0) for part in output
+        )
         return Output(
-            logit.mean(dim=1), frame_logits.transpose(1, 2).flatten(1), attention.transpose(1, 2).flatten(1) / turns
+            logit.mean(dim=1),
+            frame_logits.transpose(1, 2).flatten(1),
+            attention.transpose(1, 2).flatten(1) / turns,
         )
 
     def _one(self, clips: torch.Tensor) -> Output:
@@ -124,7 +130,9 @@ class DeepfakeDetector(nn.Module):
         attended, weights = self.attention(in_order, in_order, in_order)
         seen = self.norm(in_order + attended)
         spread = (seen.var(dim=1, correction=0) + 1e-5).sqrt()
-        logit = self.head(torch.cat([seen.mean(dim=1), spread], dim=1)).squeeze(-1) + frame_logits.mean(dim=1)
+        logit = self.head(torch.cat([seen.mean(dim=1), spread], dim=1)).squeeze(
+            -1
+        ) + frame_logits.mean(dim=1)
         return Output(logit, frame_logits, weights.mean(dim=1))
 
 
@@ -141,20 +149,28 @@ def build_backbone(name: str, image_size: int) -> tuple[nn.Module, int]:
     """
     extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
     model = torchvision.models.get_model(name, weights=None, **extra)
-    for auxiliary in ("aux1", "aux2", "AuxLogits"):  # the side classifiers of GoogLeNet and Inception
+    for auxiliary in (
+        "aux1",
+        "aux2",
+        "AuxLogits",
+    ):  # the side classifiers of GoogLeNet and Inception
         if hasattr(model, auxiliary):
             setattr(model, auxiliary, None)
             model.aux_logits = False
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
-        raise ValueError(f"BACKBONE = {name!r} has no linear classifier to replace; choose another, resnet50 say")
+        raise ValueError(
+            f"BACKBONE = {name!r} has no linear classifier to replace; choose another, resnet50 say"
+        )
     parent, _, last = linear[-1].rpartition(".")
     setattr(model.get_submodule(parent), last, nn.Identity())
     try:
         with torch.no_grad():
             features = model.eval()(torch.zeros(1, 3, image_size, image_size)).shape[1]
     except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"BACKBONE = {name!r} cannot take IMAGE_SIZE = {image_size}: {error}") from error
+        raise ValueError(
+            f"BACKBONE = {name!r} cannot take IMAGE_SIZE = {image_size}: {error}"
+        ) from error
     return model.train(), features
 
 
@@ -202,7 +218,9 @@ def recompute_blocks(backbone: nn.Module) -> None:
             continue
         for block in child:
             if any(True for _ in block.parameters()):
-                block.__class__ = type("Recomputed" + type(block).__name__, (Recomputed, type(block)), {})
+                block.__class__ = type(
+                    "Recomputed" + type(block).__name__, (Recomputed, type(block)), {}
+                )
 
 
 # %% [markdown]
@@ -226,14 +244,28 @@ def local_weights(path: Path, backbone: nn.Module) -> dict[str, torch.Tensor]:
         saved = saved.get(key, saved) if isinstance(saved, dict) else {}
     own, names = backbone.state_dict(), [name for name in saved if isinstance(name, str)]
     first = next(iter(own))
-    prefix = min((name.removesuffix(first) for name in names if f".{name}".endswith(f".{first}")), key=len, default="")
+    prefix = min(
+        (name.removesuffix(first) for name in names if f".{name}".endswith(f".{first}")),
+        key=len,
+        default="",
+    )
     weights = {name: saved.get(prefix + name) for name in own}
-    odd = [name for name, value in own.items() if value.ndim and getattr(weights[name], "shape", None) != value.shape]
+    odd = [
+        name
+        for name, value in own.items()
+        if value.ndim and getattr(weights[name], "shape", None) != value.shape
+    ]
     parts = {name.split(".")[0] for name in own}
-    extra = [name for name in names if name.startswith(prefix) and name.removeprefix(prefix) not in own]
-    odd += [name for name in extra if name.removeprefix(prefix).split(".")[0] in parts][2:]  # two are the last layer's
+    extra = [
+        name for name in names if name.startswith(prefix) and name.removeprefix(prefix) not in own
+    ]
+    odd += [name for name in extra if name.removeprefix(prefix).split(".")[0] in parts][
+        2:
+    ]  # two are the last layer's
     if odd:
-        raise ValueError(f"{path} is not for this backbone: {len(odd)} tensors such as {odd[0]!r} do not fit")
+        raise ValueError(
+            f"{path} is not for this backbone: {len(odd)} tensors such as {odd[0]!r} do not fit"
+        )
     return {name: value for name, value in weights.items() if value is not None}
 
 
@@ -259,7 +291,10 @@ def load_backbone_weights(backbone: nn.Module, name: str, pretrained: bool, path
         return "random"
     else:
         try:
-            weights, origin = attached_weights(backbone, name) or (imagenet_weights(name), "ImageNet (torchvision)")
+            weights, origin = attached_weights(backbone, name) or (
+                imagenet_weights(name),
+                "ImageNet (torchvision)",
+            )
         except OSError as error:
             reason = f"the ImageNet weights of {name} could not be downloaded ({error})"
             warnings.warn(
@@ -274,7 +309,11 @@ def load_backbone_weights(backbone: nn.Module, name: str, pretrained: bool, path
 
 def attached_weights(backbone: nn.Module, name: str) -> tuple[dict[str, torch.Tensor], str] | None:
     """Weights in a dataset attached on Kaggle, and where. None if none fit, or PyTorch's cache has them already."""
-    cached = Path(torch.hub.get_dir(), "checkpoints", Path(torchvision.models.get_model_weights(name).DEFAULT.url).name)
+    cached = Path(
+        torch.hub.get_dir(),
+        "checkpoints",
+        Path(torchvision.models.get_model_weights(name).DEFAULT.url).name,
+    )
     for file in [] if cached.exists() else attached_files(f"{name}*.pth"):
         try:
             return local_weights(file, backbone), f"attached file {file}"
@@ -289,7 +328,9 @@ def build_model(config: Config | SimpleNamespace) -> DeepfakeDetector:
     if config.GRADIENT_CHECKPOINTING:
         recompute_blocks(backbone)
         if not any(isinstance(module, Recomputed) for module in backbone.modules()):
-            raise ValueError(f"GRADIENT_CHECKPOINTING finds no blocks in BACKBONE = {config.BACKBONE!r}: turn it off")
+            raise ValueError(
+                f"GRADIENT_CHECKPOINTING finds no blocks in BACKBONE = {config.BACKBONE!r}: turn it off"
+            )
     model = DeepfakeDetector(
         backbone,
         features,

@@ -39,7 +39,9 @@ class FocalLoss(nn.Module):
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-        missed = (1 - torch.exp(-entropy)).clamp_min(1e-6)  # 0 ** gamma has no gradient for gamma < 1
+        missed = (1 - torch.exp(-entropy)).clamp_min(
+            1e-6
+        )  # 0 ** gamma has no gradient for gamma < 1
         if self.smoothing:
             smooth = targets.lerp(torch.full_like(targets, 0.5), self.smoothing)
             entropy = F.binary_cross_entropy_with_logits(logits, smooth, reduction="none")
@@ -78,7 +80,11 @@ class EarlyStopping:
         return {"best": self.best, "best_epoch": self.best_epoch, "waited": self.waited}
 
     def load_state_dict(self, state: dict) -> None:
-        self.best, self.best_epoch, self.waited = tuple(state["best"]), state["best_epoch"], state["waited"]
+        self.best, self.best_epoch, self.waited = (
+            tuple(state["best"]),
+            state["best_epoch"],
+            state["waited"],
+        )
 
 
 class WeightAverage(nn.Module):
@@ -100,7 +106,10 @@ class WeightAverage(nn.Module):
         """Take in the weights of `model` as they are now."""
         self.steps += 1
         share = self.steps.reciprocal().clamp(min=1 - self.decay)
-        own, theirs = (itertools.chain(network.parameters(), network.buffers()) for network in (self.module, model))
+        own, theirs = (
+            itertools.chain(network.parameters(), network.buffers())
+            for network in (self.module, model)
+        )
         for mean, value in zip(own, theirs, strict=True):
             if mean.is_floating_point():
                 mean.lerp_(value, share.to(mean.dtype))
@@ -114,7 +123,15 @@ class WeightAverage(nn.Module):
 
 # %%
 DOES_NOT_SHAPE_TRAINING = {
-    *("DATA_DIR", "WORK_DIR", "CACHE_DIR", "PREDICT_DIR", "RESUME", "NUM_WORKERS", "TIME_BUDGET_HOURS"),
+    *(
+        "DATA_DIR",
+        "WORK_DIR",
+        "CACHE_DIR",
+        "PREDICT_DIR",
+        "RESUME",
+        "NUM_WORKERS",
+        "TIME_BUDGET_HOURS",
+    ),
     *("EPOCHS", "PATIENCE", "GRADIENT_CHECKPOINTING", "COMPILE", "ROBUSTNESS"),
 }
 FORMAT = 2  # of last_checkpoint.pth; another one cannot be gone on from
@@ -142,10 +159,14 @@ def save_checkpoint(file: Path, content: dict, keep: Path | None = None) -> None
             torch.save(content, partial_file)
         except RuntimeError as error:  # as which torch reports a full disk
             free = shutil.disk_usage(file.parent).free / 2**20
-            raise OSError(f"{file} cannot be written; {free:.0f} MiB are free there: {error}") from error
+            raise OSError(
+                f"{file} cannot be written; {free:.0f} MiB are free there: {error}"
+            ) from error
         with open(partial_file, "r+b") as stream:
             stream.seek(-2, os.SEEK_END)
-            stream.write(SUMMED.to_bytes(2, "little"))  # an archive ends with its comment's length, and the comment
+            stream.write(
+                SUMMED.to_bytes(2, "little")
+            )  # an archive ends with its comment's length, and the comment
             stream.flush()
             stream.write(checksum(partial_file, stream.tell()))
             stream.flush()
@@ -165,7 +186,9 @@ def is_whole(file: Path) -> bool:
 def settings_changed(saved: dict, config: dict) -> list[str]:
     """Where two configurations differ in something that shapes training, a line for each parameter."""
     names = [name for name in config if name not in DOES_NOT_SHAPE_TRAINING]
-    return [f"{n}: {saved.get(n)!r} then, {config[n]!r} now" for n in names if saved.get(n) != config[n]]
+    return [
+        f"{n}: {saved.get(n)!r} then, {config[n]!r} now" for n in names if saved.get(n) != config[n]
+    ]
 
 
 # %% [markdown]
@@ -211,12 +234,17 @@ def run_to_resume(checkpoint: Path, settings: dict, attached: Iterable[Path] = (
                 "Put them back to go on with it, choose another WORK_DIR (or --output), or let RESUME=False replace it."
             )
         if own != checkpoint and checkpoint.exists():
-            os.replace(own, checkpoint)  # the next one to be kept as the one before must not be the damaged one
+            os.replace(
+                own, checkpoint
+            )  # the next one to be kept as the one before must not be the damaged one
         return checkpoint if checkpoint.exists() else own
     epochs = {}
     for file in filter(None, map(readable, attached)):
         if changed := settings_changed(peek(file)["settings"], settings):
-            print(f"{file} is not gone on from, since it comes from other settings:\n  " + "\n  ".join(changed))
+            print(
+                f"{file} is not gone on from, since it comes from other settings:\n  "
+                + "\n  ".join(changed)
+            )
         else:
             epochs[file] = peek(file)["epoch"]
     return max(epochs, key=epochs.__getitem__, default=None)
@@ -247,8 +275,12 @@ def model_file(
     `calibration` is temperature, offset and threshold. The offset becomes a part of the weights, of the bias that all
     logits have in common: P(fake) is `sigmoid(logit / temperature)`. `trained_on` are the names of manipulations.
     """
-    paths = dict.fromkeys(("DATA_DIR", "WORK_DIR", "CACHE_DIR", "CHECKPOINT", "PREDICT_DIR", "WEIGHTS_PATH"), "")
-    weights = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+    paths = dict.fromkeys(
+        ("DATA_DIR", "WORK_DIR", "CACHE_DIR", "CHECKPOINT", "PREDICT_DIR", "WEIGHTS_PATH"), ""
+    )
+    weights = {
+        name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()
+    }
     temperature, offset, threshold = calibration
     weights["frame_head.1.bias"] -= offset
     return {

@@ -32,7 +32,9 @@ from cell_06_loss_and_utils import WeightAverage, free_memory, unwrapped
 
 LOOK_EVERY = 10  # steps between two looks at the loss
 BAD_STEPS = 5  # so many in a row that are not finite end the run
-NOT_FINITE_ADVICE = "Try a lower LEARNING_RATE, or AMP='off' to see whether half precision is the cause."
+NOT_FINITE_ADVICE = (
+    "Try a lower LEARNING_RATE, or AMP='off' to see whether half precision is the cause."
+)
 
 
 def device_batches(loader: DataLoader, device: torch.device) -> Iterator[list[torch.Tensor]]:
@@ -88,12 +90,21 @@ class LossScaler(torch.amp.GradScaler):
 # %%
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device, or one of its libraries, has asked for memory in vain."""
-    signs = ["out of memory", "can't allocate memory", "ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED"]
+    signs = [
+        "out of memory",
+        "can't allocate memory",
+        "ALLOC_FAILED",
+        "CUBLAS_STATUS_NOT_INITIALIZED",
+    ]
     signs += ["unable to find an engine to execute"]  # cuDNN, without room for its workspace
-    return isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(
+        sign in str(error) for sign in signs
+    )
 
 
-def step_fits(config: Config, device: torch.device, precision: torch.dtype | None, batch: int) -> bool:
+def step_fits(
+    config: Config, device: torch.device, precision: torch.dtype | None, batch: int
+) -> bool:
     """Whether the device has the memory for one training step on `batch` clips: it tries one on blank clips."""
     frames = config.FRAMES_PER_VIDEO * config.CLIPS_PER_VIDEO
     clips = torch.zeros(batch, frames, config.IMAGE_SIZE, config.IMAGE_SIZE, 3, dtype=torch.uint8)
@@ -101,11 +112,17 @@ def step_fits(config: Config, device: torch.device, precision: torch.dtype | Non
     try:
         model = build_model(config).to(device)
         model.precision = precision
-        others = [weight.clone() for weight in model.parameters()]  # what an average, or DDP's buckets, will take
-        shown = augment(clips.to(device), landmarks.to(device), rows.to(device), PairDraws(device, [0]), config)
+        others = [
+            weight.clone() for weight in model.parameters()
+        ]  # what an average, or DDP's buckets, will take
+        shown = augment(
+            clips.to(device), landmarks.to(device), rows.to(device), PairDraws(device, [0]), config
+        )
         output = model(normalize(shown))
         (output.logit.float().sum() + output.frame_logits.float().sum()).backward()
-        torch.optim.AdamW(model.parameters()).step()  # its two averages of each weight need memory too
+        torch.optim.AdamW(
+            model.parameters()
+        ).step()  # its two averages of each weight need memory too
         del others
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -135,7 +152,9 @@ def choose_batch_size(config: Config, device: torch.device, precision: torch.dty
 
 
 # %%
-def total_loss(output: Output, labels: torch.Tensor, criterion: nn.Module, frame_weight: float) -> torch.Tensor:
+def total_loss(
+    output: Output, labels: torch.Tensor, criterion: nn.Module, frame_weight: float
+) -> torch.Tensor:
     """The loss of the clips, plus that of their single frames against the same labels."""
     frames = criterion(output.frame_logits.float(), labels[:, None].expand_as(output.frame_logits))
     return criterion(output.logit.float(), labels) + frame_weight * frames
@@ -161,12 +180,16 @@ class Trainer:
     interrupted: bool = False
     bad_in_a_row: int = 0
 
-    def step(self, clips: torch.Tensor, labels: torch.Tensor) -> tuple[Output, torch.Tensor, torch.Tensor]:
+    def step(
+        self, clips: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[Output, torch.Tensor, torch.Tensor]:
         """One optimizer step on normalised clips (B, T, 3, S, S): output, loss, and norm of the gradients.
 
         If loss or gradients are not finite, weights and running statistics stay what they were.
         """
-        statistics = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # the forward pass changes them
+        statistics = [
+            (buffer, buffer.clone()) for buffer in self.model.buffers()
+        ]  # the forward pass changes them
         while (result := self.try_gradients(clips, labels)) is None:
             self.halve(len(clips))
             for buffer, before in statistics:
@@ -183,7 +206,9 @@ class Trainer:
             self.average.update(self.model)
         return *result, norm
 
-    def try_gradients(self, clips: torch.Tensor, labels: torch.Tensor) -> tuple[Output, torch.Tensor] | None:
+    def try_gradients(
+        self, clips: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[Output, torch.Tensor] | None:
         """Output and loss, with gradients left in the weights; None if the memory is too small."""
         self.optimizer.zero_grad(set_to_none=True)
         try:
@@ -198,7 +223,9 @@ class Trainer:
         size, outputs, losses = self.micro_batch or len(clips), [], []
         for some_clips, some_labels in zip(clips.split(size), labels.split(size), strict=True):
             output = self.model(some_clips)
-            loss = total_loss(output, some_labels, self.criterion, self.frame_weight) * (len(some_clips) / len(clips))
+            loss = total_loss(output, some_labels, self.criterion, self.frame_weight) * (
+                len(some_clips) / len(clips)
+            )
             # An infinite loss can have finite gradients. Starting backward from NaN makes all of them NaN, in every
             # process, and the scaler leaves the step out.
             self.scaler.scale(loss).backward(torch.where(loss.isfinite(), 1.0, math.nan))
@@ -209,14 +236,18 @@ class Trainer:
     def halve(self, batch: int) -> None:
         """Compute half as many clips at once from now on. Raises RuntimeError, with advice, where that cannot be."""
         size = self.micro_batch or batch
-        if size == 1 or PROCESSES > 1:  # other processes would wait for this one, in the middle of their step
+        if (
+            size == 1 or PROCESSES > 1
+        ):  # other processes would wait for this one, in the middle of their step
             raise RuntimeError(
                 f"memory ran out, computing {size} at a time. Set GRADIENT_CHECKPOINTING=True and run again: training "
                 "goes on after its last complete epoch. A smaller BATCH_SIZE, FRAMES_PER_VIDEO, IMAGE_SIZE or BACKBONE "
                 "needs less too, but starts anew"
             )
         self.micro_batch = (size + 1) // 2
-        print(f"Memory ran out with {size} clips at once: batches are now computed in parts of {self.micro_batch}")
+        print(
+            f"Memory ran out with {size} clips at once: batches are now computed in parts of {self.micro_batch}"
+        )
 
     def warm_up(self, epochs: float) -> None:
         """Set the learning rates for a step that ends `epochs` after the start, if that is within the warm-up."""
@@ -226,7 +257,9 @@ class Trainer:
 
     def one_too_many(self, loss: float, norm: float) -> bool:
         """Take in a step's figures; True if now so many in a row were not finite that the run must end."""
-        looks_for_scale = math.isfinite(loss) and self.scaler.get_scale() > 1  # fp16 will do with a smaller one
+        looks_for_scale = (
+            math.isfinite(loss) and self.scaler.get_scale() > 1
+        )  # fp16 will do with a smaller one
         bad = not (math.isfinite(norm) or looks_for_scale)
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
         return self.bad_in_a_row >= BAD_STEPS
@@ -294,12 +327,24 @@ def scores_of(parts: list[Part], started: float, title: str, skipped: int = 0) -
     if not math.isfinite(loss):
         raise FloatingPointError(f"{title}: the loss is {loss}. {NOT_FINITE_ADVICE}")
     seconds = time.perf_counter() - started
-    return Scores(loss, auc_of(labels, logits), logits, labels, rows, frame_logits, attention, seconds, skipped)
+    return Scores(
+        loss,
+        auc_of(labels, logits),
+        logits,
+        labels,
+        rows,
+        frame_logits,
+        attention,
+        seconds,
+        skipped,
+    )
 
 
 def progress(title: str, *loaders: DataLoader) -> tqdm:
     """A bar for all batches of these loaders, to be used in `with`."""
-    return tqdm(total=sum(map(len, loaders)), desc=title, unit="batch", leave=False, disable=NO_BARS)
+    return tqdm(
+        total=sum(map(len, loaders)), desc=title, unit="batch", leave=False, disable=NO_BARS
+    )
 
 
 def memory_in_use(device: torch.device) -> float:
@@ -309,7 +354,14 @@ def memory_in_use(device: torch.device) -> float:
     return psutil.Process().memory_info().rss / 2**30
 
 
-def show(bar: tqdm, trainer: Trainer, parts: list[Part], device: torch.device, seconds: float, skipped: int) -> None:
+def show(
+    bar: tqdm,
+    trainer: Trainer,
+    parts: list[Part],
+    device: torch.device,
+    seconds: float,
+    skipped: int,
+) -> None:
     """Write behind the bar: loss and AUC so far, learning rate, speed, memory."""
     so_far = joined(parts)
     figures = {
@@ -338,13 +390,17 @@ def train_one_epoch(
     trainer.model.train()
     trainer.interrupted, started = True, time.perf_counter()
     parts: list[Part] = []
-    waiting: list[torch.Tensor] = []  # loss and gradient norm of the steps that nobody has looked at yet
+    waiting: list[
+        torch.Tensor
+    ] = []  # loss and gradient norm of the steps that nobody has looked at yet
     losses: list[float] = []  # of the others
     dataset: Any = loader.dataset
     skipped = 0
     for step, (clips, landmarks, labels, rows) in enumerate(device_batches(loader, device), 1):
         trainer.warm_up(epoch - 1 + step / len(loader))
-        output, loss, norm = trainer.step(normalize(augment(clips, landmarks, rows, draws, config)), labels)
+        output, loss, norm = trainer.step(
+            normalize(augment(clips, landmarks, rows, draws, config)), labels
+        )
         parts.append(part_of(output, loss, labels, rows))
         waiting.append(torch.stack([loss, norm]))
         if bar is not None:
@@ -354,7 +410,9 @@ def train_one_epoch(
                 losses.append(step_loss)
                 skipped += not math.isfinite(step_norm)
                 if trainer.one_too_many(step_loss, step_norm):
-                    names = ", ".join(dataset.name(row) for row in parts[len(losses) - 1].rows.tolist())
+                    names = ", ".join(
+                        dataset.name(row) for row in parts[len(losses) - 1].rows.tolist()
+                    )
                     scale = trainer.scaler.get_scale()
                     raise FloatingPointError(
                         f"epoch {epoch}, step {len(losses)}: step {BAD_STEPS} in a row that is not finite. Loss "
@@ -362,11 +420,17 @@ def train_one_epoch(
                         + NOT_FINITE_ADVICE
                     )
             waiting.clear()
-            finite = [part for part, step_loss in zip(parts, losses, strict=True) if math.isfinite(step_loss)]
+            finite = [
+                part
+                for part, step_loss in zip(parts, losses, strict=True)
+                if math.isfinite(step_loss)
+            ]
             if bar is not None and finite:
                 show(bar, trainer, finite, device, time.perf_counter() - started, skipped)
     if not finite:
-        raise FloatingPointError(f"epoch {epoch}: the loss of every step is {losses[-1]}. {NOT_FINITE_ADVICE}")
+        raise FloatingPointError(
+            f"epoch {epoch}: the loss of every step is {losses[-1]}. {NOT_FINITE_ADVICE}"
+        )
     return scores_of(finite, started, f"epoch {epoch}", skipped)
 
 
@@ -398,7 +462,9 @@ def validate(
             if has_blends:
                 clips = with_self_blends(clips, landmarks, rows, draws)
             output = model(normalize(clips))
-            parts.append(part_of(output, total_loss(output, labels, criterion, frame_weight), labels, rows))
+            parts.append(
+                part_of(output, total_loss(output, labels, criterion, frame_weight), labels, rows)
+            )
             if bar is not None:
                 bar.update()
         return scores_of(parts, started, title)
@@ -441,7 +507,9 @@ def join_processes(device: torch.device) -> None:
     atexit.register(dist.destroy_process_group)
     kinds = [kind for kind in gathered(device.type) if kind == "cuda"]
     if len(kinds) not in (0, PROCESSES):
-        raise RuntimeError(f"{PROCESSES} processes, but only {len(kinds)} of them have a usable GPU of their own")
+        raise RuntimeError(
+            f"{PROCESSES} processes, but only {len(kinds)} of them have a usable GPU of their own"
+        )
 
 
 def gathered(value: Any) -> list:

@@ -30,8 +30,23 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from cell_01_imports_and_setup import FAKE_COLOUR, NO_BARS, REAL_COLOUR, WIDTH, save_csv, show_row, styled
-from cell_03_data_processing import Clip, ClipSettings, VideoError, load_face_detector, make_clip, videos_below
+from cell_01_imports_and_setup import (
+    FAKE_COLOUR,
+    NO_BARS,
+    REAL_COLOUR,
+    WIDTH,
+    save_csv,
+    show_row,
+    styled,
+)
+from cell_03_data_processing import (
+    Clip,
+    ClipSettings,
+    VideoError,
+    load_face_detector,
+    make_clip,
+    videos_below,
+)
 from cell_04_dataset_class import ClipDataset, PairDraws, normalize, self_blend, to_float
 from cell_05_model_definition import DeepfakeDetector, Output, load_detector
 from cell_07_training_functions import validate
@@ -81,8 +96,22 @@ def fit_threshold(chances: np.ndarray, labels: np.ndarray) -> float:
 # of the results lie within. Whole groups are drawn, for videos of one recording are no independent witnesses.
 
 # %%
-DECISIONS = ("accuracy", "balanced_accuracy", "precision", "recall", "specificity", "f1")  # depend on the threshold
-NAMES = {"auc_roc": "AUC-ROC", "auc_pr": "AUC-PR", "eer": "EER", "brier": "Brier score", "ece": "ECE", "f1": "F1"}
+DECISIONS = (
+    "accuracy",
+    "balanced_accuracy",
+    "precision",
+    "recall",
+    "specificity",
+    "f1",
+)  # depend on the threshold
+NAMES = {
+    "auc_roc": "AUC-ROC",
+    "auc_pr": "AUC-PR",
+    "eer": "EER",
+    "brier": "Brier score",
+    "ece": "ECE",
+    "f1": "F1",
+}
 NAMES |= {"tpr_at_1_fpr": "TPR at 1 % FPR", "tpr_at_5_fpr": "TPR at 5 % FPR"}
 RESAMPLINGS = 1000
 Interval = tuple[float | None, float | None]
@@ -101,8 +130,12 @@ def counted_metrics(
     fakes, reals, called = fake.sum(axis=1), real.sum(axis=1), chances >= threshold
     tp, fp = fake[:, called].sum(axis=1), real[:, called].sum(axis=1)
     falling = np.argsort(-chances, kind="stable")
-    last = np.append(np.flatnonzero(np.diff(chances[falling])), len(chances) - 1)  # of those with one score
-    hits, alarms = (np.pad(part[:, falling].cumsum(axis=1)[:, last], ((0, 0), (1, 0))) for part in (fake, real))
+    last = np.append(
+        np.flatnonzero(np.diff(chances[falling])), len(chances) - 1
+    )  # of those with one score
+    hits, alarms = (
+        np.pad(part[:, falling].cumsum(axis=1)[:, last], ((0, 0), (1, 0))) for part in (fake, real)
+    )
     surprise = -np.log(np.clip(np.where(labels == 1, chances, 1 - chances), 1e-15, 1))
     bins = np.eye(10)[np.minimum((10 * chances).astype(int), 9)]
     each = np.arange(len(counts))
@@ -116,7 +149,8 @@ def counted_metrics(
         return {
             "auc_roc": np.sum(np.diff(fpr) * (tpr[:, 1:] + tpr[:, :-1]) / 2, axis=1) * both,
             "auc_pr": np.sum(steps * np.nan_to_num(hits / (hits + alarms))[:, 1:], axis=1) * both,
-            "eer": fpr[each, after - 1] - before / (beyond - before) * np.diff(fpr)[each, after - 1],
+            "eer": fpr[each, after - 1]
+            - before / (beyond - before) * np.diff(fpr)[each, after - 1],
             "tpr_at_1_fpr": np.where(fpr <= 0.01, tpr, 0).max(axis=1) * both,
             "tpr_at_5_fpr": np.where(fpr <= 0.05, tpr, 0).max(axis=1) * both,
             "accuracy": (tp + reals - fp) / total,
@@ -131,7 +165,9 @@ def counted_metrics(
         }
 
 
-def compute_metrics(labels: np.ndarray, chances: np.ndarray, threshold: float) -> dict[str, float | None]:
+def compute_metrics(
+    labels: np.ndarray, chances: np.ndarray, threshold: float
+) -> dict[str, float | None]:
     """All metrics of probabilities (N,) against labels (N,), 1 being fake; see `counted_metrics`."""
     found = counted_metrics(labels, chances, threshold, np.ones((1, len(labels))))
     return {name: None if np.isnan(value[0]) else float(value[0]) for name, value in found.items()}
@@ -154,10 +190,16 @@ def bootstrap(
     return {name: interval(np.concatenate([part[name] for part in found])) for name in found[0]}
 
 
-def auc_with_interval(labels: np.ndarray, chances: np.ndarray, groups: np.ndarray) -> dict[str, float | None]:
+def auc_with_interval(
+    labels: np.ndarray, chances: np.ndarray, groups: np.ndarray
+) -> dict[str, float | None]:
     """What the tables of this section say of an AUC: itself, and its 95 % interval."""
     low, high = bootstrap(labels, chances, 0.5, groups)["auc_roc"]
-    return {"auc_roc": compute_metrics(labels, chances, 0.5)["auc_roc"], "auc_low": low, "auc_high": high}
+    return {
+        "auc_roc": compute_metrics(labels, chances, 0.5)["auc_roc"],
+        "auc_low": low,
+        "auc_high": high,
+    }
 
 
 def metrics_by(
@@ -175,7 +217,11 @@ def metrics_by(
         both = pd.concat([reals, part]) if column == "method" else part
         labels, chances = both.label.to_numpy(), both.probability.to_numpy()
         metrics = compute_metrics(labels, chances, threshold)
-        row = {column: name, "reals": int((both.label == 0).sum()), "fakes": int((both.label == 1).sum())}
+        row = {
+            column: name,
+            "reals": int((both.label == 0).sum()),
+            "fakes": int((both.label == 1).sum()),
+        }
         row |= {"never_trained_on": name in never_trained_on} if column == "method" else {}
         row |= auc_with_interval(labels, chances, both.group.to_numpy())
         rows.append(row | {key: metrics[key] for key in ("eer", "recall", "specificity")})
@@ -202,7 +248,9 @@ def in_words(value: float | None, interval: Interval = (None, None)) -> str:
 
 # %%
 def jpeg(frame: np.ndarray, quality: float) -> np.ndarray:
-    _, file = cv2.imencode(".jpg", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, int(quality)])
+    _, file = cv2.imencode(
+        ".jpg", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, int(quality)]
+    )
     return cv2.cvtColor(cv2.imdecode(file, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
@@ -216,7 +264,9 @@ def blurred(frame: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def noisy(frame: np.ndarray, sigma: float) -> np.ndarray:
-    rng = np.random.default_rng(int(frame.sum(dtype=np.int64)))  # the same each time, another in each frame
+    rng = np.random.default_rng(
+        int(frame.sum(dtype=np.int64))
+    )  # the same each time, another in each frame
     return (frame + rng.normal(0, sigma, frame.shape)).round().clip(0, 255).astype(np.uint8)
 
 
@@ -224,8 +274,13 @@ def brighter(frame: np.ndarray, factor: float) -> np.ndarray:
     return (frame * factor).round().clip(0, 255).astype(np.uint8)
 
 
-DEGRADATIONS: dict[str, tuple[Callable[[np.ndarray, float], np.ndarray], dict[str, float | None]]] = {
-    "JPEG quality": (jpeg, {"none": None, "90": 90, "70": 70, "50": 50, "30": 30}),  # None: nothing is changed
+DEGRADATIONS: dict[
+    str, tuple[Callable[[np.ndarray, float], np.ndarray], dict[str, float | None]]
+] = {
+    "JPEG quality": (
+        jpeg,
+        {"none": None, "90": 90, "70": 70, "50": 50, "30": 30},
+    ),  # None: nothing is changed
     "resolution": (reduced, {"1": None, "1/2": 0.5, "1/4": 0.25}),
     "blur, sigma in pixels": (blurred, {"0": None, "1": 1, "2": 2}),
     "noise, sigma of 255": (noisy, {"0": None, "5": 5, "10": 10}),
@@ -234,13 +289,17 @@ DEGRADATIONS: dict[str, tuple[Callable[[np.ndarray, float], np.ndarray], dict[st
 DEGRADED_PASSES = sum(len(strengths) - 1 for _, strengths in DEGRADATIONS.values())
 
 
-def measure_robustness(model: DeepfakeDetector, table: pd.DataFrame, loader: DataLoader, videos: int) -> pd.DataFrame:
+def measure_robustness(
+    model: DeepfakeDetector, table: pd.DataFrame, loader: DataLoader, videos: int
+) -> pd.DataFrame:
     """AUCs, with intervals, of tested videos (or an even selection of so many) after each degradation.
 
     `table` has the logits of the intact clips, which give the first row, as they came from `loader`.
     """
     by_kind = table.sort_values(["label", "method"], kind="stable")
-    chosen = by_kind.iloc[np.linspace(0, len(by_kind) - 1, min(videos, len(by_kind))).round().astype(int)]
+    chosen = by_kind.iloc[
+        np.linspace(0, len(by_kind) - 1, min(videos, len(by_kind))).round().astype(int)
+    ]
     device, rows = next(model.parameters()).device, []
     dataset: Any = loader.dataset
     changes = [
@@ -252,18 +311,24 @@ def measure_robustness(model: DeepfakeDetector, table: pd.DataFrame, loader: Dat
     with tqdm(changes, desc="robustness", leave=False, disable=NO_BARS) as bar:
         for name, change, strength in [("none", None, None), *bar]:
             if change:
-                data = ClipDataset(chosen, dataset.workers, partial(change_frames, change, strength))
+                data = ClipDataset(
+                    chosen, dataset.workers, partial(change_frames, change, strength)
+                )
                 again = DataLoader(data, loader.batch_size, pin_memory=loader.pin_memory)
                 scored = validate(model, again, nn.BCEWithLogitsLoss(), device, title=name).logits
             else:
                 scored = chosen.logit.to_numpy()
             row = {"degradation": name, "strength": strength}
-            row |= auc_with_interval(chosen.label.to_numpy(), probabilities(scored, 1.0), chosen.group.to_numpy())
+            row |= auc_with_interval(
+                chosen.label.to_numpy(), probabilities(scored, 1.0), chosen.group.to_numpy()
+            )
             rows.append(row | {"videos": len(chosen)})
     return pd.DataFrame(rows)
 
 
-def change_frames(change: Callable[[np.ndarray, float], np.ndarray], strength: float, clip: np.ndarray) -> np.ndarray:
+def change_frames(
+    change: Callable[[np.ndarray, float], np.ndarray], strength: float, clip: np.ndarray
+) -> np.ndarray:
     """A clip (T, S, S, 3) uint8 with each frame changed."""
     return np.stack([change(frame, strength) for frame in clip])
 
@@ -298,14 +363,20 @@ def heat_maps(model: DeepfakeDetector, clips: torch.Tensor) -> tuple[torch.Tenso
         with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
             output = model(clips)
             if not maps:
-                raise ValueError("this backbone has no maps of features: there is nothing to draw a heat map from")
+                raise ValueError(
+                    "this backbone has no maps of features: there is nothing to draw a heat map from"
+                )
             (gradient,) = torch.autograd.grad(output.logit.sum(), maps[0])
     finally:
         for hook in hooks:
             hook.remove()
     heat = (gradient.clamp(min=0) * maps[0]).sum(dim=1, keepdim=True).clamp(min=0).detach()
-    heat = nn.functional.interpolate(heat.float(), clips.shape[-2:], mode="bilinear", align_corners=False)
-    return heat.view(-1, *clips.shape[:2], *clips.shape[-2:])[0], Output(*(part.detach() for part in output))
+    heat = nn.functional.interpolate(
+        heat.float(), clips.shape[-2:], mode="bilinear", align_corners=False
+    )
+    return heat.view(-1, *clips.shape[:2], *clips.shape[-2:])[0], Output(
+        *(part.detach() for part in output)
+    )
 
 
 # %% [markdown]
@@ -318,11 +389,17 @@ def plot_samples(table: pd.DataFrame, per_clip: int = 5) -> Figure:
     """One clip of each method, up to `per_clip` of its different frames in a row."""
     firsts = table.sort_values(["label", "method", "path"]).groupby("method", sort=False).head(1)
     per_clip = min(per_clip, int(firsts.distinct_frames.max()))
-    figure, axes = plt.subplots(len(firsts), per_clip, figsize=(WIDTH, 1.15 * len(firsts)), squeeze=False)
+    figure, axes = plt.subplots(
+        len(firsts), per_clip, figsize=(WIDTH, 1.15 * len(firsts)), squeeze=False
+    )
     for row, sample in zip(axes, firsts.itertuples(), strict=True):
         with np.load(sample.clip_file) as saved:
             frames = saved["frames"]
-        show_row(row, sample.method, frames[np.linspace(0, len(frames) - 1, per_clip).round().astype(int)])
+        show_row(
+            row,
+            sample.method,
+            frames[np.linspace(0, len(frames) - 1, per_clip).round().astype(int)],
+        )
     return figure
 
 
@@ -332,10 +409,16 @@ def plot_self_blends(table: pd.DataFrame, seed: int, clips: int = 5) -> Figure:
     reals = ClipDataset(table[table.label == 0].iloc[:clips])
     frames, landmarks, *_ = map(list, zip(*(reals[row] for row in range(len(reals))), strict=True))
     middle = slice(len(frames[0]) // 2, len(frames[0]) // 2 + 1)  # the one frame that is shown
-    twice = [torch.stack(part)[:, middle].repeat_interleave(2, dim=0) for part in (frames, landmarks)]
+    twice = [
+        torch.stack(part)[:, middle].repeat_interleave(2, dim=0) for part in (frames, landmarks)
+    ]
     real, draws = to_float(twice[0]), PairDraws(torch.device("cpu"), [seed])
     fake, masks = self_blend(real, twice[1], draws)
-    pictures = {"real": real[::2, 0].movedim(1, -1), "mask": masks[::2, 0], "self-blend": fake[::2, 0].movedim(1, -1)}
+    pictures = {
+        "real": real[::2, 0].movedim(1, -1),
+        "mask": masks[::2, 0],
+        "self-blend": fake[::2, 0].movedim(1, -1),
+    }
     figure, axes = plt.subplots(3, len(reals), figsize=(WIDTH, 3.5), squeeze=False)
     for row, (name, images) in zip(axes, pictures.items(), strict=True):
         show_row(row, name, images.numpy())
@@ -349,7 +432,9 @@ def plot_history(history: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3))
     for ax, quantity, name in zip(axes, ("loss", "auc"), ("loss", "AUC"), strict=True):
         ax.plot(history.epoch, history[f"train_{quantity}"], ".-", color="0.55", label="training")
-        ax.plot(history.epoch, history[f"val_{quantity}"], ".-", color=FAKE_COLOUR, label="validation")
+        ax.plot(
+            history.epoch, history[f"val_{quantity}"], ".-", color=FAKE_COLOUR, label="validation"
+        )
         ax.axvline(best.epoch, color="0.3", linewidth=0.8, linestyle=":", label="best epoch")
         ax.set(xlabel="epoch", ylabel=name)
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -370,7 +455,15 @@ def plot_confusion(labels: np.ndarray, chances: np.ndarray, threshold: float) ->
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
         shade = "white" if shares[row, column] > 0.5 else "black"
-        ax.text(column, row, f"{count}\n{shares[row, column]:.0%}", ha="center", va="center", color=shade, fontsize=14)
+        ax.text(
+            column,
+            row,
+            f"{count}\n{shares[row, column]:.0%}",
+            ha="center",
+            va="center",
+            color=shade,
+            fontsize=14,
+        )
     ax.set(xticks=[0, 1], xticklabels=["real", "fake"], yticks=[0, 1], yticklabels=["real", "fake"])
     ax.set(xlabel=f"called (threshold {threshold:.2f})", ylabel="truth")
     ax.set_title(f"{counts.trace()} of {counts.sum()} videos called right")
@@ -388,22 +481,38 @@ def plot_curves(table: pd.DataFrame, threshold: float, auc: Interval) -> Figure:
     metrics: dict[str, Any] = compute_metrics(labels, chances, threshold)
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.7))
     if metrics["auc_roc"] is None:
-        figure.suptitle("No curves: the test set has one class alone", x=0.02, ha="left", fontsize=12)
+        figure.suptitle(
+            "No curves: the test set has one class alone", x=0.02, ha="left", fontsize=12
+        )
         return figure
     for method in sorted(table.method[labels == 1].unique()):
         part = table[(labels == 0) | (table.method == method)]
-        (single,) = axes[0].plot(*skm.roc_curve(part.label, part.probability)[:2], color="0.75", linewidth=1)
+        (single,) = axes[0].plot(
+            *skm.roc_curve(part.label, part.probability)[:2], color="0.75", linewidth=1
+        )
     single.set_label("single methods")
     axes[0].plot(*skm.roc_curve(labels, chances)[:2], color=FAKE_COLOUR)
     axes[0].plot([0, 1], [0, 1], color="0.5", linestyle=":")
-    axes[0].plot(1 - metrics["specificity"], metrics["recall"], "o", color="black", label=f"threshold {threshold:.2f}")
-    axes[0].set(xlabel="reals called fake", ylabel="fakes found", title=f"AUC {in_words(metrics['auc_roc'], auc)}")
+    axes[0].plot(
+        1 - metrics["specificity"],
+        metrics["recall"],
+        "o",
+        color="black",
+        label=f"threshold {threshold:.2f}",
+    )
+    axes[0].set(
+        xlabel="reals called fake",
+        ylabel="fakes found",
+        title=f"AUC {in_words(metrics['auc_roc'], auc)}",
+    )
     axes[0].legend(loc="lower right", fontsize=10)
     precision, recall, _ = skm.precision_recall_curve(labels, chances)
     axes[1].plot(recall, precision, color=FAKE_COLOUR)
     axes[1].plot(metrics["recall"], metrics["precision"] or 0, "o", color="black")
     axes[1].axhline(labels.mean(), color="0.5", linestyle=":")
-    axes[1].set(xlabel="fakes found (recall)", ylabel="precision", title=f"AUC-PR {metrics['auc_pr']:.3f}")
+    axes[1].set(
+        xlabel="fakes found (recall)", ylabel="precision", title=f"AUC-PR {metrics['auc_pr']:.3f}"
+    )
     for ax in axes:
         ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     return figure
@@ -419,10 +528,17 @@ def plot_scores(table: pd.DataFrame, threshold: float) -> Figure:
             table.label == 0 if method == "real" else (table.label == 1) & (table.method == method)
         ]
         height = row + np.random.default_rng(0).uniform(-0.25, 0.25, len(chances))
-        ax.scatter(chances, height, s=18, alpha=0.6, linewidth=0, color=FAKE_COLOUR if row else REAL_COLOUR)
+        ax.scatter(
+            chances, height, s=18, alpha=0.6, linewidth=0, color=FAKE_COLOUR if row else REAL_COLOUR
+        )
     ax.axvline(threshold, color="black", linewidth=1)
     ax.annotate(f" threshold {threshold:.2f}", (threshold, -0.6), va="center", fontsize=10)
-    ax.set(yticks=range(len(methods)), yticklabels=methods, xlim=(-0.02, 1.02), ylim=(len(methods) - 0.5, -0.8))
+    ax.set(
+        yticks=range(len(methods)),
+        yticklabels=methods,
+        xlim=(-0.02, 1.02),
+        ylim=(len(methods) - 0.5, -0.8),
+    )
     wrong = int(((table.probability >= threshold) != (table.label == 1)).sum())
     ax.set(xlabel="P(fake)", title=f"{wrong} of {len(table)} videos on the wrong side")
     ax.grid(axis="y", visible=False)
@@ -438,9 +554,18 @@ def plot_calibration(labels: np.ndarray, chances: np.ndarray) -> Figure:
     for place in np.unique(bins):
         here, z = labels[bins == place], 1.96
         n, share = len(here), here.mean()
-        middle, half = (share + z**2 / 2 / n), z * np.sqrt(share * (1 - share) / n + z**2 / 4 / n**2)
+        middle, half = (
+            (share + z**2 / 2 / n),
+            z * np.sqrt(share * (1 - share) / n + z**2 / 4 / n**2),
+        )
         low, high = (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
-        ax.plot(2 * [chances[bins == place].mean()], [low, high], color=FAKE_COLOUR, linewidth=1, alpha=0.6)
+        ax.plot(
+            2 * [chances[bins == place].mean()],
+            [low, high],
+            color=FAKE_COLOUR,
+            linewidth=1,
+            alpha=0.6,
+        )
         ax.plot(chances[bins == place].mean(), share, "o", color=FAKE_COLOUR)
     ax.set(ylabel="share that is fake", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     edges = np.linspace(0, 1, 11)
@@ -458,13 +583,17 @@ def plot_robustness(table: pd.DataFrame) -> Figure:
     """The AUC after each degradation, by its strength, with that of the intact clips among them."""
     intact, changed = table.iloc[0], table.iloc[1:]
     widths = [len(strengths) for _, strengths in DEGRADATIONS.values()]
-    figure, axes = plt.subplots(1, len(widths), figsize=(WIDTH, 3.4), sharey=True, width_ratios=widths)
+    figure, axes = plt.subplots(
+        1, len(widths), figsize=(WIDTH, 3.4), sharey=True, width_ratios=widths
+    )
     for ax, (name, (_, strengths)) in zip(axes, DEGRADATIONS.items(), strict=True):
         part = changed[changed.degradation == name].set_index("strength")
         rows = [part.loc[strength] if strength else intact for strength in strengths.values()]
         values = pd.DataFrame(rows)[["auc_roc", "auc_low", "auc_high"]].astype(float)
         places = np.arange(len(values))
-        ax.fill_between(places, values.auc_low, values.auc_high, color=FAKE_COLOUR, alpha=0.15, linewidth=0)
+        ax.fill_between(
+            places, values.auc_low, values.auc_high, color=FAKE_COLOUR, alpha=0.15, linewidth=0
+        )
         ax.plot(places, values.auc_roc, ".-", color=FAKE_COLOUR)
         ax.axhline(0.5, color="0.5", linestyle=":")
         ax.set_xticks(places, [*strengths], fontsize=10)
@@ -505,7 +634,9 @@ def pick_examples(table: pd.DataFrame, threshold: float) -> pd.DataFrame:
 
 
 @styled
-def plot_explanations(examples: pd.DataFrame, model: DeepfakeDetector, temperature: float, shown: int = 6) -> Figure:
+def plot_explanations(
+    examples: pd.DataFrame, model: DeepfakeDetector, temperature: float, shown: int = 6
+) -> Figure:
     """Frames in order, heat maps, and a line of frame scores over bars of attention, for each row of `examples`.
 
     All heat maps have one scale. Of longer clips, `shown` frames are drawn, and all scores.
@@ -513,7 +644,9 @@ def plot_explanations(examples: pd.DataFrame, model: DeepfakeDetector, temperatu
     device, clips = next(model.parameters()).device, []
     for file in examples.clip_file:
         with np.load(file) as saved:  # one of the clips of the video
-            clips.append(torch.from_numpy(saved["frames"])[:: max(1, len(saved["frames"]) // model.frames)])
+            clips.append(
+                torch.from_numpy(saved["frames"])[:: max(1, len(saved["frames"]) // model.frames)]
+            )
     found = [heat_maps(model, normalize(to_float(clip[None].to(device)))) for clip in clips]
     hottest = max(float(heat.max()) for heat, _ in found) or 1.0
     frames, rows = len(clips[0]), len(examples)
@@ -524,7 +657,11 @@ def plot_explanations(examples: pd.DataFrame, model: DeepfakeDetector, temperatu
     ):
         part.suptitle(in_short(example), x=0.02, ha="left", fontsize=12)
         axes = part.subplot_mosaic(
-            [[f"frame {i}" for i in range(shown)], [f"heat {i}" for i in range(shown)], ["scores"] * shown],
+            [
+                [f"frame {i}" for i in range(shown)],
+                [f"heat {i}" for i in range(shown)],
+                ["scores"] * shown,
+            ],
             height_ratios=[1, 1, 1.15],
         )
         places = np.linspace(0, frames - 1, shown).round().astype(int)
@@ -536,13 +673,20 @@ def plot_explanations(examples: pd.DataFrame, model: DeepfakeDetector, temperatu
             axes[f"heat {i}"].imshow(map_, cmap="inferno", vmin=0, vmax=1, alpha=0.15 + 0.6 * map_)
             for ax in (axes[f"frame {i}"], axes[f"heat {i}"]):
                 ax.set_axis_off()
-        times, scores = np.arange(1, frames + 1), probabilities(output.frame_logits[0].cpu().numpy(), temperature)
+        times, scores = (
+            np.arange(1, frames + 1),
+            probabilities(output.frame_logits[0].cpu().numpy(), temperature),
+        )
         attention = output.attention[0].cpu().numpy()
-        axes["scores"].bar(times, attention / attention.max(), color="0.85", label="attention (of the largest)")
+        axes["scores"].bar(
+            times, attention / attention.max(), color="0.85", label="attention (of the largest)"
+        )
         axes["scores"].plot(times, scores, ".-", color=FAKE_COLOUR, label="P(fake) of the frame")
         axes["scores"].set(xlabel="frame", ylim=(0, 1.05), xlim=(0.4, frames + 0.6))
         axes["scores"].xaxis.get_major_locator().set_params(integer=True)
-        axes["scores"].legend(fontsize=9, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), borderaxespad=0.1)
+        axes["scores"].legend(
+            fontsize=9, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), borderaxespad=0.1
+        )
     return figure
 
 
@@ -553,16 +697,24 @@ def plot_mistakes(table: pd.DataFrame, threshold: float, most: int = 9) -> Figur
     worst = wrong.head(most)
     columns = 3
     rows = max(1, -(-len(worst) // columns))
-    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, 0.3 + 2.9 * rows if len(worst) else 1), squeeze=False)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH, 0.3 + 2.9 * rows if len(worst) else 1), squeeze=False
+    )
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, row in zip(axes.flat, worst.itertuples(), strict=False):
         with np.load(row.clip_file) as saved:
             ax.imshow(saved["frames"][len(saved["frames"]) // 2])
         ax.set_title(
-            f"{short_name(row.path, 22)}\n{row.method}, P(fake) {row.probability:.2f}", fontsize=10, loc="center"
+            f"{short_name(row.path, 22)}\n{row.method}, P(fake) {row.probability:.2f}",
+            fontsize=10,
+            loc="center",
         )
-    title = f"{len(wrong)} of {len(table)} videos called wrong" if len(wrong) else f"No mistake in {len(table)} videos"
+    title = (
+        f"{len(wrong)} of {len(table)} videos called wrong"
+        if len(wrong)
+        else f"No mistake in {len(table)} videos"
+    )
     title += f"; the {len(worst)} surest" * (len(wrong) > len(worst))
     figure.suptitle(title, x=0.02, ha="left", fontsize=12)
     return figure
@@ -615,7 +767,9 @@ class Predictor:
             output = self.model(normalize(to_float(torch.from_numpy(clip.frames)[None].to(device))))
         chance = float(probabilities(output.logit.cpu().numpy(), self.temperature)[0])
         frame_scores = probabilities(output.frame_logits[0].cpu().numpy(), self.temperature)
-        return Prediction(chance, "fake" if chance >= self.threshold else "real", frame_scores, clip.face_share)
+        return Prediction(
+            chance, "fake" if chance >= self.threshold else "real", frame_scores, clip.face_share
+        )
 
     def predict_video(self, path: Path) -> Prediction:
         """Score one video file. Raises VideoError, with its path and the reason, if it cannot be used."""
@@ -644,7 +798,9 @@ class Predictor:
                     waiting.append(pool.submit(prepare, todo.popleft()))
                 yield waiting.popleft().result()
 
-    def predict_folder(self, folder: Path, workers: int = 2, file: Path | None = None) -> pd.DataFrame:
+    def predict_folder(
+        self, folder: Path, workers: int = 2, file: Path | None = None
+    ) -> pd.DataFrame:
         """Score every video below a folder (or one file): a row each, with `error` instead of a score for bad ones.
 
         The table so far is written to `file` every 20 seconds, so that a run that is cut short loses little.
@@ -654,13 +810,19 @@ class Predictor:
         rows, written = [], time.perf_counter()
         with tqdm(total=len(paths), desc="your videos", leave=False, disable=NO_BARS) as bar:
             for path, clip, seconds in self.clips(paths, workers):
-                row = dict.fromkeys(columns) | dict(path=str(path), threshold=self.threshold, error="")
+                row = dict.fromkeys(columns) | dict(
+                    path=str(path), threshold=self.threshold, error=""
+                )
                 started = time.perf_counter()
                 if isinstance(clip, str):
                     row["error"] = clip
                 else:
                     found = self.predict_clip(clip)
-                    row |= dict(probability=found.probability, verdict=found.verdict, face_share=found.face_share)
+                    row |= dict(
+                        probability=found.probability,
+                        verdict=found.verdict,
+                        face_share=found.face_share,
+                    )
                     row["seconds"] = round(seconds + time.perf_counter() - started, 3)
                 rows.append(row)
                 bar.update()

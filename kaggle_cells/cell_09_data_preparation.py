@@ -47,15 +47,21 @@ def kinds_of(videos: pd.DataFrame) -> list[pd.Series]:
 
 
 if RANK:
-    raise RuntimeError("torchrun is for cell_12_training_loop.py; run the cells after it with python")
+    raise RuntimeError(
+        "torchrun is for cell_12_training_loop.py; run the cells after it with python"
+    )
 preparation_started = time.perf_counter()
 if CONFIG.RESUME and CONFIG.EPOCHS:
-    run_to_resume(CONFIG.last_checkpoint, dataclasses.asdict(CONFIG))  # other settings are refused right here
+    run_to_resume(
+        CONFIG.last_checkpoint, dataclasses.asdict(CONFIG)
+    )  # other settings are refused right here
 require_own_tables(CONFIG.work_dir / "data")
 for folder in ("data", "models", "results"):
     remove_partial_files(CONFIG.work_dir / folder)
 wanted_methods = CONFIG.METHODS and CONFIG.METHODS + CONFIG.HOLDOUT_METHODS
-places = {"auto": ["/kaggle/input", "data"], "demo": [], "none": []}.get(CONFIG.DATA_DIR, [CONFIG.DATA_DIR])
+places = {"auto": ["/kaggle/input", "data"], "demo": [], "none": []}.get(
+    CONFIG.DATA_DIR, [CONFIG.DATA_DIR]
+)
 for DATA_ORIGIN in places:
     try:
         found = find_videos(Path(DATA_ORIGIN), wanted_methods)
@@ -63,15 +69,25 @@ for DATA_ORIGIN in places:
     except FileNotFoundError as error:
         if CONFIG.DATA_DIR != "auto":
             raise
-        if Path(DATA_ORIGIN).is_dir() and {file.name for file in Path(DATA_ORIGIN).iterdir()} - {*OWN_TABLES}:
+        if Path(DATA_ORIGIN).is_dir() and {file.name for file in Path(DATA_ORIGIN).iterdir()} - {
+            *OWN_TABLES
+        }:
             print(f"Not used: {error}")
 else:
-    if CONFIG.DATA_DIR == "none" or (CONFIG.DATA_DIR == "auto" and CONFIG.PREDICT_DIR and not CONFIG.EPOCHS):
+    if CONFIG.DATA_DIR == "none" or (
+        CONFIG.DATA_DIR == "auto" and CONFIG.PREDICT_DIR and not CONFIG.EPOCHS
+    ):
         DATA_ORIGIN, found = "no dataset", pd.DataFrame(columns=VIDEO_COLUMNS)
     else:
         DATA_ORIGIN = "demo set made by this notebook"
-        demo_folder, demo_size = CONFIG.work_dir / f"demo_videos_{CONFIG.SEED}", CONFIG.MAX_VIDEOS_PER_CLASS or 120
-        print(f"Making a demo set of {demo_size} real and {demo_size} fake videos: no dataset of yours.", flush=True)
+        demo_folder, demo_size = (
+            CONFIG.work_dir / f"demo_videos_{CONFIG.SEED}",
+            CONFIG.MAX_VIDEOS_PER_CLASS or 120,
+        )
+        print(
+            f"Making a demo set of {demo_size} real and {demo_size} fake videos: no dataset of yours.",
+            flush=True,
+        )
         make_demo_set(demo_folder, demo_size, CONFIG.SEED, CONFIG.NUM_WORKERS)
         found = find_videos(demo_folder, wanted_methods)
 
@@ -80,7 +96,9 @@ save_csv(refused, CONFIG.work_dir / "data" / "skipped.csv")
 if len(found):
     table = pd.crosstab(kinds_of(found), found.split.replace("", "no split given"))
     display(table.assign(videos=table.sum(axis=1)))
-    print(f"{len(found)} videos in {found.group.nunique()} groups, from {DATA_ORIGIN}; {len(refused)} cannot be used")
+    print(
+        f"{len(found)} videos in {found.group.nunique()} groups, from {DATA_ORIGIN}; {len(refused)} cannot be used"
+    )
 else:
     print("No dataset: only the videos in PREDICT_DIR are scored.")
 if found.dataset.nunique() > 1:
@@ -104,7 +122,9 @@ if len(found):
     splits = split_videos(checked, *fractions, CONFIG.SEED, CONFIG.HOLDOUT_METHODS, needed)
 LEAKING = crossing_groups(splits)
 if CONFIG.HOLDOUT_METHODS:
-    print(f"{len(checked) - len(splits)} held-out fakes set aside: their recordings are not in the test set.")
+    print(
+        f"{len(checked) - len(splits)} held-out fakes set aside: their recordings are not in the test set."
+    )
 if LEAKING:
     print(
         f"Warning: {len(LEAKING)} groups are in more than one split, since the dataset's own splits part them, so the "
@@ -112,23 +132,37 @@ if LEAKING:
     )
     leaks = splits[splits.group.isin(LEAKING)].assign(name=splits.path.map(lambda path: path.name))
     display(
-        leaks.pivot_table(index="group", columns="split", values="name", aggfunc=lambda n: ", ".join(n[:3])).head(10)
+        leaks.pivot_table(
+            index="group", columns="split", values="name", aggfunc=lambda n: ", ".join(n[:3])
+        ).head(10)
     )
 
 CLIP_SETTINGS = ClipSettings.of(CONFIG)
 FACE_DETECTOR = load_face_detector(ENVIRONMENT.device) if CONFIG.FACE_CROP else None
-VIDEOS, SKIPPED, more_failed = splits.assign(**dict.fromkeys(CLIP_COLUMNS)), refused, len(splits) > 0
+VIDEOS, SKIPPED, more_failed = (
+    splits.assign(**dict.fromkeys(CLIP_COLUMNS)),
+    refused,
+    len(splits) > 0,
+)
 while more_failed:  # a video that fails gives its place to another
-    chosen_videos = limit_videos(splits[~splits.path.isin(SKIPPED.path)], CONFIG.MAX_VIDEOS_PER_CLASS, CONFIG.SEED)
+    chosen_videos = limit_videos(
+        splits[~splits.path.isin(SKIPPED.path)], CONFIG.MAX_VIDEOS_PER_CLASS, CONFIG.SEED
+    )
     require_classes(chosen_videos, needed)
     if CONFIG.EPOCHS == 0:
         chosen_videos = chosen_videos[chosen_videos.split == "test"].reset_index(drop=True)
     print(
-        f"{len(chosen_videos)} videos taken:", require_space(chosen_videos, CLIP_SETTINGS, CONFIG.cache_dir), flush=True
+        f"{len(chosen_videos)} videos taken:",
+        require_space(chosen_videos, CLIP_SETTINGS, CONFIG.cache_dir),
+        flush=True,
     )
-    VIDEOS, failed = cache_clips(chosen_videos, CLIP_SETTINGS, CONFIG.cache_dir, FACE_DETECTOR, CONFIG.NUM_WORKERS)
+    VIDEOS, failed = cache_clips(
+        chosen_videos, CLIP_SETTINGS, CONFIG.cache_dir, FACE_DETECTOR, CONFIG.NUM_WORKERS
+    )
     SKIPPED, more_failed = pd.concat([SKIPPED, failed], ignore_index=True), len(failed) > 0
-SPLIT_TABLES = {name: VIDEOS[VIDEOS.split == name].reset_index(drop=True) for name in ("train", "val", "test")}
+SPLIT_TABLES = {
+    name: VIDEOS[VIDEOS.split == name].reset_index(drop=True) for name in ("train", "val", "test")
+}
 if CONFIG.RESUME and CONFIG.EPOCHS:
     run_to_resume(CONFIG.last_checkpoint, run_settings(CONFIG, VIDEOS))  # and other videos here
 for name, table in {**SPLIT_TABLES, "skipped": SKIPPED}.items():
@@ -139,14 +173,20 @@ PREPARATION_SECONDS = time.perf_counter() - preparation_started
 if len(SKIPPED):
     print(f"Skipped: {len(SKIPPED)} videos, all of them in data/skipped.csv with the reason.")
     with pd.option_context("display.max_colwidth", 100, "display.width", 160):
-        display(SKIPPED.assign(video=[path.name for path in SKIPPED.path])[["video", "method", "reason"]].head(10))
+        display(
+            SKIPPED.assign(video=[path.name for path in SKIPPED.path])[
+                ["video", "method", "reason"]
+            ].head(10)
+        )
 if len(VIDEOS):
     counts = pd.crosstab(kinds_of(VIDEOS), VIDEOS.split)
     display(counts[[name for name in SPLIT_TABLES if name in counts]])
 if CONFIG.FACE_CROP and (faceless := int((VIDEOS.face_share == 0).sum())):
     print(f"No face found in {faceless} of {len(VIDEOS)} videos: the middle of the frame is used.")
 if short := int((VIDEOS.distinct_frames < CONFIG.FRAMES_PER_VIDEO).sum()):
-    print(f"{short} videos have fewer than {CONFIG.FRAMES_PER_VIDEO} frames: some of theirs are repeated.")
+    print(
+        f"{short} videos have fewer than {CONFIG.FRAMES_PER_VIDEO} frames: some of theirs are repeated."
+    )
 
 # %% [markdown]
 # What the network will see, a clip of each kind:

@@ -16,13 +16,27 @@ from torch.utils.data import DataLoader
 from cell_01_imports_and_setup import ENVIRONMENT, PROCESSES, RANK, save_figure
 from cell_02_global_config import CONFIG
 from cell_04_dataset_class import ClipDataset, PairBatches
-from cell_06_loss_and_utils import attached_checkpoints, free_memory, peek, run_settings, run_to_resume
-from cell_07_training_functions import amp_dtype, choose_batch_size, from_first, gathered, join_processes
+from cell_06_loss_and_utils import (
+    attached_checkpoints,
+    free_memory,
+    peek,
+    run_settings,
+    run_to_resume,
+)
+from cell_07_training_functions import (
+    amp_dtype,
+    choose_batch_size,
+    from_first,
+    gathered,
+    join_processes,
+)
 from cell_08_evaluation_functions import plot_self_blends
 
 DEVICE = torch.device(ENVIRONMENT.device)
 PRECISION = amp_dtype(CONFIG.AMP, DEVICE)
-if RANK == 0:  # the first process prepares the data; others, if there are any, wait in `join_processes`
+if (
+    RANK == 0
+):  # the first process prepares the data; others, if there are any, wait in `join_processes`
     from cell_09_data_preparation import SPLIT_TABLES
 join_processes(DEVICE)
 SPLIT_TABLES = from_first(SPLIT_TABLES if RANK == 0 else None)
@@ -33,14 +47,20 @@ RUN_SETTINGS = run_settings(CONFIG, pd.concat(SPLIT_TABLES.values()))
 def checkpoint_to_resume() -> Path | None:
     """Where this run goes on from, as things are now: the same for all processes."""
     resumes = CONFIG.RESUME and CONFIG.EPOCHS and RANK == 0
-    return from_first(run_to_resume(CONFIG.last_checkpoint, RUN_SETTINGS, attached_checkpoints()) if resumes else None)
+    return from_first(
+        run_to_resume(CONFIG.last_checkpoint, RUN_SETTINGS, attached_checkpoints())
+        if resumes
+        else None
+    )
 
 
 BATCH_SIZE_USED = CONFIG.BATCH_SIZE
 if interrupted_run := checkpoint_to_resume():
     BATCH_SIZE_USED = peek(interrupted_run)["batch_size"]
 if CONFIG.EPOCHS and not BATCH_SIZE_USED:
-    fits = choose_batch_size(CONFIG, DEVICE, PRECISION) if DEVICE.type == "cuda" else 8  # main memory has room
+    fits = (
+        choose_batch_size(CONFIG, DEVICE, PRECISION) if DEVICE.type == "cuda" else 8
+    )  # main memory has room
     fits_everywhere = min(gathered(fits))
     BATCH_SIZE_USED = fits_everywhere * max(PROCESSES, len(ENVIRONMENT.gpus))
     free_memory()

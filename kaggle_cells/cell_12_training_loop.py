@@ -18,7 +18,13 @@ from cell_02_global_config import CONFIG, seed_everything
 from cell_04_dataset_class import PairDraws
 from cell_06_loss_and_utils import free_memory, model_file, previous_of, save_checkpoint, unwrapped
 from cell_07_training_functions import from_first, progress, train_one_epoch, validate
-from cell_08_evaluation_functions import DEGRADED_PASSES, fit_calibration, fit_threshold, plot_history, probabilities
+from cell_08_evaluation_functions import (
+    DEGRADED_PASSES,
+    fit_calibration,
+    fit_threshold,
+    plot_history,
+    probabilities,
+)
 from cell_10_data_loaders import (
     BATCH_SIZE_USED,
     DEVICE,
@@ -48,34 +54,46 @@ from cell_11_model_setup import (
 )
 
 if TRAINER.interrupted:  # its weights are those of no epoch
-    raise RuntimeError("Training was interrupted within an epoch: run cell 11, to go back to its start, then this one")
+    raise RuntimeError(
+        "Training was interrupted within an epoch: run cell 11, to go back to its start, then this one"
+    )
 HISTORY_FILE = CONFIG.work_dir / "results" / "training_history.csv"
 CURVES_FILE = HISTORY_FILE.with_suffix(".png")
-validated_model = AVERAGE or (MODEL if PROCESSES > 1 else PARALLEL_MODEL)  # no process waits for another in validation
+validated_model = AVERAGE or (
+    MODEL if PROCESSES > 1 else PARALLEL_MODEL
+)  # no process waits for another in validation
 curves = None
 if HISTORY and RANK == 0:  # of earlier sessions
     save_csv(pd.DataFrame(HISTORY), HISTORY_FILE)
     curves = save_figure(plot_history(pd.DataFrame(HISTORY)), CURVES_FILE)
 test_share = min(1, CONFIG.ROBUSTNESS / max(1, len(SPLIT_TABLES["test"])))
-test_passes = 2 + DEGRADED_PASSES * test_share  # the test itself, figures and explanations, robustness
+test_passes = (
+    2 + DEGRADED_PASSES * test_share
+)  # the test itself, figures and explanations, robustness
 slowest_epoch, test_seconds = HISTORY[-1]["seconds"] if HISTORY else 0.0, 0.0
 
 while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
     seconds_needed = 1.1 * slowest_epoch + test_passes * test_seconds
-    if from_first(slowest_epoch > 0 and time.time() - STARTED + seconds_needed > CONFIG.time_budget):  # all alike
+    if from_first(
+        slowest_epoch > 0 and time.time() - STARTED + seconds_needed > CONFIG.time_budget
+    ):  # all alike
         print(
             f"Stopped after {len(HISTORY)} of {CONFIG.EPOCHS} epochs: one more, of {duration(slowest_epoch)}, passes "
             f"the time budget of {duration(CONFIG.time_budget)}. Run again to go on, with time for an epoch at least."
         )
         break
     epoch, epoch_started = len(HISTORY) + 1, time.time()
-    seed_everything(CONFIG.SEED, epoch, RANK)  # an epoch's draws depend on its number alone, so resuming repeats them
+    seed_everything(
+        CONFIG.SEED, epoch, RANK
+    )  # an epoch's draws depend on its number alone, so resuming repeats them
     draws = PairDraws(DEVICE, [CONFIG.SEED, epoch], RANK, PROCESSES)
     TRAIN_BATCHES.set_epoch(epoch)
     with progress(f"epoch {epoch}", TRAIN_LOADER, VAL_LOADER) as bar:
         trained = train_one_epoch(TRAINER, TRAIN_LOADER, DEVICE, draws, epoch, CONFIG, bar)
         frame_weight = CONFIG.FRAME_LOSS_WEIGHT
-        validated = validate(validated_model, VAL_LOADER, CRITERION, DEVICE, frame_weight=frame_weight, bar=bar)
+        validated = validate(
+            validated_model, VAL_LOADER, CRITERION, DEVICE, frame_weight=frame_weight, bar=bar
+        )
     learning_rate = OPTIMIZER.param_groups[0]["lr"]
     is_best = STOPPER.update(epoch, validated.auc, validated.loss)
     SCHEDULER.step(validated.loss)
@@ -95,7 +113,9 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
     )
     if is_best:
         temperature, offset = fit_calibration(validated.logits, validated.labels)
-        threshold = fit_threshold(probabilities(validated.logits - offset, temperature), validated.labels)
+        threshold = fit_threshold(
+            probabilities(validated.logits - offset, temperature), validated.labels
+        )
         calibration = temperature, offset, threshold
         BEST |= model_file(unwrapped(validated_model), CONFIG, calibration, TRAINED_ON, HISTORY[-1])
     if RANK == 0:
@@ -127,6 +147,10 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
     )
 free_memory()
 if STOPPER.should_stop:
-    print(f"Stopped: none of the last {STOPPER.patience} epochs was better than epoch {STOPPER.best_epoch}.")
+    print(
+        f"Stopped: none of the last {STOPPER.patience} epochs was better than epoch {STOPPER.best_epoch}."
+    )
 if PROCESSES > 1:
-    print("Evaluate the model with the same DEEPFAKE_ variables: python kaggle_cells/cell_14_results_summary.py")
+    print(
+        "Evaluate the model with the same DEEPFAKE_ variables: python kaggle_cells/cell_14_results_summary.py"
+    )

@@ -58,7 +58,8 @@ if len(PREDICTIONS):
     PREDICTIONS["probability"] = probabilities(tested.logits, TEMPERATURE)
     PREDICTIONS["verdict"] = np.where(PREDICTIONS.probability >= THRESHOLD, "fake", "real")
     PREDICTIONS["frame_scores"] = [
-        " ".join(f"{score:.3f}" for score in scores) for scores in probabilities(tested.frame_logits, TEMPERATURE)
+        " ".join(f"{score:.3f}" for score in scores)
+        for scores in probabilities(tested.frame_logits, TEMPERATURE)
     ]
     PREDICTIONS["correct"] = (PREDICTIONS.verdict == "fake") == (PREDICTIONS.label == 1)
     save_csv(PREDICTIONS.drop(columns="clip_file"), RESULTS / "test_predictions.csv")
@@ -67,10 +68,16 @@ if len(PREDICTIONS):
     for name, threshold in {"at_fitted_threshold": THRESHOLD, "at_0.5": 0.5}.items():
         METRICS[name] = compute_metrics(labels, chances, threshold)
         INTERVALS[name] = bootstrap(labels, chances, threshold, PREDICTIONS.group.to_numpy())
-        IN_WORDS[name] = {m: in_words(value, INTERVALS[name][m]) for m, value in METRICS[name].items()}
+        IN_WORDS[name] = {
+            m: in_words(value, INTERVALS[name][m]) for m, value in METRICS[name].items()
+        }
     fitted, plain = IN_WORDS.values()
-    both = pd.DataFrame({f"threshold {THRESHOLD:.3f}": pd.Series(fitted), "threshold 0.5": pd.Series(plain)})
-    undecided = both.iloc[:, :1].drop(index=[*DECISIONS]).set_axis(["test set [95 % interval]"], axis=1)
+    both = pd.DataFrame(
+        {f"threshold {THRESHOLD:.3f}": pd.Series(fitted), "threshold 0.5": pd.Series(plain)}
+    )
+    undecided = (
+        both.iloc[:, :1].drop(index=[*DECISIONS]).set_axis(["test set [95 % interval]"], axis=1)
+    )
     display(undecided.rename(index=metric_name), both.loc[[*DECISIONS]].rename(index=metric_name))
 
 # %% [markdown]
@@ -125,7 +132,9 @@ predict_video = PREDICTOR.predict_video
 SCORED = pd.DataFrame()
 if CONFIG.PREDICT_DIR:
     prediction_started = time.perf_counter()
-    SCORED = PREDICTOR.predict_folder(Path(CONFIG.PREDICT_DIR), CONFIG.NUM_WORKERS, RESULTS / "predictions.csv")
+    SCORED = PREDICTOR.predict_folder(
+        Path(CONFIG.PREDICT_DIR), CONFIG.NUM_WORKERS, RESULTS / "predictions.csv"
+    )
     seconds = time.perf_counter() - prediction_started
     verdicts, unread, faceless = (
         SCORED.verdict.value_counts(),

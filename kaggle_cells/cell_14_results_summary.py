@@ -14,7 +14,14 @@ from typing import Any
 import pandas as pd
 from IPython.display import Markdown, display
 
-from cell_01_imports_and_setup import ENVIRONMENT, IN_NOTEBOOK, STARTED, duration, file_size, replacing
+from cell_01_imports_and_setup import (
+    ENVIRONMENT,
+    IN_NOTEBOOK,
+    STARTED,
+    duration,
+    file_size,
+    replacing,
+)
 from cell_02_global_config import CONFIG
 from cell_08_evaluation_functions import DECISIONS, in_words, metric_name
 from cell_09_data_preparation import DATA_ORIGIN, LEAKING, PREPARATION_SECONDS, SKIPPED, VIDEOS
@@ -87,7 +94,9 @@ results: dict[str, Any] = {
     "metrics_by_method": records(BY_METHOD),
     "metrics_by_dataset": records(BY_DATASET),
     "robustness": records(ROBUSTNESS_TABLE),
-    "predictions": {"videos": len(SCORED), "errors": int((SCORED.error != "").sum())} if len(SCORED) else None,
+    "predictions": {"videos": len(SCORED), "errors": int((SCORED.error != "").sum())}
+    if len(SCORED)
+    else None,
 }
 with replacing(RESULTS / "experiment_results.json") as partial_file:
     partial_file.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -107,11 +116,15 @@ def with_interval(row: dict) -> str:
 
 def lowest(rows: list[dict]) -> list[dict]:
     """The row with the lowest AUC, if there is one."""
-    return sorted((row for row in rows if row["auc_roc"] is not None), key=lambda row: row["auc_roc"])[:1]
+    return sorted(
+        (row for row in rows if row["auc_roc"] is not None), key=lambda row: row["auc_roc"]
+    )[:1]
 
 
 sizes = results["data"]["videos"]
-tested_videos = f"{count(sizes['test']['real'], 'real video')} and {count(sizes['test']['fake'], 'fake')}"
+tested_videos = (
+    f"{count(sizes['test']['real'], 'real video')} and {count(sizes['test']['fake'], 'fake')}"
+)
 trained = "in another run, perhaps on some of these recordings"
 if HISTORY:
     trained = f"{count(len(HISTORY), 'epoch')} with {', '.join(sorted(TRAINED_ON)) or 'real videos alone'}"
@@ -120,18 +133,28 @@ notes = [
     "P(fake) is meant for real and fake videos that are equally frequent.",
 ]
 if WEIGHTS_ORIGIN.startswith("random"):
-    notes.append("The backbone did not start from ImageNet's weights, with which it would have learned far more.")
+    notes.append(
+        "The backbone did not start from ImageNet's weights, with which it would have learned far more."
+    )
 if HISTORY and not sizes["val"]["fake"]:
-    notes.append("Validation has no fakes: epoch, calibration and threshold were chosen on self-blends.")
+    notes.append(
+        "Validation has no fakes: epoch, calibration and threshold were chosen on self-blends."
+    )
 at_chance = f"The model is hardly better than chance: validation AUC {MODEL_INFO['val_auc']:.3f}."
 if MODEL_INFO["val_auc"] < 0.65:
     notes.insert(0, at_chance)
 if METRICS and min(sizes["test"].values()) < 10:
-    notes.insert(0, f"The test is tiny, {tested_videos}: neither its numbers nor their intervals say much.")
+    notes.insert(
+        0, f"The test is tiny, {tested_videos}: neither its numbers nor their intervals say much."
+    )
 if LEAKING:
-    notes.append(f"Leakage: {len(LEAKING)} groups are in several of the given splits: the test is easier than it looks")
+    notes.append(
+        f"Leakage: {len(LEAKING)} groups are in several of the given splits: the test is easier than it looks"
+    )
 if CONFIG.FACE_CROP and (faceless := results["data"]["without_face"]):
-    notes.append(f"In {faceless} videos no face was found; the network saw the middle of their frames.")
+    notes.append(
+        f"In {faceless} videos no face was found; the network saw the middle of their frames."
+    )
 if SCORED.get("face_share", pd.Series(dtype=float)).eq(0).any():
     notes.append("In some of your own videos no face was found: their verdicts mean little.")
 report = [
@@ -139,7 +162,11 @@ report = [
     "",
     "Data",
     f"  {DATA_ORIGIN}: {count(len(VIDEOS), 'video')}, {count(VIDEOS.group.nunique(), 'group')}; {len(SKIPPED)} skipped",
-    *(f"  {split:10} {n['real']:5} real, {n['fake']:5} fake" for split, n in sizes.items() if any(n.values())),
+    *(
+        f"  {split:10} {n['real']:5} real, {n['fake']:5} fake"
+        for split, n in sizes.items()
+        if any(n.values())
+    ),
     "",
     "Method",
     f"  clips      {CONFIG.CLIPS_PER_VIDEO} x {CONFIG.FRAMES_PER_VIDEO} frames a video, {CONFIG.IMAGE_SIZE} pixels, "
@@ -152,7 +179,9 @@ report = [
 ]
 if METRICS:
     fitted, plain = IN_WORDS.values()
-    unseen = ", recordings never trained on" if HISTORY and not LEAKING and not CONFIG.CHECKPOINT else ""
+    unseen = (
+        ", recordings never trained on" if HISTORY and not LEAKING and not CONFIG.CHECKPOINT else ""
+    )
     report += [
         "",
         f"Result: test set of {tested_videos}{unseen}",
@@ -182,14 +211,19 @@ if results["metrics_by_dataset"]:
     ]
 if results["robustness"]:
     videos = results["robustness"][0]["videos"]
-    report += ["", f"Robustness: AUC of {count(videos, 'test video')} after a change to the face crops"]
+    report += [
+        "",
+        f"Robustness: AUC of {count(videos, 'test video')} after a change to the face crops",
+    ]
     for row in results["robustness"]:
         strength = f"{row['strength']:g}" if row["strength"] else ""
         report.append(f"  {row['degradation']:22} {strength:5} {with_interval(row)}")
 if len(SCORED):
     verdicts, unread = SCORED.verdict.value_counts(), results["predictions"]["errors"]
     report += ["", f"Your own videos, below {CONFIG.PREDICT_DIR}"]
-    report += [f"  {verdicts.get('fake', 0)} called fake, {verdicts.get('real', 0)} real; {unread} could not be read"]
+    report += [
+        f"  {verdicts.get('fake', 0)} called fake, {verdicts.get('real', 0)} real; {unread} could not be read"
+    ]
 report += ["", "Caveats", *(f"  {note}" for note in notes)]
 report += [
     "",
@@ -219,31 +253,47 @@ WHAT_FILES_ARE = {
 }
 achieved, ideas = [], []
 if METRICS:
-    achieved += [f"**Test AUC {fitted['auc_roc']}**, accuracy {fitted['accuracy']}, on {tested_videos}."]
+    achieved += [
+        f"**Test AUC {fitted['auc_roc']}**, accuracy {fitted['accuracy']}, on {tested_videos}."
+    ]
     for row in lowest(results["metrics_by_method"]):
         achieved += [f"Hardest to tell from real: `{row['method']}`, AUC {with_interval(row)}."]
 for row in lowest(results["robustness"][1:]):
-    achieved += [f"Hardest condition: {row['degradation']} {row['strength']:g}, AUC {with_interval(row)}."]
+    achieved += [
+        f"Hardest condition: {row['degradation']} {row['strength']:g}, AUC {with_interval(row)}."
+    ]
     if CONFIG.AUGMENTATION != "robust":
-        ideas += ['`AUGMENTATION = "robust"`, if your videos are as small, blurred or dark as in the hardest condition']
+        ideas += [
+            '`AUGMENTATION = "robust"`, if your videos are as small, blurred or dark as in the hardest condition'
+        ]
 if at_chance in notes:
     achieved += [at_chance]
 if len(SCORED):
     achieved += [f"Your own videos: {verdicts.get('fake', 0)} of {len(SCORED)} called fake."]
 else:
-    ideas += ['`predict_video("my_video.mp4")` in a new cell, or `PREDICT_DIR`, to score videos of your own']
+    ideas += [
+        '`predict_video("my_video.mp4")` in a new cell, or `PREDICT_DIR`, to score videos of your own'
+    ]
 if DATA_ORIGIN.startswith("demo"):
-    ideas += ["a real dataset: the demo set shows that everything works, not how well it works on deepfakes"]
+    ideas += [
+        "a real dataset: the demo set shows that everything works, not how well it works on deepfakes"
+    ]
 if WEIGHTS_ORIGIN == "random":
     ideas += ["`PRETRAINED = True`: from ImageNet weights it would learn far more"]
 elif WEIGHTS_ORIGIN.startswith("random"):
-    ideas += [f"ImageNet weights: turn the internet on, or attach a dataset that holds `{CONFIG.BACKBONE}.pth`"]
+    ideas += [
+        f"ImageNet weights: turn the internet on, or attach a dataset that holds `{CONFIG.BACKBONE}.pth`"
+    ]
 if HISTORY and MODEL_INFO["epoch"] > 0.9 * CONFIG.EPOCHS:
     ideas += [f"more than {CONFIG.EPOCHS} `EPOCHS`: the best one was among the last"]
 if HISTORY and len(TRAINED_ON) > 1 and not CONFIG.HOLDOUT_METHODS:
-    ideas += [f"`HOLDOUT_METHODS = {sorted(TRAINED_ON)[:1]}`, to see how it does on fakes of a kind it never saw"]
+    ideas += [
+        f"`HOLDOUT_METHODS = {sorted(TRAINED_ON)[:1]}`, to see how it does on fakes of a kind it never saw"
+    ]
 if HISTORY and 0 < CONFIG.MAX_VIDEOS_PER_CLASS < 1000:
-    ideas += [f"more than {CONFIG.MAX_VIDEOS_PER_CLASS} videos a class, and another `SEED`: single runs differ"]
+    ideas += [
+        f"more than {CONFIG.MAX_VIDEOS_PER_CLASS} videos a class, and another `SEED`: single runs differ"
+    ]
 summary = "\n".join(f"- {line}" for line in achieved)
 if ideas:
     summary += "\n\nTo try next:\n\n" + "\n".join(f"- {idea}" for idea in ideas)

@@ -24,16 +24,31 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many tests run at once as there are cores
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
-SMALL: dict[str, Any] = dict(frames=4, seconds=8.0, size=64, face_crop=True, margin=0.25)  # ClipSettings
+SMALL: dict[str, Any] = dict(
+    frames=4, seconds=8.0, size=64, face_crop=True, margin=0.25
+)  # ClipSettings
 CI = yaml.safe_load((ROOT / "notebooks" / "params" / "ci.yaml").read_text(encoding="utf-8"))
-CI_WITHOUT_ROBUSTNESS = {**CI, "ROBUSTNESS": 0}  # its twelve passes over the test set take longer than the training
+CI_WITHOUT_ROBUSTNESS = {
+    **CI,
+    "ROBUSTNESS": 0,
+}  # its twelve passes over the test set take longer than the training
 
-LONGEST = ("test_end_to_end", "test_on_kaggle", "test_cell_12_training_loop", "test_build_notebook", "test_import")
+LONGEST = (
+    "test_end_to_end",
+    "test_on_kaggle",
+    "test_cell_12_training_loop",
+    "test_build_notebook",
+    "test_import",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files come first, so that all workers end at about the same time."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+        )
+    )
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +145,9 @@ def program_file(folder: Path, program: str) -> Path:
 
 def run_program(program: str, folder: Path, expect: int = 0, **parameters: Any) -> str:
     """A program that has the cells to import, run to its end in a folder; returns what it printed."""
-    return processes.run([program_file(folder, program)], folder, expect, **in_environment(parameters))
+    return processes.run(
+        [program_file(folder, program)], folder, expect, **in_environment(parameters)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -138,7 +155,14 @@ def finished_run(once) -> Run:
     """The notebook executed with ci.yaml, demo set and all, by the command that users type."""
 
     def make(folder: Path) -> None:
-        words = [sys.executable, ROOT / "build_notebook.py", "run", "ci", "--output", folder / "run"]
+        words = [
+            sys.executable,
+            ROOT / "build_notebook.py",
+            "run",
+            "ci",
+            "--output",
+            folder / "run",
+        ]
         (folder / "output.txt").write_text(processes.command(words, folder), encoding="utf-8")
 
     folder = once("notebook", make)
@@ -162,7 +186,10 @@ def failed_run(once) -> Run:
 @pytest.fixture(scope="session")
 def its_clips(finished_run) -> dict[str, Path]:
     """Parameters for further runs on the videos and clips of the finished one."""
-    return {"DATA_DIR": finished_run.folder / "demo_videos_42", "CACHE_DIR": finished_run.folder / "cache"}
+    return {
+        "DATA_DIR": finished_run.folder / "demo_videos_42",
+        "CACHE_DIR": finished_run.folder / "cache",
+    }
 
 
 @pytest.fixture

@@ -19,19 +19,39 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARIES = ["torch", "torchvision", "cv2", "pandas", "matplotlib.pyplot", "sklearn.metrics", "scipy.optimize"]
-LIBRARIES += ["facenet_pytorch", "IPython.display", "tqdm.auto", "psutil", "yaml", "papermill", "jupytext"]
+LIBRARIES = [
+    "torch",
+    "torchvision",
+    "cv2",
+    "pandas",
+    "matplotlib.pyplot",
+    "sklearn.metrics",
+    "scipy.optimize",
+]
+LIBRARIES += [
+    "facenet_pytorch",
+    "IPython.display",
+    "tqdm.auto",
+    "psutil",
+    "yaml",
+    "papermill",
+    "jupytext",
+]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(LIBRARIES)
 
 
-def become(arguments: Sequence[str], folder: str, environment: Mapping[str, str], output: str) -> None:
+def become(
+    arguments: Sequence[str], folder: str, environment: Mapping[str, str], output: str
+) -> None:
     """Turn the process that the server has just forked into `python ARGUMENTS` in a folder."""
     os.setsid()  # a group of its own, which can be killed as a whole
     written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(written, 1)
     os.dup2(written, 2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored where tests run in the background
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -39,8 +59,13 @@ def become(arguments: Sequence[str], folder: str, environment: Mapping[str, str]
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=PendingDeprecationWarning)
     own = {str(ROOT), str(ROOT / "tests"), str(ROOT / "kaggle_cells"), ""}
-    sys.path[:] = [str(Path(arguments[0]).parent), *(place for place in sys.path if place not in own)]
-    sys.path[1:1] = [place for place in environment.get("PYTHONPATH", "").split(os.pathsep) if place]
+    sys.path[:] = [
+        str(Path(arguments[0]).parent),
+        *(place for place in sys.path if place not in own),
+    ]
+    sys.path[1:1] = [
+        place for place in environment.get("PYTHONPATH", "").split(os.pathsep) if place
+    ]
     sys.argv[:] = arguments
     try:
         runpy.run_path(arguments[0], run_name="__main__")
@@ -56,7 +81,9 @@ class Program:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder.parent / f".{folder.name}-{os.urandom(4).hex()}.txt"
         variables = {**os.environ, **{name: str(value) for name, value in environment.items()}}
-        self.process = SERVER.Process(target=become, args=(words, str(folder), variables, str(self.file)))
+        self.process = SERVER.Process(
+            target=become, args=(words, str(folder), variables, str(self.file))
+        )
         self.process.start()
         assert self.process.pid
         self.pid = self.process.pid
@@ -112,7 +139,9 @@ def command(arguments: Sequence[object], folder: Path, expect: int = 0, **enviro
     words, output = [str(word) for word in arguments], folder / ".output.txt"
     with output.open("w+") as stream:
         try:
-            done = subprocess.run(words, cwd=folder, env=variables, stdout=stream, stderr=stream, timeout=240)
+            done = subprocess.run(
+                words, cwd=folder, env=variables, stdout=stream, stderr=stream, timeout=240
+            )
         finally:
             stream.seek(0)
             print(text := stream.read())  # pytest shows it where the test fails

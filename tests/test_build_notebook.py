@@ -26,9 +26,12 @@ def test_one_changed_character_makes_the_notebook_stale_and_the_difference_is_sh
     builder.check()
     file = project / "kaggle_cells" / "cell_06_loss_and_utils.py"
     file.write_text(
-        file.read_text(encoding="utf-8").replace("gamma: float = 2.0", "gamma: float = 3.0"), encoding="utf-8"
+        file.read_text(encoding="utf-8").replace("gamma: float = 2.0", "gamma: float = 3.0"),
+        encoding="utf-8",
     )
-    with pytest.raises(builder.Failure, match=r"(?s)-.*gamma: float = 2\.0.*\+.*gamma: float = 3\.0"):
+    with pytest.raises(
+        builder.Failure, match=r"(?s)-.*gamma: float = 2\.0.*\+.*gamma: float = 3\.0"
+    ):
         builder.check()
     builder.NOTEBOOK.unlink()
     with pytest.raises(builder.Failure, match="is missing"):
@@ -52,7 +55,11 @@ def test_the_notebook_is_valid_clean_and_every_cell_knows_its_file(project):
 
 def test_the_first_code_of_cell_2_are_the_parameters():
     notebook = builder.assemble()
-    second = [c for c in notebook.cells if "cell_02" in c.metadata[builder.SOURCE_KEY] and c.cell_type == "code"]
+    second = [
+        c
+        for c in notebook.cells
+        if "cell_02" in c.metadata[builder.SOURCE_KEY] and c.cell_type == "code"
+    ]
     assert second[0].metadata.tags == ["parameters"]
 
 
@@ -61,7 +68,10 @@ def test_the_table_of_contents_leads_to_every_section():
     listed = dict(re.findall(r"^\| \[(.+)\]\(#([\w-]+)\) \|", texts[0], flags=re.M))
     there = {}
     for text in texts[1:]:
-        there |= {title: anchor for anchor, title in re.findall(r'^<a id="([\w-]+)"></a>\n## (.+)$', text, flags=re.M)}
+        there |= {
+            title: anchor
+            for anchor, title in re.findall(r'^<a id="([\w-]+)"></a>\n## (.+)$', text, flags=re.M)
+        }
     assert list(listed.items()) == list(there.items()) and len(listed) == 14
 
 
@@ -78,7 +88,9 @@ def test_the_parameter_sets_name_real_parameters_with_valid_values(name):
 def test_overrides_are_typed_and_unknown_names_are_errors(tmp_path):
     (empty := tmp_path / "empty.yaml").touch()
     known = {"EPOCHS": "int", "DATA_DIR": "str", "METHODS": "list"}
-    found = builder.read_parameters(str(empty), [["EPOCHS", "3"], ["METHODS", "[a, b]"], ["DATA_DIR", "2024"]], known)
+    found = builder.read_parameters(
+        str(empty), [["EPOCHS", "3"], ["METHODS", "[a, b]"], ["DATA_DIR", "2024"]], known
+    )
     assert found == {"EPOCHS": 3, "METHODS": ["a", "b"], "DATA_DIR": "2024"}
     with pytest.raises(builder.Failure, match="EPOCH is no parameter; is it EPOCHS"):
         builder.read_parameters(str(empty), [["EPOCH", "3"]], known)
@@ -125,8 +137,14 @@ def test_kernel_metadata_is_ready_for_kaggle():
     """What Kaggle's API refuses, and what the notebook and the README tell people to choose by hand."""
     metadata = json.loads((ROOT / "notebooks" / "kernel-metadata.json").read_text(encoding="utf-8"))
     assert (ROOT / "notebooks" / metadata["code_file"]).exists()
-    assert re.fullmatch(r"[^/]+/[a-z0-9-]{5,50}", metadata["id"]) and metadata["kernel_type"] == "notebook"
+    assert (
+        re.fullmatch(r"[^/]+/[a-z0-9-]{5,50}", metadata["id"])
+        and metadata["kernel_type"] == "notebook"
+    )
     assert metadata["language"] == "python" and metadata["enable_gpu"] is True
-    first_cell, readme = builder.assemble().cells[0].source, (ROOT / "README.md").read_text(encoding="utf-8")
+    first_cell, readme = (
+        builder.assemble().cells[0].source,
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+    )
     assert metadata["dataset_sources"]
     assert all(source in first_cell and source in readme for source in metadata["dataset_sources"])

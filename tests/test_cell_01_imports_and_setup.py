@@ -11,9 +11,13 @@ import torch
 import cell_01_imports_and_setup as cell
 
 
-def test_a_gpu_that_cannot_compute_becomes_advice_and_the_run_goes_on_on_the_cpu(monkeypatch, capsys):
+def test_a_gpu_that_cannot_compute_becomes_advice_and_the_run_goes_on_on_the_cpu(
+    monkeypatch, capsys
+):
     def no_kernels(*_, **__):
-        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore lines")
+        raise RuntimeError(
+            "CUDA error: no kernel image is available for execution on the device\nmore lines"
+        )
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -22,7 +26,11 @@ def test_a_gpu_that_cannot_compute_becomes_advice_and_the_run_goes_on_on_the_cpu
     monkeypatch.setattr(sys, "argv", ["kaggle_cells/cell_12_training_loop.py"])
     runpy.run_path(cell.__file__)  # no traceback
     said = re.search("Note: GPU 0 .*", capsys.readouterr().out)[0]
-    assert "Tesla P100-PCIE-16GB" in said and "no kernel image" in said and "Accelerator > GPU T4 x2" in said
+    assert (
+        "Tesla P100-PCIE-16GB" in said
+        and "no kernel image" in said
+        and "Accelerator > GPU T4 x2" in said
+    )
     assert cell.probe_environment().device == "cpu" and cell.probe_environment().gpus == ()
 
 
@@ -46,8 +54,12 @@ def test_the_environment_tells_the_versions_of_what_is_installed():
 
 
 def test_the_table_is_compact_and_holds_what_matters():
-    t4s = dict(machine="Kaggle", interactive=False, gpus=("Tesla T4", "Tesla T4"), gpu_gib=(14.7, 14.7))
-    table = cell.environment_table(dataclasses.replace(cell.ENVIRONMENT, **t4s, precision="fp16", internet=False))
+    t4s = dict(
+        machine="Kaggle", interactive=False, gpus=("Tesla T4", "Tesla T4"), gpu_gib=(14.7, 14.7)
+    )
+    table = cell.environment_table(
+        dataclasses.replace(cell.ENVIRONMENT, **t4s, precision="fp16", internet=False)
+    )
     shown = table["environment"]
     assert list(table.index)[:3] == ["machine", "GPU", "precision"]
     assert len(table) < 15 and shown["machine"] == "Kaggle, unattended"
@@ -62,7 +74,9 @@ def test_kaggle_says_whether_somebody_looks_on(monkeypatch, run_type, interactiv
 
 
 def test_the_internet_is_asked_for_no_longer_than_it_may_take(monkeypatch):
-    monkeypatch.setattr(cell.urllib.request, "urlopen", lambda *_, **__: time.sleep(20))  # a name that nobody resolves
+    monkeypatch.setattr(
+        cell.urllib.request, "urlopen", lambda *_, **__: time.sleep(20)
+    )  # a name that nobody resolves
     started = time.monotonic()
     assert not cell.internet_is_reachable(0.5) and time.monotonic() - started < 5
     monkeypatch.undo()
@@ -72,8 +86,15 @@ def test_the_internet_is_asked_for_no_longer_than_it_may_take(monkeypatch):
 
 
 def test_missing_packages_are_named_together_with_the_command_that_installs_them(monkeypatch):
-    monkeypatch.setattr(cell, "REQUIREMENTS", {"no_such": "no-such>=1.0", "nor_this": "nor-this==2", "torch": "torch"})
-    with pytest.raises(ImportError, match=r'no_such, nor_this .*python -m pip install "no-such>=1.0" "nor-this==2"$'):
+    monkeypatch.setattr(
+        cell,
+        "REQUIREMENTS",
+        {"no_such": "no-such>=1.0", "nor_this": "nor-this==2", "torch": "torch"},
+    )
+    with pytest.raises(
+        ImportError,
+        match=r'no_such, nor_this .*python -m pip install "no-such>=1.0" "nor-this==2"$',
+    ):
         cell.ensure_packages("no_such", "torch", "nor_this")
 
 
@@ -81,20 +102,35 @@ def test_on_kaggle_a_package_that_cannot_be_had_is_named_with_what_to_do(monkeyp
     monkeypatch.setattr(cell, "ON_KAGGLE", True)
     monkeypatch.setattr(cell, "REQUIREMENTS", {"no_such": "no-such-package==1.0"})
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(ImportError, match=r"no_such could not be installed \(.*no-such-package.*\)\. Turn on Settings"):
+    with pytest.raises(
+        ImportError,
+        match=r"no_such could not be installed \(.*no-such-package.*\)\. Turn on Settings",
+    ):
         cell.ensure_packages("no_such")
 
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0.4, "0 s"), (48.2, "48 s"), (59.7, "1 min"), (414, "6 min 54 s"), (5520, "1 h 32 min"), (39600, "11 h")],
+    [
+        (0.4, "0 s"),
+        (48.2, "48 s"),
+        (59.7, "1 min"),
+        (414, "6 min 54 s"),
+        (5520, "1 h 32 min"),
+        (39600, "11 h"),
+    ],
 )
 def test_times_are_for_people(seconds, words):
     assert cell.duration(seconds) == words
 
 
 def test_sizes_are_for_people():
-    assert [cell.file_size(size) for size in (0, 1, 1025, 46_242_201)] == ["0 KiB", "1 KiB", "2 KiB", "44.1 MiB"]
+    assert [cell.file_size(size) for size in (0, 1, 1025, 46_242_201)] == [
+        "0 KiB",
+        "1 KiB",
+        "2 KiB",
+        "44.1 MiB",
+    ]
 
 
 def test_the_bridge_finds_names_of_main_and_otherwise_names_the_cell_to_run(monkeypatch):
@@ -110,4 +146,6 @@ def test_the_bridge_finds_names_of_main_and_otherwise_names_the_cell_to_run(monk
 def test_the_list_of_cells_is_the_folder():
     from processes import ROOT
 
-    assert tuple(sorted(file.stem for file in (ROOT / "kaggle_cells").glob("cell_*.py"))) == cell.CELLS
+    assert (
+        tuple(sorted(file.stem for file in (ROOT / "kaggle_cells").glob("cell_*.py"))) == cell.CELLS
+    )

@@ -64,7 +64,12 @@ def test_the_configuration_cannot_be_changed_afterwards():
 
 def test_the_environment_overrides_parameters_by_type():
     found = cell.parameters_from_environment(
-        {"DEEPFAKE_EPOCHS": "3", "DEEPFAKE_FACE_CROP": "false", "DEEPFAKE_METHODS": "[FaceSwap]", "HOME": "/root"}
+        {
+            "DEEPFAKE_EPOCHS": "3",
+            "DEEPFAKE_FACE_CROP": "false",
+            "DEEPFAKE_METHODS": "[FaceSwap]",
+            "HOME": "/root",
+        }
     )
     assert found == {"EPOCHS": 3, "FACE_CROP": False, "METHODS": ["FaceSwap"]}
     assert cell.parameters_from_environment({"DEEPFAKE_DATA_DIR": "2024"}) == {"DATA_DIR": "2024"}
@@ -77,7 +82,9 @@ def test_an_unknown_override_stops_the_run_and_suggests_the_nearest():
 
 def test_with_a_checkpoint_the_clip_and_model_settings_come_from_it(tmp_path):
     file = tmp_path / "best_model.pth"
-    torch.save({"config": dataclasses.asdict(changed(IMAGE_SIZE=96, LSTM_HIDDEN=64, EPOCHS=7))}, file)
+    torch.save(
+        {"config": dataclasses.asdict(changed(IMAGE_SIZE=96, LSTM_HIDDEN=64, EPOCHS=7))}, file
+    )
     adopted = cell.adopt_checkpoint(changed(CHECKPOINT=str(file), EPOCHS=0))
     assert (adopted.IMAGE_SIZE, adopted.LSTM_HIDDEN, adopted.EPOCHS) == (96, 64, 0)
 
@@ -102,7 +109,9 @@ def test_a_single_name_is_taken_for_a_list_of_one():
 
 
 def test_a_name_that_papermill_was_given_and_that_is_no_parameter_stops_the_run():
-    cell.check_injected(["", "# Parameters\nEPOCHS = 3\nMETHODS = ['a']\n", "# Parameters of mine\nx = 1"])
+    cell.check_injected(
+        ["", "# Parameters\nEPOCHS = 3\nMETHODS = ['a']\n", "# Parameters of mine\nx = 1"]
+    )
     cell.check_injected(["# Parameters\nEPOCHS, SEED = 3, 1\n"])  # somebody's own
     with pytest.raises(ValueError, match=r"EPOCH is no parameter; is it EPOCHS\?"):
         cell.check_injected(["# Parameters\nSEED = 3\nEPOCH = 3\n"])

@@ -37,7 +37,9 @@ def touch(root, *names):
 
 def counting_video(file, frames=60, size=(96, 64), fps=10.0):
     """A video whose frame i is a grey of 4 * i."""
-    cell.write_video(file, [np.full((size[1], size[0], 3), 4 * i, np.uint8) for i in range(frames)], fps)
+    cell.write_video(
+        file, [np.full((size[1], size[0], 3), 4 * i, np.uint8) for i in range(frames)], fps
+    )
     return file
 
 
@@ -48,7 +50,9 @@ def film(root, *names):
     """Tiny videos, every one of them different, below `root`."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        noise = np.random.default_rng(list(str(root / name).encode())).integers(0, 256, (4, 24, 32, 3), np.uint8)
+        noise = np.random.default_rng(list(str(root / name).encode())).integers(
+            0, 256, (4, 24, 32, 3), np.uint8
+        )
         cell.write_video(root / name, list(noise), 10)
     return root
 
@@ -58,25 +62,50 @@ def by_name(videos):
 
 
 def test_the_users_layout_gives_labels_and_its_own_splits(tmp_path):
-    names = [f"{s}/{c}/video{i}.mp4" for s in ("train", "val", "test") for c in ("real", "fake") for i in (1, 2)]
+    names = [
+        f"{s}/{c}/video{i}.mp4"
+        for s in ("train", "val", "test")
+        for c in ("real", "fake")
+        for i in (1, 2)
+    ]
     videos = find_videos(film(tmp_path / "mine", *names))
     assert len(videos) == 12 and set(videos.dataset) == {"mine"}
     assert all(row.split in row.path.parts for row in videos.itertuples())
     assert all(("fake" in row.path.parts) == bool(row.label) for row in videos.itertuples())
-    assert cell.crossing_groups(videos) == []  # video1 of train and video1 of test are two recordings
+    assert (
+        cell.crossing_groups(videos) == []
+    )  # video1 of train and video1 of test are two recordings
 
 
 @pytest.mark.parametrize(
     "names",
     [
-        ("train/real/1.mp4", "train/fake/2.mp4", "val/fake/1.mp4", "test/real/3.mp4"),  # a split with one class
-        ("real/train/1.mp4", "fake/Train/2.mp4", "fake/valid/1.mp4", "real/test/3.mp4"),  # splits below the classes
-        ("train/a/real/1.mp4", "train/a/fake/2.mp4", "val/a/fake/3.mp4", "test/a/real/3.mp4"),  # above a dataset
+        (
+            "train/real/1.mp4",
+            "train/fake/2.mp4",
+            "val/fake/1.mp4",
+            "test/real/3.mp4",
+        ),  # a split with one class
+        (
+            "real/train/1.mp4",
+            "fake/Train/2.mp4",
+            "fake/valid/1.mp4",
+            "real/test/3.mp4",
+        ),  # splits below the classes
+        (
+            "train/a/real/1.mp4",
+            "train/a/fake/2.mp4",
+            "val/a/fake/3.mp4",
+            "test/a/real/3.mp4",
+        ),  # above a dataset
     ],
 )
 def test_given_splits_are_kept_whichever_way_the_folders_are_nested(tmp_path, names):
     videos = find_videos(film(tmp_path, *names))
-    assert sorted(videos.split) == ["test", "train", "train", "val"] and set(videos.method) == {"real", "fake"}
+    assert sorted(videos.split) == ["test", "train", "train", "val"] and set(videos.method) == {
+        "real",
+        "fake",
+    }
     assert videos.dataset.nunique() == 1
     assert cell.crossing_groups(videos) == []  # numbers alone say nothing of recordings
 
@@ -115,7 +144,11 @@ def test_plain_folders_take_method_and_group_from_names_and_subfolders(tmp_path)
     videos = by_name(find_videos(tmp_path))
     assert set(videos.index) == {"ann.mp4", "ann__swap.MP4", "bob.mov"}
     assert videos.group["ann.mp4"] == videos.group["ann__swap.MP4"] != videos.group["bob.mov"]
-    assert videos.method.to_dict() == {"ann.mp4": "real", "ann__swap.MP4": "swap", "bob.mov": "lipsync"}
+    assert videos.method.to_dict() == {
+        "ann.mp4": "real",
+        "ann__swap.MP4": "swap",
+        "bob.mov": "lipsync",
+    }
 
 
 @pytest.mark.parametrize(
@@ -143,7 +176,9 @@ FF_METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures")
 
 
 @pytest.mark.parametrize("mount", ["datasets/xdxd003/ff-c23", "ff-c23"])
-def test_faceforensics_on_kaggle_is_found_in_both_mount_layouts_and_grouped_by_source(tmp_path, mount):
+def test_faceforensics_on_kaggle_is_found_in_both_mount_layouts_and_grouped_by_source(
+    tmp_path, mount
+):
     root = tmp_path / mount / "FaceForensics++_C23"
     film(root, "original/004.mp4", "original/982.mp4", "original/100.mp4")
     touch(root, "csv/original.csv")
@@ -155,7 +190,10 @@ def test_faceforensics_on_kaggle_is_found_in_both_mount_layouts_and_grouped_by_s
     assert len(videos) == 11 and "DeepFakeDetection" not in set(videos.method)
     sources = videos[videos.path.map(lambda p: p.stem in ("004", "982", "004_982"))]
     assert len(sources) == 6 and sources.group.nunique() == 1 and videos.group.nunique() == 2
-    assert (sources.original.str.contains("982").sum(), sources.original.str.contains("004").sum()) == (1, 5)
+    assert (
+        sources.original.str.contains("982").sum(),
+        sources.original.str.contains("004").sum(),
+    ) == (1, 5)
     asked = find_videos(tmp_path, ["DeepFakeDetection"])
     assert sorted(asked.method) == ["DeepFakeDetection", "real", "real", "real"]
 
@@ -169,41 +207,69 @@ def test_fakes_of_four_methods_with_one_name_stay_apart(tmp_path):
             assert np.array_equal(saved["frames"], cell.make_clip(row.path, PLAIN, None).frames)
 
 
-def test_the_official_faceforensics_tree_is_found_without_masks_and_actors_come_when_asked_for(tmp_path):
+def test_the_official_faceforensics_tree_is_found_without_masks_and_actors_come_when_asked_for(
+    tmp_path,
+):
     film(
         tmp_path / "FF",
         "original_sequences/youtube/c23/videos/004.mp4",
         "original_sequences/youtube/c40/videos/004.mp4",
     )
     film(tmp_path / "FF", "original_sequences/actors/c23/videos/01__exit_phone_room.mp4")
-    film(tmp_path / "FF", *(f"manipulated_sequences/{m}/c23/videos/004_982.mp4" for m in FF_METHODS))
+    film(
+        tmp_path / "FF", *(f"manipulated_sequences/{m}/c23/videos/004_982.mp4" for m in FF_METHODS)
+    )
     film(tmp_path / "FF", "manipulated_sequences/Deepfakes/masks/videos/004_982.mp4")
-    film(tmp_path / "FF", "manipulated_sequences/DeepFakeDetection/c23/videos/01_02__exit_phone_room__YVGY8LOK.mp4")
+    film(
+        tmp_path / "FF",
+        "manipulated_sequences/DeepFakeDetection/c23/videos/01_02__exit_phone_room__YVGY8LOK.mp4",
+    )
     with pytest.warns(UserWarning, match="2 DeepFakeDetection videos are left out"):
         videos = find_videos(tmp_path)
-    assert sorted(videos.method) == sorted([*FF_METHODS, "real", "real"]) and videos.group.nunique() == 1
+    assert (
+        sorted(videos.method) == sorted([*FF_METHODS, "real", "real"])
+        and videos.group.nunique() == 1
+    )
     asked = find_videos(tmp_path, ["DeepFakeDetection", "FaceSwap"])
     actors = asked[asked.path.map(lambda path: "__" in path.name)]
     assert (
-        len(asked) == 5 and sorted(actors.label) == [0, 1] and actors.group.nunique() == actors.original.nunique() == 1
+        len(asked) == 5
+        and sorted(actors.label) == [0, 1]
+        and actors.group.nunique() == actors.original.nunique() == 1
     )
 
 
 def test_dfdc_parts_are_one_dataset_whose_metadata_gives_labels_and_originals(tmp_path):
     parts = {
-        "dfdc_00": {"aaa.mp4": ("FAKE", "real1.mp4"), "real1.mp4": ("REAL", None), "gone.mp4": ("FAKE", "real1.mp4")},
+        "dfdc_00": {
+            "aaa.mp4": ("FAKE", "real1.mp4"),
+            "real1.mp4": ("REAL", None),
+            "gone.mp4": ("FAKE", "real1.mp4"),
+        },
         "nested/dfdc_01": {"bbb.mp4": ("FAKE", "real1.mp4"), "real2.mp4": ("REAL", None)},
     }
     for part, entries in parts.items():
         film(tmp_path / part, *(name for name in entries if name != "gone.mp4"))
         lines = {
-            n: {"label": label, "split": "train"} | ({"original": o} if o else {}) for n, (label, o) in entries.items()
+            n: {"label": label, "split": "train"} | ({"original": o} if o else {})
+            for n, (label, o) in entries.items()
         }
         (tmp_path / part / "metadata.json").write_text(json.dumps(lines))
     videos = by_name(find_videos(tmp_path))
     assert set(videos.dataset) == {"DFDC"} and set(videos.split) == {"train"}
-    assert videos.label.to_dict() == {"aaa.mp4": 1, "real1.mp4": 0, "gone.mp4": 1, "bbb.mp4": 1, "real2.mp4": 0}
-    assert videos.group["aaa.mp4"] == videos.group["bbb.mp4"] == videos.group["real1.mp4"] != videos.group["real2.mp4"]
+    assert videos.label.to_dict() == {
+        "aaa.mp4": 1,
+        "real1.mp4": 0,
+        "gone.mp4": 1,
+        "bbb.mp4": 1,
+        "real2.mp4": 0,
+    }
+    assert (
+        videos.group["aaa.mp4"]
+        == videos.group["bbb.mp4"]
+        == videos.group["real1.mp4"]
+        != videos.group["real2.mp4"]
+    )
     checked, refused = cell.check_files(find_videos(tmp_path), 2)
     assert len(checked) == 4 and [path.name for path in refused.path] == ["gone.mp4"]
     assert refused.reason[0] == "does not exist"
@@ -218,18 +284,33 @@ def test_a_metadata_file_of_another_kind_is_no_dfdc_and_a_damaged_one_is_told(tm
 
 
 def test_celeb_df_takes_labels_from_folders_since_1_means_real_in_its_list(tmp_path):
-    reals = [f"Celeb-real/id{i}_000{j}.mp4" for i in range(4) for j in range(2)] + ["YouTube-real/00170.mp4"]
+    reals = [f"Celeb-real/id{i}_000{j}.mp4" for i in range(4) for j in range(2)] + [
+        "YouTube-real/00170.mp4"
+    ]
     fakes = [f"Celeb-synthesis/id{i}_id{i ^ 1}_000{j}.mp4" for i in range(4) for j in range(2)]
     film(tmp_path / "Celeb-DF-v2", *reals, *fakes, "YouTube-real/00001.mp4")
-    listed = ["1 YouTube-real/00170.mp4", "1 Celeb-real/id0_0000.mp4", "0 Celeb-synthesis/id0_id1_0000.mp4"]
+    listed = [
+        "1 YouTube-real/00170.mp4",
+        "1 Celeb-real/id0_0000.mp4",
+        "0 Celeb-synthesis/id0_id1_0000.mp4",
+    ]
     (tmp_path / "Celeb-DF-v2" / "List_of_testing_videos.txt").write_text("\n".join(listed) + "\n")
     videos = by_name(find_videos(tmp_path))
     assert all((videos.label == 1) == videos.path.map(lambda path: "Celeb-synthesis" in path.parts))
-    assert set(videos.index[videos.split == "test"]) == {"00170.mp4", "id0_0000.mp4", "id0_id1_0000.mp4"}
+    assert set(videos.index[videos.split == "test"]) == {
+        "00170.mp4",
+        "id0_0000.mp4",
+        "id0_id1_0000.mp4",
+    }
     assert videos.original["id2_id3_0001.mp4"] == videos.original["id2_0001.mp4"]
     groups = videos.group[["id0_0000.mp4", "id1_0001.mp4", "id0_id1_0001.mp4"]]
-    assert groups.nunique() == 1 and videos.group["id2_0000.mp4"] != groups.iloc[0] != videos.group["00170.mp4"]
-    assert cell.crossing_groups(videos) == [groups.iloc[0]]  # their own test list shares identities with training
+    assert (
+        groups.nunique() == 1
+        and videos.group["id2_0000.mp4"] != groups.iloc[0] != videos.group["00170.mp4"]
+    )
+    assert cell.crossing_groups(videos) == [
+        groups.iloc[0]
+    ]  # their own test list shares identities with training
     split = split_videos(videos.reset_index(drop=True), 0.3, 0.2, 1)
     assert not set(split.group[split.split == "train"]) & set(split.group[split.split == "val"])
 
@@ -237,7 +318,11 @@ def test_celeb_df_takes_labels_from_folders_since_1_means_real_in_its_list(tmp_p
 @pytest.mark.parametrize("named", [True, False])
 def test_a_manifest_gives_everything_and_may_be_named_itself(tmp_path, named):
     film(tmp_path, "clips/a 1.mp4", "clips/b.mp4", "elsewhere/c.mp4", "clips/real/unlisted.mp4")
-    rows = "Path;Label;method;group;split", "clips\\a 1.mp4;REAL;;p1;train", "clips/b.mp4;1;swap;p1;"
+    rows = (
+        "Path;Label;method;group;split",
+        "clips\\a 1.mp4;REAL;;p1;train",
+        "clips/b.mp4;1;swap;p1;",
+    )
     rows = *rows, f"{tmp_path}/elsewhere/c.mp4;fake;;;Validation"
     (tmp_path / "list.csv").write_text("\ufeff" + "\n".join(rows), encoding="utf-8")
     videos = by_name(find_videos(tmp_path / "list.csv" if named else tmp_path))
@@ -271,16 +356,23 @@ def test_a_wrong_manifest_is_an_error_that_names_the_place(tmp_path, text, messa
 
 def test_tables_that_are_no_manifests_are_left_alone(tmp_path):
     film(tmp_path, "real/a.mp4", "fake/a.mp4")
-    (tmp_path / "train.csv").write_text("path,label,clip_file\nx.mp4,0,y.npz\n")  # as written by cell 9
+    (tmp_path / "train.csv").write_text(
+        "path,label,clip_file\nx.mp4,0,y.npz\n"
+    )  # as written by cell 9
     (tmp_path / "images.csv").write_text("path,label\nx.jpg,cat\n")
     assert set(find_videos(tmp_path).dataset) == {tmp_path.name} and len(find_videos(tmp_path)) == 2
 
 
 def test_all_datasets_below_one_root_are_found_and_their_numbers_kept_apart(tmp_path):
     film(tmp_path, "a/real/001.mp4", "a/fake/001_002.mp4", "b/real/001.mp4", "b/fake/001_002.mp4")
-    film(tmp_path, "a/more/Celeb-real/id0_0000.mp4", "a/more/Celeb-synthesis/id0_id1_0000.mp4")  # inside another one
+    film(
+        tmp_path, "a/more/Celeb-real/id0_0000.mp4", "a/more/Celeb-synthesis/id0_id1_0000.mp4"
+    )  # inside another one
     videos = find_videos(tmp_path)
-    assert videos.dataset.value_counts().to_dict() == {"a": 2, "b": 2, "Celeb-DF": 2} and videos.group.nunique() == 3
+    assert (
+        videos.dataset.value_counts().to_dict() == {"a": 2, "b": 2, "Celeb-DF": 2}
+        and videos.group.nunique() == 3
+    )
 
 
 def test_a_linked_folder_is_entered_and_a_loop_of_links_ends(tmp_path):
@@ -293,7 +385,9 @@ def test_a_linked_folder_is_entered_and_a_loop_of_links_ends(tmp_path):
 
 
 def test_folders_that_cannot_be_read_are_told_and_the_rest_is_found(tmp_path, monkeypatch):
-    film(tmp_path, "set/real/b.mp4", "set/fake/b.mp4", "set/fake/locked/c.mp4", "private/real/d.mp4")
+    film(
+        tmp_path, "set/real/b.mp4", "set/fake/b.mp4", "set/fake/locked/c.mp4", "private/real/d.mp4"
+    )
     scandir = os.scandir
 
     def refuse(folder):
@@ -311,7 +405,8 @@ def test_folders_that_cannot_be_read_are_told_and_the_rest_is_found(tmp_path, mo
 def test_an_unknown_folder_is_an_error_that_says_what_is_there(tmp_path):
     touch(tmp_path, "clips/one.mp4", "readme.md")
     with pytest.raises(
-        FileNotFoundError, match=r"2 entries \(clips/, readme.md\) and 1 videos.*CSV manifest, FaceForensics"
+        FileNotFoundError,
+        match=r"2 entries \(clips/, readme.md\) and 1 videos.*CSV manifest, FaceForensics",
     ):
         find_videos(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
@@ -344,9 +439,14 @@ def test_a_csv_that_cannot_be_opened_does_not_hide_the_folder(tmp_path):
 
 def test_a_manifest_from_a_spreadsheet_is_read(tmp_path):
     film(tmp_path, "a.mp4", "b.mp4")
-    (tmp_path / "list.csv").write_text('path,label,method,group,,\n a.mp4 ,Fake, real ,NA,,\n,,,,,\n"b.mp4",0,, NA,,\n')
+    (tmp_path / "list.csv").write_text(
+        'path,label,method,group,,\n a.mp4 ,Fake, real ,NA,,\n,,,,,\n"b.mp4",0,, NA,,\n'
+    )
     videos = by_name(find_videos(tmp_path / "list.csv"))
-    assert videos.method.to_dict() == {"a.mp4": "fake", "b.mp4": "real"} and videos.group.nunique() == 1
+    assert (
+        videos.method.to_dict() == {"a.mp4": "fake", "b.mp4": "real"}
+        and videos.group.nunique() == 1
+    )
     (tmp_path / "list.csv").write_text("path,label\na.mp4,0\n\n\nb.mp4,x\n")
     with pytest.raises(ValueError, match="line 5: label 'x'"):
         find_videos(tmp_path / "list.csv")
@@ -397,21 +497,38 @@ def test_a_name_that_is_not_utf8_is_refused_since_opencv_would_crash(tmp_path):
 
 def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
     film(tmp_path, "real/a.mp4", "fake/b.mp4")
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "b.mp4")  # root may read everything
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path).name != "b.mp4"
+    )  # root may read everything
     _, refused = cell.check_files(find_videos(tmp_path), 1)
     assert refused.reason.tolist() == ["cannot be read: no permission"]
 
 
-def test_the_same_content_under_real_and_fake_is_contradictory_and_copies_of_one_class_are_one_group(tmp_path):
-    film(tmp_path, "train/real/a.mp4", "train/real/ok.mp4", "train/fake/b.mp4", "test/fake/c.mp4", "test/real/d.mp4")
+def test_the_same_content_under_real_and_fake_is_contradictory_and_copies_of_one_class_are_one_group(
+    tmp_path,
+):
+    film(
+        tmp_path,
+        "train/real/a.mp4",
+        "train/real/ok.mp4",
+        "train/fake/b.mp4",
+        "test/fake/c.mp4",
+        "test/real/d.mp4",
+    )
     shutil.copy(tmp_path / "train/real/a.mp4", tmp_path / "test/fake/copy.mp4")
     shutil.copy(tmp_path / "train/fake/b.mp4", tmp_path / "test/fake/b again.mp4")
     checked, refused = cell.check_files(find_videos(tmp_path), 2)
     reasons = by_name(refused).reason
     assert set(reasons.index) == {"a.mp4", "copy.mp4"} and "contradictory" in reasons["a.mp4"]
-    assert "copy.mp4, which is called fake" in reasons["a.mp4"] and "a.mp4, which is called real" in reasons["copy.mp4"]
+    assert (
+        "copy.mp4, which is called fake" in reasons["a.mp4"]
+        and "a.mp4, which is called real" in reasons["copy.mp4"]
+    )
     (crossing,) = cell.crossing_groups(checked)
-    assert {path.name for path in checked.path[checked.group == crossing]} == {"b.mp4", "b again.mp4"}
+    assert {path.name for path in checked.path[checked.group == crossing]} == {
+        "b.mp4",
+        "b again.mp4",
+    }
 
 
 # Groups, limits and splits
@@ -419,7 +536,13 @@ def test_the_same_content_under_real_and_fake_is_contradictory_and_copies_of_one
 
 def table_of(groups: list[list[tuple[int, str]]]) -> pd.DataFrame:
     rows = [
-        {"path": Path(f"{g}-{i}"), "label": label, "method": method, "group": f"g{g:04}", "original": f"g{g:04}"}
+        {
+            "path": Path(f"{g}-{i}"),
+            "label": label,
+            "method": method,
+            "group": f"g{g:04}",
+            "original": f"g{g:04}",
+        }
         for g, group in enumerate(groups)
         for i, (label, method) in enumerate(group)
     ]
@@ -451,14 +574,29 @@ def source_graphs(draw):
     for dataset in draw(st.sampled_from([["d"], ["d", "e"]])):
         sources = st.lists(st.integers(0, draw(st.integers(2, 40))), min_size=1, max_size=3)
         for method, names in draw(
-            st.lists(st.tuples(st.sampled_from(["real", "x", "y"]), sources), min_size=1, max_size=60)
+            st.lists(
+                st.tuples(st.sampled_from(["real", "x", "y"]), sources), min_size=1, max_size=60
+            )
         ):
             named = [f"{dataset}/{name}" for name in names]
             path = Path(f"{dataset}/{len(rows)}.mp4")
-            rows.append(dict(path=path, label=int(method != "real"), method=method, sources=named, dataset=dataset))
+            rows.append(
+                dict(
+                    path=path,
+                    label=int(method != "real"),
+                    method=method,
+                    sources=named,
+                    dataset=dataset,
+                )
+            )
     videos = pd.DataFrame(rows).assign(split="")
     videos["group"] = cell.connected_groups(videos.sources.tolist())
-    return videos, draw(st.floats(0.05, 0.4)), draw(st.floats(0.05, 0.4)), draw(st.integers(0, 2**31 - 1))
+    return (
+        videos,
+        draw(st.floats(0.05, 0.4)),
+        draw(st.floats(0.05, 0.4)),
+        draw(st.integers(0, 2**31 - 1)),
+    )
 
 
 @settings(deadline=None, max_examples=20)
@@ -466,29 +604,44 @@ def source_graphs(draw):
 def test_no_group_crosses_a_split_and_the_seed_alone_decides(drawn):
     videos, val, test, seed = drawn
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cell, "require_classes", lambda *_: None)  # so few videos may leave a split empty
+        patch.setattr(
+            cell, "require_classes", lambda *_: None
+        )  # so few videos may leave a split empty
         split = split_videos(videos, val, test, seed)
         again = split_videos(videos.sample(frac=1, random_state=1), val, test, seed)
-    assert split.path.tolist() == videos.path.tolist() and set(split.split) <= {"train", "val", "test"}
+    assert split.path.tolist() == videos.path.tolist() and set(split.split) <= {
+        "train",
+        "val",
+        "test",
+    }
     assert cell.crossing_groups(split) == []
     assert split.set_index("path").split.to_dict() == again.set_index("path").split.to_dict()
 
 
 @settings(deadline=None, max_examples=20)
 @given(
-    st.lists(st.lists(st.sampled_from(["x", "y", "z"]), min_size=1, max_size=4), min_size=40, max_size=80),
+    st.lists(
+        st.lists(st.sampled_from(["x", "y", "z"]), min_size=1, max_size=4), min_size=40, max_size=80
+    ),
     st.floats(0.1, 0.3),
     st.floats(0.1, 0.3),
     st.integers(0, 99),
 )
-def test_every_split_gets_about_its_share_of_both_classes_whatever_the_groups(fakes, val, test, seed):
+def test_every_split_gets_about_its_share_of_both_classes_whatever_the_groups(
+    fakes, val, test, seed
+):
     """Within a group of the shares, or a fifth of them: 40 to 80 originals with one to four fakes each."""
     videos = table_of([[(0, "real"), *((1, method) for method in methods)] for methods in fakes])
     split = split_videos(videos, val, test, seed)
     for label, total in videos.label.value_counts().items():
         for name, share in {"train": 1 - val - test, "val": val, "test": test}.items():
             count = ((split.split == name) & (split.label == label)).sum()
-            assert abs(count - share * total) <= max(4, 0.2 * share * total), (name, label, count, share * total)
+            assert abs(count - share * total) <= max(4, 0.2 * share * total), (
+                name,
+                label,
+                count,
+                share * total,
+            )
 
 
 def test_each_split_gets_its_share_of_every_method():
@@ -512,7 +665,10 @@ def test_a_dataset_with_all_its_splits_is_left_as_it_is():
 
 
 def test_each_dataset_is_split_by_itself():
-    mine, given_split = pairs(30), pairs(30).assign(dataset="e", split=["train"] * 40 + ["val"] * 8 + ["test"] * 12)
+    mine, given_split = (
+        pairs(30),
+        pairs(30).assign(dataset="e", split=["train"] * 40 + ["val"] * 8 + ["test"] * 12),
+    )
     both = pd.concat([mine, given_split.assign(group="e" + given_split.group)], ignore_index=True)
     split = split_videos(both, 0.2, 0.2, 1)
     assert split.split[60:].tolist() == given_split.split.tolist()
@@ -527,31 +683,41 @@ def test_held_out_methods_are_only_ever_tested():
 
 
 def test_too_few_recordings_are_an_error_with_the_counts():
-    with pytest.raises(ValueError, match=r"(?s)a split lacks a class: 4 usable videos in 2 groups.*real +fake"):
+    with pytest.raises(
+        ValueError, match=r"(?s)a split lacks a class: 4 usable videos in 2 groups.*real +fake"
+    ):
         split_videos(pairs(2), 0.2, 0.2, 0)
 
 
 def test_recordings_of_held_out_fakes_alone_are_tested_not_dropped():
-    split = split_videos(table_of([[(0, "real"), (1, "x")]] * 30 + [[(1, "y")]] * 20), 0.15, 0.2, 3, holdout=["y"])
+    split = split_videos(
+        table_of([[(0, "real"), (1, "x")]] * 30 + [[(1, "y")]] * 20), 0.15, 0.2, 3, holdout=["y"]
+    )
     assert len(split) == 80 and (split.split[split.method == "y"] == "test").all()
 
 
 def test_a_copy_in_another_dataset_goes_where_the_given_split_has_it():
     given_split = pairs(30).assign(split=["train"] * 40 + ["val"] * 8 + ["test"] * 12)
     other = pairs(30).assign(dataset="e", group=["e" + name for name in pairs(30).group])
-    other.loc[:1, "group"] = given_split.group[58]  # the first pair is a copy of a test video of the other dataset
+    other.loc[:1, "group"] = given_split.group[
+        58
+    ]  # the first pair is a copy of a test video of the other dataset
     split = split_videos(pd.concat([given_split, other], ignore_index=True), 0.2, 0.2, 1)
     assert split.split[60:62].tolist() == ["test", "test"] and cell.crossing_groups(split) == []
 
 
 def whole(methods="wxyz", originals=50):
     """Originals with a fake of each method, split."""
-    return split_videos(table_of([[(0, "real"), *((1, name) for name in methods)]] * originals), 0.2, 0.2, 0)
+    return split_videos(
+        table_of([[(0, "real"), *((1, name) for name in methods)]] * originals), 0.2, 0.2, 0
+    )
 
 
 def test_training_copies_follow_the_split_that_another_dataset_gives():
     complete = pairs(30).assign(split=["train"] * 40 + ["val"] * 8 + ["test"] * 12)
-    partial = pairs(30).assign(dataset="e", split=["train"] * 50 + ["test"] * 10)  # the same groups: all of them copies
+    partial = pairs(30).assign(
+        dataset="e", split=["train"] * 50 + ["test"] * 10
+    )  # the same groups: all of them copies
     split = split_videos(pd.concat([complete, partial[:40]], ignore_index=True), 0.2, 0.2, 1)
     assert (split.split[60:] == "train").all() and cell.crossing_groups(split) == []
 
@@ -565,10 +731,17 @@ def test_of_several_datasets_each_gives_as_many_real_as_fake_videos():
     large = table_of([[(0, "real"), (1, "w"), (1, "x")]] * 90).assign(dataset="a")
     other = table_of([[(0, "real")] + [(1, "y")] * 9] * 30).assign(dataset="b")
     few = table_of([[(0, "real"), (1, "z")]] * 10).assign(dataset="c")
-    both = [t.assign(group=t.dataset + t.group, original=t.dataset + t.group) for t in (large, other, few)]
+    both = [
+        t.assign(group=t.dataset + t.group, original=t.dataset + t.group)
+        for t in (large, other, few)
+    ]
     both = split_videos(pd.concat(both, ignore_index=True), 0.2, 0.2, 0)
     taken = cell.limit_videos(both, 50, seed=1)
-    assert pd.crosstab(taken.dataset, taken.label).to_numpy().tolist() == [[20, 20], [20, 20], [10, 10]]
+    assert pd.crosstab(taken.dataset, taken.label).to_numpy().tolist() == [
+        [20, 20],
+        [20, 20],
+        [10, 10],
+    ]
     assert cell.limit_videos(both, 400, seed=1).label.value_counts().to_dict() == {1: 400, 0: 130}
 
 
@@ -577,13 +750,17 @@ def test_every_split_keeps_its_share_however_many_methods_there_are(methods, lim
     taken = cell.limit_videos(whole([f"m{i:03}" for i in range(methods)], 200), limit, seed=1)
     counts = pd.crosstab(taken.split, taken.label).loc[["train", "val", "test"]].to_numpy()
     assert counts.sum(axis=0).tolist() == [limit, limit]
-    assert (np.abs(counts - limit * np.array([[0.6], [0.2], [0.2]])) <= 1).all() and counts.min() >= 1
+    assert (
+        np.abs(counts - limit * np.array([[0.6], [0.2], [0.2]])) <= 1
+    ).all() and counts.min() >= 1
 
 
 def test_a_sample_does_not_depend_on_the_order_of_rows_and_hardly_on_a_video_that_is_missing():
     videos = whole()
     first = cell.limit_videos(videos, 20, 1)
-    assert set(first.path) == set(cell.limit_videos(videos.sample(frac=1, random_state=3), 20, 1).path)
+    assert set(first.path) == set(
+        cell.limit_videos(videos.sample(frac=1, random_state=3), 20, 1).path
+    )
     without = cell.limit_videos(videos[videos.path != first.path[0]], 20, 1)
     assert len(without) == len(first) and len(set(first.path) - set(without.path)) <= 4
 
@@ -592,7 +769,9 @@ def test_limiting_takes_fakes_evenly_over_methods_and_of_the_recordings_that_are
     few = cell.limit_videos(whole(), 20, seed=1)
     assert collections.Counter(few.method) == {"real": 20, "w": 5, "x": 5, "y": 5, "z": 5}
     assert set(few.original[few.label == 1]) <= set(few.original[few.label == 0])
-    assert few.original[few.label == 1].nunique() >= 15  # not four fakes of the same five recordings
+    assert (
+        few.original[few.label == 1].nunique() >= 15
+    )  # not four fakes of the same five recordings
     assert few.split[few.label == 0].value_counts().to_dict() == {"train": 12, "val": 4, "test": 4}
     assert set(few.group) != set(cell.limit_videos(whole(), 20, seed=2).group)
     assert len(cell.limit_videos(whole(), 0, seed=1)) == 250
@@ -613,10 +792,20 @@ def test_a_larger_sample_keeps_the_smaller_ones_real_videos_where_they_were():
 
 def test_a_rare_method_leaves_its_share_to_the_others_and_held_out_ones_keep_theirs():
     videos = split_videos(
-        table_of([[(0, "real"), (1, "w"), (1, "x")]] * 40 + [[(0, "real"), (1, "y")]] * 3), 0.2, 0.2, 0
+        table_of([[(0, "real"), (1, "w"), (1, "x")]] * 40 + [[(0, "real"), (1, "y")]] * 3),
+        0.2,
+        0.2,
+        0,
     )
-    assert collections.Counter(cell.limit_videos(videos, 23, 1).method) == {"real": 23, "w": 10, "x": 10, "y": 3}
-    held = cell.limit_videos(split_videos(whole().assign(split=""), 0.2, 0.2, 0, holdout=["w"]), 20, seed=1)
+    assert collections.Counter(cell.limit_videos(videos, 23, 1).method) == {
+        "real": 23,
+        "w": 10,
+        "x": 10,
+        "y": 3,
+    }
+    held = cell.limit_videos(
+        split_videos(whole().assign(split=""), 0.2, 0.2, 0, holdout=["w"]), 20, seed=1
+    )
     assert (held.method == "w").sum() == 5 and set(held.split[held.method == "w"]) == {"test"}
 
 
@@ -634,7 +823,14 @@ def test_positions_span_the_middle_seconds_whatever_the_length():
 def test_the_frames_read_are_those_at_the_positions(tmp_path):
     frames, positions = read_frames(counting_video(tmp_path / "count.mp4"), 6, 8.0)
     assert positions.tolist() == [5, 15, 25, 35, 45, 55]
-    assert [round((frame.mean() + 3) / 4) for frame in frames] == [5, 15, 25, 35, 45, 55]  # the codec darkens by 3
+    assert [round((frame.mean() + 3) / 4) for frame in frames] == [
+        5,
+        15,
+        25,
+        35,
+        45,
+        55,
+    ]  # the codec darkens by 3
     assert frames[0].shape == (64, 96, 3) and frames[0].dtype == np.uint8
 
 
@@ -707,22 +903,33 @@ def boxes(*corners):
 def test_the_face_that_stays_wins_against_a_larger_one_that_passes():
     found = [boxes((10, 10, 50)), boxes((12, 10, 50), (200, 0, 90)), boxes((14, 10, 50)), boxes()]
     assert cell.follow_face(found) == [0, 0, 0, None]
-    walks_in = [boxes((10, 10, 50))] * 4 + [boxes((200, 0, 100), (10, 10, 50))] * 4  # for half of the clip
+    walks_in = [boxes((10, 10, 50))] * 4 + [
+        boxes((200, 0, 100), (10, 10, 50))
+    ] * 4  # for half of the clip
     assert cell.follow_face(walks_in) == [0, 0, 0, 0, 1, 1, 1, 1]
     assert cell.follow_face([boxes(), boxes()]) == [None, None]
 
 
 def test_a_face_in_front_of_the_followed_one_is_not_taken_for_it():
-    assert cell.follow_face([boxes((40, 40, 50)), boxes((0, 0, 140)), boxes((42, 40, 50))]) == [0, None, 0]
+    assert cell.follow_face([boxes((40, 40, 50)), boxes((0, 0, 140)), boxes((42, 40, 50))]) == [
+        0,
+        None,
+        0,
+    ]
 
 
 def test_a_face_is_followed_across_the_frame():
-    found = [boxes((40 * t, 0, 60), (500, 200, 50)) for t in range(8)]  # far from where it was, never a width a step
+    found = [
+        boxes((40 * t, 0, 60), (500, 200, 50)) for t in range(8)
+    ]  # far from where it was, never a width a step
     assert cell.follow_face(found) == [0] * 8
 
 
 def test_of_two_that_stay_the_larger_wins():
-    assert cell.follow_face([boxes((0, 0, 20), (99, 0, 40)), boxes((99, 2, 41), (0, 0, 20))]) == [1, 0]
+    assert cell.follow_face([boxes((0, 0, 20), (99, 0, 40)), boxes((99, 2, 41), (0, 0, 20))]) == [
+        1,
+        0,
+    ]
 
 
 def test_crops_are_squares_of_one_size_inside_the_frame():
@@ -730,22 +937,37 @@ def test_crops_are_squares_of_one_size_inside_the_frame():
     squares = cell.crop_squares(tracked, height=120, width=160, margin=0.2)
     left, top, side = squares.T
     assert len(set(side)) == 1 and side[0] == 70
-    assert (left >= 0).all() and (top >= 0).all() and (left + side <= 160).all() and (top + side <= 120).all()
+    assert (
+        (left >= 0).all()
+        and (top >= 0).all()
+        and (left + side <= 160).all()
+        and (top + side <= 120).all()
+    )
     assert abs(left[1] + 35 - 99.5) <= 1 and abs(top[1] + 35 - 85) <= 1
     assert cell.crop_squares(np.full((2, 4), np.nan), 120, 160, 0.2).tolist() == [[20, 0, 120]] * 2
 
 
 def test_the_crop_follows_the_demo_face(demo_set, face_detector):
     clip = cell.make_clip(sorted((demo_set / "real").glob("*.mp4"))[0], SMALL, face_detector)
-    assert clip.frames.shape == (4, 64, 64, 3) and clip.frames.dtype == np.uint8 and clip.face_share == 1
+    assert (
+        clip.frames.shape == (4, 64, 64, 3)
+        and clip.frames.dtype == np.uint8
+        and clip.face_share == 1
+    )
     eyes, mouth = clip.landmarks[:, :2].mean(axis=1), clip.landmarks[:, 3:].mean(axis=1)
-    assert (abs(eyes[:, 0] - 32) < 10).all() and (eyes[:, 1] < mouth[:, 1]).all() and (mouth[:, 1] < 64).all()
+    assert (
+        (abs(eyes[:, 0] - 32) < 10).all()
+        and (eyes[:, 1] < mouth[:, 1]).all()
+        and (mouth[:, 1] < 64).all()
+    )
 
 
 def test_a_second_larger_person_walking_in_does_not_steal_the_crop(face_detector):
     """One face stays at the left; for half of the clip a face twice its size is there too, at the right."""
     portrait = (cell.load_portrait()[..., ::-1] * 255).astype(np.uint8)[60:420, 80:440]
-    small, large = (cv2.resize(portrait, (side, side), interpolation=cv2.INTER_AREA) for side in (220, 440))
+    small, large = (
+        cv2.resize(portrait, (side, side), interpolation=cv2.INTER_AREA) for side in (220, 440)
+    )
     frames = []
     for t in range(12):
         frame = np.full((480, 960, 3), 90, np.uint8)
@@ -767,7 +989,11 @@ def test_frames_of_any_shape_go_through_the_detector(size, face_detector):
 
 def test_a_video_without_a_face_is_cropped_in_the_middle_and_flagged(tmp_path, face_detector):
     clip = cell.make_clip(counting_video(tmp_path / "grey.mp4"), SMALL, face_detector)
-    assert clip.face_share == 0 and np.isnan(clip.landmarks).all() and clip.frames.shape == (4, 64, 64, 3)
+    assert (
+        clip.face_share == 0
+        and np.isnan(clip.landmarks).all()
+        and clip.frames.shape == (4, 64, 64, 3)
+    )
 
 
 # Cache
@@ -779,7 +1005,9 @@ def cache(table, folder, settings_=SMALL):
 
 @pytest.fixture
 def two_videos(tmp_path):
-    files = [counting_video(tmp_path / f"{name}.mp4", frames) for name, frames in (("a", 40), ("b", 60))]
+    files = [
+        counting_video(tmp_path / f"{name}.mp4", frames) for name, frames in (("a", 40), ("b", 60))
+    ]
     return pd.DataFrame({"path": files, "label": [0, 1]})
 
 
@@ -803,7 +1031,10 @@ def test_another_setting_or_another_video_of_the_name_makes_another_clip(two_vid
 def test_a_damaged_cache_file_is_made_again(two_videos, tmp_path):
     file = Path(cache(two_videos, tmp_path / "cache", PLAIN)[0].clip_file[0])
     whole = file.read_bytes()
-    flipped = [bytes([*whole[:place], whole[place] ^ 1, *whole[place + 1 :]]) for place in (60, len(whole) // 2)]
+    flipped = [
+        bytes([*whole[:place], whole[place] ^ 1, *whole[place + 1 :]])
+        for place in (60, len(whole) // 2)
+    ]
     for content in (whole[: len(whole) // 2], b"", b"text", *flipped):
         file.write_bytes(content)
         cache(two_videos, tmp_path / "cache", PLAIN)
@@ -815,7 +1046,9 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "file") as partial_file:
         partial_file.write_text("half of the n")
         raise KeyboardInterrupt
-    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (
+        tmp_path / "file"
+    ).read_text() == "old"
 
 
 def test_bad_videos_are_listed_with_reasons_and_the_rest_goes_on(two_videos, tmp_path):
@@ -860,7 +1093,12 @@ def test_the_demo_set_depends_on_the_seed_alone_and_is_kept(tmp_path):
     first = cell.make_demo_set(tmp_path / "a", 2, seed=1, workers=2)
     second = cell.make_demo_set(tmp_path / "b", 2, seed=1, workers=1)
     names = sorted(str(p.relative_to(first)) for p in first.rglob("*.mp4"))
-    assert names == ["fake/0000__blend.mp4", "fake/0001__lowres.mp4", "real/0000.mp4", "real/0001.mp4"]
+    assert names == [
+        "fake/0000__blend.mp4",
+        "fake/0001__lowres.mp4",
+        "real/0000.mp4",
+        "real/0001.mp4",
+    ]
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes()
     written = (first / names[0]).stat().st_mtime_ns
@@ -875,10 +1113,14 @@ def test_a_demo_fake_differs_from_its_original_in_the_face_only(method):
     for picture in cell.manipulated(portrait, portrait, method, 3, rng):
         change = np.abs(picture - portrait).max(axis=2)
         assert change[150:300, 200:330].mean() > 0.02
-        assert change[:60].max() < 1e-3 and change[400:].max() < 1e-3 and change[:, :100].max() < 1e-3
+        assert (
+            change[:60].max() < 1e-3 and change[400:].max() < 1e-3 and change[:, :100].max() < 1e-3
+        )
 
 
-@pytest.mark.parametrize(("pairs", "low", "high"), [(24, 0.25, 0.75), pytest.param(60, 0.35, 0.65, marks=SLOW)])
+@pytest.mark.parametrize(
+    ("pairs", "low", "high"), [(24, 0.25, 0.75), pytest.param(60, 0.35, 0.65, marks=SLOW)]
+)
 def test_nothing_trivial_tells_the_demo_classes_apart(pairs, low, high, tmp_path, face_detector):
     """An AUC near one half from file size, frame count, colours, and all that lies outside the face crop."""
     videos = find_videos(cell.make_demo_set(tmp_path, pairs, seed=7, workers=2))
@@ -892,7 +1134,10 @@ def test_nothing_trivial_tells_the_demo_classes_apart(pairs, low, high, tmp_path
             frame[top : top + side, left : left + side] = np.nan
         capture = cv2.VideoCapture(str(path))
         filled = np.nan_to_num(outside[0], nan=float(np.nanmean(outside[0])))
-        row = {"file size": path.stat().st_size, "frame count": capture.get(cv2.CAP_PROP_FRAME_COUNT)}
+        row = {
+            "file size": path.stat().st_size,
+            "frame count": capture.get(cv2.CAP_PROP_FRAME_COUNT),
+        }
         row |= {"height": frames.shape[1], "width": frames.shape[2]}
         row |= {f"mean of channel {c}": frames[..., c].mean() for c in range(3)}
         row |= {f"variance of channel {c}": frames[..., c].var() for c in range(3)}
@@ -907,5 +1152,7 @@ def test_nothing_trivial_tells_the_demo_classes_apart(pairs, low, high, tmp_path
     for part in (features.filter(like="outside"), single):
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
         folds = GroupKFold(5).split(part, videos.label, videos.group)
-        scores = cross_val_predict(model, part, videos.label, cv=list(folds), method="predict_proba")[:, 1]
+        scores = cross_val_predict(
+            model, part, videos.label, cv=list(folds), method="predict_proba"
+        )[:, 1]
         assert low <= roc_auc_score(videos.label, scores) <= high

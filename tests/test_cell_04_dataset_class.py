@@ -19,7 +19,9 @@ KINDS = ("none", "plain", "codec", "robust")
 @pytest.fixture
 def noise():
     """Clips as they lie in the cache."""
-    return torch.randint(0, 256, (6, 3, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, 256, (6, 3, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def landmarks_in(clips: torch.Tensor) -> torch.Tensor:
@@ -40,7 +42,9 @@ def test_an_item_is_the_cached_clip_with_landmarks_label_and_row(clip_table):
     dataset = cell.ClipDataset(clip_table)
     clip, landmarks, label, row = dataset[13]
     with np.load(clip_table.clip_file[13]) as saved:
-        assert np.array_equal(clip, saved["frames"]) and np.array_equal(landmarks, saved["landmarks"])
+        assert np.array_equal(clip, saved["frames"]) and np.array_equal(
+            landmarks, saved["landmarks"]
+        )
     assert clip.dtype == torch.uint8 and (label, row) == (clip_table.label[13], 13)
     assert dataset.name(13) == str(clip_table.path[13])
 
@@ -48,7 +52,9 @@ def test_an_item_is_the_cached_clip_with_landmarks_label_and_row(clip_table):
 def test_the_self_blend_of_a_real_clip_is_that_clip_called_fake(clip_table):
     dataset, real = cell.ClipDataset(clip_table), int(clip_table.index[clip_table.label == 0][2])
     clip, _, label, row = dataset[~real]
-    assert torch.equal(clip, dataset[real][0]) and dataset[real][2] == 0 and (label, row) == (1, ~real)
+    assert (
+        torch.equal(clip, dataset[real][0]) and dataset[real][2] == 0 and (label, row) == (1, ~real)
+    )
     assert dataset.name(~real) == f"{clip_table.path[real]} (self-blended)"
 
 
@@ -59,11 +65,15 @@ def test_several_threads_read_the_same_batches_as_one(clip_table):
 
 
 def table(reals: int, fakes_each: int) -> pd.DataFrame:
-    rows = [(0, f"g{g}") for g in range(reals)] + [(1, f"g{g}") for g in range(reals) for _ in range(fakes_each)]
+    rows = [(0, f"g{g}") for g in range(reals)] + [
+        (1, f"g{g}") for g in range(reals) for _ in range(fakes_each)
+    ]
     return pd.DataFrame(rows, columns=["label", "group"]).assign(original=lambda t: t.group)
 
 
-def epoch_of(rows: pd.DataFrame, batch: int = 2, seed: int = 1, epoch: int = 0, **share: Any) -> list[int]:
+def epoch_of(
+    rows: pd.DataFrame, batch: int = 2, seed: int = 1, epoch: int = 0, **share: Any
+) -> list[int]:
     batches = cell.PairBatches(rows, batch, seed, **share)
     batches.set_epoch(epoch)
     return [row for batch in batches for row in batch]
@@ -78,7 +88,12 @@ def test_an_epoch_pairs_every_real_video_with_a_fake_of_its_recording():
 
 
 def test_of_a_group_with_two_recordings_each_gets_the_fake_with_its_own_pictures():
-    names = ["004", "982", "982", "004"]  # real 004 and 982, then 982_004 and 004_982: all of one group
+    names = [
+        "004",
+        "982",
+        "982",
+        "004",
+    ]  # real 004 and 982, then 982_004 and 004_982: all of one group
     rows = pd.DataFrame({"label": [0, 0, 1, 1], "group": "004", "original": names})
     assert {tuple(batch) for batch in cell.PairBatches(rows, 2, 5)} == {(0, 3), (1, 2)}
 
@@ -90,7 +105,9 @@ def test_epochs_differ_and_repeat_with_the_seed():
 
 
 def test_without_a_fake_of_its_recording_a_real_video_gets_another_and_all_take_turns():
-    rows = pd.DataFrame({"label": [0] * 6 + [1] * 3, "group": list("abcdefxyz"), "original": list("abcdefxyz")})
+    rows = pd.DataFrame(
+        {"label": [0] * 6 + [1] * 3, "group": list("abcdefxyz"), "original": list("abcdefxyz")}
+    )
     order = epoch_of(rows)
     assert len(order) == 12 and sorted(order[1::2]) == [6, 6, 7, 7, 8, 8]
 
@@ -111,7 +128,9 @@ def test_processes_share_the_batches_of_one(processes):
 
 
 def test_a_batch_that_cannot_be_shared_is_an_error():
-    with pytest.raises(ValueError, match="batches of 6 clips cannot be shared equally by 4 processes"):
+    with pytest.raises(
+        ValueError, match="batches of 6 clips cannot be shared equally by 4 processes"
+    ):
         cell.PairBatches(table(10, 4), 6, 1, 0, 4)
     with pytest.raises(ValueError, match="2 training clips are too few for 4 processes"):
         cell.PairBatches(table(1, 1), 8, 1, 0, 4)
@@ -126,10 +145,16 @@ def test_plain_augmentation_treats_all_frames_of_a_clip_and_both_clips_of_a_pair
     out = shown(clips, draws(), AUGMENTATION="plain")
     assert torch.equal(out[:, 0], out[:, 1]) and torch.equal(out[:, 0], out[:, 2])
     assert torch.equal(out[0::2], out[1::2])
-    assert not torch.allclose(out[0], cell.to_float(clips)[0], atol=0.01) and out.min() >= 0 and out.max() <= 1
+    assert (
+        not torch.allclose(out[0], cell.to_float(clips)[0], atol=0.01)
+        and out.min() >= 0
+        and out.max() <= 1
+    )
 
 
-def test_robust_augmentation_treats_pairs_alike_and_frames_too_but_for_the_noise_of_the_sensor(noise):
+def test_robust_augmentation_treats_pairs_alike_and_frames_too_but_for_the_noise_of_the_sensor(
+    noise,
+):
     clips = noise[:1, :1].expand(400, 3, -1, -1, -1)
     out = shown(clips, draws(), AUGMENTATION="robust")
     assert torch.equal(out[0::2], out[1::2]) and out.min() >= 0 and out.max() <= 1
@@ -145,12 +170,20 @@ def test_without_augmentation_clips_are_as_they_were(noise):
 def test_pairs_differ_from_each_other_and_from_epoch_to_epoch(noise, kind):
     same, one = noise[:1].expand(6, -1, -1, -1, -1), draws()
     first, second = shown(same, one, AUGMENTATION=kind), shown(same, one, AUGMENTATION=kind)
-    assert not torch.allclose(first[0], first[2], atol=0.01) and not torch.allclose(first, second, atol=0.01)
+    assert not torch.allclose(first[0], first[2], atol=0.01) and not torch.allclose(
+        first, second, atol=0.01
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_odd_number_of_clips_is_augmented_too(noise, kind):
-    assert shown(noise[:5], draws(), [0, ~0, 1, 2, ~2], AUGMENTATION=kind).shape == (5, 3, 3, 32, 32)
+    assert shown(noise[:5], draws(), [0, ~0, 1, 2, ~2], AUGMENTATION=kind).shape == (
+        5,
+        3,
+        3,
+        32,
+        32,
+    )
 
 
 @pytest.mark.parametrize("processes", [2, 3, 6])
@@ -158,7 +191,11 @@ def test_processes_augment_their_shares_as_one_would_augment_the_batch(noise, pr
     rows, share = [0, ~0, 1, ~1, 2, ~2], len(noise) // processes
     whole = shown(noise, draws(3), rows)
     parts = [
-        shown(noise[rank * share :][:share], draws(3, rank=rank, processes=processes), rows[rank * share :][:share])
+        shown(
+            noise[rank * share :][:share],
+            draws(3, rank=rank, processes=processes),
+            rows[rank * share :][:share],
+        )
         for rank in range(processes)
     ]
     assert torch.allclose(torch.cat(parts), whole, atol=1e-5)
@@ -167,7 +204,9 @@ def test_processes_augment_their_shares_as_one_would_augment_the_batch(noise, pr
 def test_augmentation_depends_on_its_seed_alone(noise):
     first = shown(noise, draws(1))
     torch.manual_seed(99)
-    assert torch.equal(shown(noise, draws(1)), first) and not torch.equal(shown(noise, draws(2)), first)
+    assert torch.equal(shown(noise, draws(1)), first) and not torch.equal(
+        shown(noise, draws(2)), first
+    )
 
 
 def test_half_of_the_clips_are_mirrored_and_crops_stay_inside():
@@ -226,7 +265,8 @@ def test_without_landmarks_the_face_is_taken_to_be_in_the_middle():
     clips = portrait(clips=2)
     nowhere = torch.full((2, 3, 5, 2), torch.nan)
     first, second = (
-        cell.self_blend(cell.to_float(clips), marks, draws())[0] for marks in (nowhere, landmarks_in(clips))
+        cell.self_blend(cell.to_float(clips), marks, draws())[0]
+        for marks in (nowhere, landmarks_in(clips))
     )
     assert torch.allclose(first, second, atol=1e-4) and first.isfinite().all()
 
@@ -267,9 +307,12 @@ def test_a_share_of_the_partners_are_self_blends_others_in_each_epoch():
         assert sorted(partners) == list(range(10))
         assert sum(fake < 0 for fake in partners.values()) == 3
         assert all(fake == ~real for real, fake in partners.items() if fake < 0)
-    assert {real for order in epochs for real, fake in zip(order[::2], order[1::2], strict=True) if fake < 0} == set(
-        range(10)
-    )
+    assert {
+        real
+        for order in epochs
+        for real, fake in zip(order[::2], order[1::2], strict=True)
+        if fake < 0
+    } == set(range(10))
 
 
 def test_real_videos_are_enough_if_all_fakes_are_self_blends():
@@ -291,7 +334,9 @@ def test_without_pairs_partners_are_any_fakes():
 
 
 def test_the_landmarks_of_a_frame_have_the_coordinates_of_the_standard_face():
-    turned = torch.tensor(cell.STANDARD_FACE) * 9j + (20 + 17j)  # 18 pixels between the eyes would be 18j
+    turned = torch.tensor(cell.STANDARD_FACE) * 9j + (
+        20 + 17j
+    )  # 18 pixels between the eyes would be 18j
     where, turn, middle = cell.face_coordinates(torch.view_as_real(turned)[None, None], 40)
     face = cell.standard_face(torch.device("cpu"))
     assert torch.allclose(face * turn[0, 0, 0, 0] + middle[0, 0, 0, 0], turned, atol=1e-4)
@@ -310,10 +355,20 @@ def test_cropping_and_mirroring_by_matrix_is_bilinear_sampling():
         torch.tensor([-0.1, 0.1, 0.0]),
     )
     theta = torch.zeros(3, 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1], theta[:, 0, 2], theta[:, 1, 2] = scale, scale.abs(), across, down
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, 0, 2], theta[:, 1, 2] = (
+        scale,
+        scale.abs(),
+        across,
+        down,
+    )
     grid = F.affine_grid(theta, [3, 1, 32, 32], align_corners=False)
-    expected = F.grid_sample(clips.flatten(1, 2), grid, padding_mode="border", align_corners=False).view_as(clips)
-    rows, columns = cell.crop_matrix(clips, down, scale.abs()), cell.crop_matrix(clips, across, scale)
+    expected = F.grid_sample(
+        clips.flatten(1, 2), grid, padding_mode="border", align_corners=False
+    ).view_as(clips)
+    rows, columns = (
+        cell.crop_matrix(clips, down, scale.abs()),
+        cell.crop_matrix(clips, across, scale),
+    )
     assert torch.allclose(cell.separable(clips, rows, columns), expected, atol=1e-5)
 
 
@@ -321,9 +376,15 @@ def test_cropping_and_mirroring_by_matrix_is_bilinear_sampling():
 def test_fewer_pixels_keep_what_is_even_and_lose_what_is_fine(factor):
     clips = images()
     matrix = cell.resolution_matrix(clips, torch.full((3, 1, 1), factor))
-    assert torch.allclose(cell.separable(torch.full_like(clips, 0.3), matrix, matrix), torch.tensor(0.3), atol=1e-5)
+    assert torch.allclose(
+        cell.separable(torch.full_like(clips, 0.3), matrix, matrix), torch.tensor(0.3), atol=1e-5
+    )
     worse = cell.separable(clips, matrix, matrix)
-    assert torch.allclose(worse, clips, atol=1e-5) if factor == 1 else worse.std() < factor * clips.std()
+    assert (
+        torch.allclose(worse, clips, atol=1e-5)
+        if factor == 1
+        else worse.std() < factor * clips.std()
+    )
 
 
 def test_blur_is_a_gaussian():
@@ -332,13 +393,17 @@ def test_blur_is_a_gaussian():
     blurred = cell.separable(clips, matrix, matrix)
     assert torch.allclose(blurred[0], clips[0], atol=1e-5)
     for i in (1, 2):
-        expected = cv2.GaussianBlur(clips[i, 0].permute(1, 2, 0).numpy(), (25, 25), float(sigmas[i]))[8:-8, 8:-8]
+        expected = cv2.GaussianBlur(
+            clips[i, 0].permute(1, 2, 0).numpy(), (25, 25), float(sigmas[i])
+        )[8:-8, 8:-8]
         assert np.allclose(blurred[i, 0].permute(1, 2, 0).numpy()[8:-8, 8:-8], expected, atol=0.01)
 
 
 @pytest.mark.parametrize("size", [32, 45])
 def test_compression_loses_about_what_jpeg_does(size):
-    picture = cv2.GaussianBlur(np.random.default_rng(0).uniform(0, 1, (size, size, 3)).astype(np.float32), (0, 0), 1)
+    picture = cv2.GaussianBlur(
+        np.random.default_rng(0).uniform(0, 1, (size, size, 3)).astype(np.float32), (0, 0), 1
+    )
     picture = (picture - picture.min()) / np.ptp(picture)
     clips = torch.from_numpy(picture).permute(2, 0, 1).expand(4, 2, -1, -1, -1)
     out = cell.compress(clips, torch.tensor([0.0, 0.2, 1.0, 1.7]).view(4, 1, 1))

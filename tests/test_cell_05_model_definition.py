@@ -9,7 +9,9 @@ import torchvision
 import cell_05_model_definition as cell
 from cell_02_global_config import CONFIG
 
-SMALL = dataclasses.replace(CONFIG, BACKBONE="resnet18", IMAGE_SIZE=64, LSTM_HIDDEN=16, ATTENTION_HEADS=2, DROPOUT=0.0)
+SMALL = dataclasses.replace(
+    CONFIG, BACKBONE="resnet18", IMAGE_SIZE=64, LSTM_HIDDEN=16, ATTENTION_HEADS=2, DROPOUT=0.0
+)
 
 
 def small_model(**changes) -> cell.DeepfakeDetector:
@@ -23,7 +25,13 @@ def small_model(**changes) -> cell.DeepfakeDetector:
         *("resnet50", "mobilenet_v3_small", "efficientnet_b0"),
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("densenet121", "convnext_tiny", "regnet_y_400mf", "shufflenet_v2_x0_5", "vgg11")
+            for name in (
+                "densenet121",
+                "convnext_tiny",
+                "regnet_y_400mf",
+                "shufflenet_v2_x0_5",
+                "vgg11",
+            )
         ),
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("googlenet", "swin_t")),
     ],
@@ -60,7 +68,8 @@ def test_clips_do_not_influence_each_other_but_the_order_of_frames_counts():
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "says"), [("squeezenet1_0", 64, "no linear"), ("vit_b_16", 160, "IMAGE_SIZE = 160")]
+    ("name", "size", "says"),
+    [("squeezenet1_0", 64, "no linear"), ("vit_b_16", 160, "IMAGE_SIZE = 160")],
 )
 def test_a_backbone_that_cannot_work_is_a_clear_error(name, size, says):
     with pytest.raises(ValueError, match=says):
@@ -73,11 +82,15 @@ def test_gradient_checkpointing_changes_neither_gradients_nor_statistics():
     assert list(plain.state_dict()) == list(recomputing.state_dict())
     saved = []
     for model in (plain, recomputing):
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved[-1].append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved[-1].append(t.numel()) or t, lambda t: t
+        ):
             saved.append([])
             model(clips).logit.sum().backward()
     for a, b in zip(plain.parameters(), recomputing.parameters(), strict=True):
-        assert torch.allclose(a.grad if a.grad is not None else a, b.grad if b.grad is not None else b, atol=1e-5)
+        assert torch.allclose(
+            a.grad if a.grad is not None else a, b.grad if b.grad is not None else b, atol=1e-5
+        )
     for (name, a), b in zip(plain.named_buffers(), recomputing.buffers(), strict=True):
         assert name.endswith("num_batches_tracked") or torch.allclose(a, b, atol=1e-6), name
     assert sum(saved[1]) < 0.6 * sum(saved[0])
@@ -93,7 +106,10 @@ def test_gradient_checkpointing_that_could_not_act_is_an_error():
     [
         lambda w: w,
         lambda w: {"state_dict": {f"module.{k}": v for k, v in w.items()}},
-        lambda w: {"epoch": 7, "model": {f"backbone.{k}": v for k, v in w.items() if not k.startswith("fc.")}},
+        lambda w: {
+            "epoch": 7,
+            "model": {f"backbone.{k}": v for k, v in w.items() if not k.startswith("fc.")},
+        },
     ],
 )
 def test_local_weights_are_loaded_plain_or_wrapped(tmp_path, wrap):
@@ -108,22 +124,30 @@ def test_local_weights_are_loaded_plain_or_wrapped(tmp_path, wrap):
 def test_weights_of_another_backbone_are_refused(tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights.pth")
     backbone, _ = cell.build_backbone("resnet50", 64)
-    with pytest.raises(ValueError, match=r"weights.pth is not for this backbone: \d+ tensors such as"):
+    with pytest.raises(
+        ValueError, match=r"weights.pth is not for this backbone: \d+ tensors such as"
+    ):
         cell.load_backbone_weights(backbone, "resnet50", True, str(tmp_path / "weights.pth"))
 
 
-@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04 cut off", pickle.dumps(print), None, [1, 2]])
+@pytest.mark.parametrize(
+    "content", [b"", b"no weights", b"PK\x03\x04 cut off", pickle.dumps(print), None, [1, 2]]
+)
 def test_a_file_that_holds_no_weights_is_a_clear_error(tmp_path, content):
     if isinstance(content, bytes):
         (tmp_path / "weights.pth").write_bytes(content)
     else:
         torch.save(content, tmp_path / "weights.pth")
     backbone, _ = cell.build_backbone("resnet18", 64)
-    with pytest.raises(ValueError, match=r"weights.pth (cannot be read as a dictionary|is not for this backbone)"):
+    with pytest.raises(
+        ValueError, match=r"weights.pth (cannot be read as a dictionary|is not for this backbone)"
+    ):
         cell.load_backbone_weights(backbone, "resnet18", True, str(tmp_path / "weights.pth"))
 
 
-def test_on_kaggle_attached_weights_are_found_and_those_that_do_not_fit_are_passed_over(tmp_path, monkeypatch, capsys):
+def test_on_kaggle_attached_weights_are_found_and_those_that_do_not_fit_are_passed_over(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
     for name, model in {"resnet18-a.pth": "resnet34", "resnet18-b.pth": "resnet18"}.items():
         torch.manual_seed(3)
@@ -161,7 +185,12 @@ def test_without_internet_the_run_goes_on_with_a_warning_within_seconds(tmp_path
 
 def test_a_saved_detector_scores_the_same_in_whatever_place(tmp_path):
     model, clips = small_model().eval(), torch.rand(2, 4, 3, 64, 64)
-    saved = {"model": model.state_dict(), "config": dataclasses.asdict(SMALL), "threshold": 0.4, "temperature": 1.2}
+    saved = {
+        "model": model.state_dict(),
+        "config": dataclasses.asdict(SMALL),
+        "threshold": 0.4,
+        "temperature": 1.2,
+    }
     torch.save(saved, tmp_path / "best_model.pth")
     loaded, content = cell.load_detector(tmp_path / "best_model.pth")
     with torch.no_grad():
@@ -182,7 +211,10 @@ def test_a_model_file_from_before_several_clips_is_scored_with_one(tmp_path):
 
 def test_several_clips_of_a_video_and_their_mirror_images_are_averaged():
     clips = torch.rand(2, 6, 3, 64, 64)
-    one, both = small_model(FRAMES_PER_VIDEO=3).eval(), small_model(FRAMES_PER_VIDEO=3, MIRROR_TEST=True).eval()
+    one, both = (
+        small_model(FRAMES_PER_VIDEO=3).eval(),
+        small_model(FRAMES_PER_VIDEO=3, MIRROR_TEST=True).eval(),
+    )
     with torch.no_grad():
         parts = [one(clips[:, start::2]) for start in (0, 1)]
         mirrored = [one(clips[:, start::2].flip(-1)) for start in (0, 1)]
@@ -191,22 +223,34 @@ def test_several_clips_of_a_video_and_their_mirror_images_are_averaged():
     assert torch.allclose(together.frame_logits[:, 1::2], parts[1].frame_logits, atol=1e-5)
     assert torch.allclose(together.attention.sum(dim=1), torch.ones(2), atol=1e-5)
     expected = sum(part.logit for part in parts + mirrored) / 4
-    assert torch.allclose(averaged.logit, expected, atol=1e-5) and averaged.frame_logits.shape == (2, 6)
+    assert torch.allclose(averaged.logit, expected, atol=1e-5) and averaged.frame_logits.shape == (
+        2,
+        6,
+    )
     assert not torch.allclose(averaged.logit, together.logit, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("which", "learns"), [("head", []), ("norms", ["bn1.weight"]), ("all", ["conv1.weight", "bn1.weight"])]
+    ("which", "learns"),
+    [("head", []), ("norms", ["bn1.weight"]), ("all", ["conv1.weight", "bn1.weight"])],
 )
 def test_only_the_chosen_part_of_the_backbone_learns(which, learns):
     model = small_model()
     cell.choose_trainable(model.backbone, which)
     model.train()
     before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
-    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD(
+        [weight for weight in model.parameters() if weight.requires_grad], lr=0.1
+    )
     model(torch.rand(2, 3, 3, 64, 64)).logit.sum().backward()
     optimizer.step()
-    changed = {name for name, value in model.backbone.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name
+        for name, value in model.backbone.state_dict().items()
+        if not torch.equal(value, before[name])
+    }
     assert set(learns) <= changed and ("conv1.weight" in changed) == (which == "all")
-    assert ("bn1.running_mean" in changed) == (which != "head"), "a frozen backbone keeps its statistics"
+    assert ("bn1.running_mean" in changed) == (which != "head"), (
+        "a frozen backbone keeps its statistics"
+    )
     assert model.head[1].weight.grad.abs().sum() > 0

@@ -27,7 +27,9 @@ def test_label_smoothing_by_hand():
     loss = cell.FocalLoss(0.0, smoothing=0.2)(torch.tensor([math.log(9)]), torch.tensor([1.0]))
     assert loss.item() == pytest.approx(-(0.9 * math.log(0.9) + 0.1 * math.log(0.1)))
     least = cell.FocalLoss(0.0, smoothing=0.2)
-    assert least(torch.tensor([math.log(9)]), torch.ones(1)) < least(torch.tensor([9.0]), torch.ones(1))
+    assert least(torch.tensor([math.log(9)]), torch.ones(1)) < least(
+        torch.tensor([9.0]), torch.ones(1)
+    )
     focal = cell.FocalLoss(2.0, smoothing=0.2)(torch.tensor([math.log(9)]), torch.tensor([1.0]))
     assert focal.item() == pytest.approx(0.1**2 * loss.item())
     assert cell.build_loss(dataclasses.replace(CONFIG, LABEL_SMOOTHING=0.1)).smoothing == 0.1
@@ -71,7 +73,10 @@ def test_the_average_is_the_mean_of_few_steps_and_exponential_after_many():
         expected += max(1 / step, 0.25) * (value - expected)
         inner = cell.unwrapped(average)
         assert inner[0].weight.item() == pytest.approx(expected)
-        assert inner[1].running_mean.item() == pytest.approx(-expected) and inner[1].num_batches_tracked == step
+        assert (
+            inner[1].running_mean.item() == pytest.approx(-expected)
+            and inner[1].num_batches_tracked == step
+        )
     assert not any(weight.requires_grad for weight in average.parameters())
     assert cell.unwrapped(torch.nn.DataParallel(model)) is model
 
@@ -87,7 +92,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkey
     monkeypatch.setattr(torch, "save", dies_half_way)
     with pytest.raises(OSError, match="disk full"):
         cell.save_checkpoint(file, {"epoch": 2})
-    assert torch.load(file, weights_only=True) == {"epoch": 1} and len(list(tmp_path.iterdir())) == 1
+    assert (
+        torch.load(file, weights_only=True) == {"epoch": 1} and len(list(tmp_path.iterdir())) == 1
+    )
 
 
 def test_a_checkpoint_reads_with_weights_only_and_any_changed_byte_is_seen(tmp_path):
@@ -107,7 +114,9 @@ def checkpoints(folder: Path, *epochs: int, **settings: object) -> Path:
     """A models folder after some epochs; returns where its last checkpoint is."""
     last = folder / "last_checkpoint.pth"
     for epoch in epochs:
-        cell.save_checkpoint(last, {"epoch": epoch, "settings": settings}, keep=cell.previous_of(last))
+        cell.save_checkpoint(
+            last, {"epoch": epoch, "settings": settings}, keep=cell.previous_of(last)
+        )
     return last
 
 
@@ -115,7 +124,9 @@ def epoch_in(file: Path) -> int:
     return torch.load(file, weights_only=True)["epoch"]
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before_which_is_never_overwritten_by_it(tmp_path, capsys):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_which_is_never_overwritten_by_it(
+    tmp_path, capsys
+):
     last = checkpoints(tmp_path, 1, 2, 3, SEED=1)
     assert cell.run_to_resume(last, {"SEED": 1}) == last and epoch_in(last) == 3
     last.write_bytes(last.read_bytes()[:-100])
@@ -141,7 +152,9 @@ def test_with_nothing_readable_there_is_nothing_to_go_on_from(tmp_path, capsys):
 def test_on_kaggle_the_attached_run_of_these_settings_that_came_furthest_is_found(tmp_path, capsys):
     own, inputs = tmp_path / "working" / "models" / "last_checkpoint.pth", tmp_path / "input"
     checkpoints(inputs / "my-run" / "models", 1, 2, SEED=1)  # as Kaggle used to mount outputs
-    furthest = checkpoints(inputs / "notebooks" / "me" / "my-run" / "models", 1, 2, 3, SEED=1)  # as it does now
+    furthest = checkpoints(
+        inputs / "notebooks" / "me" / "my-run" / "models", 1, 2, 3, SEED=1
+    )  # as it does now
     checkpoints(inputs / "other" / "models", 1, 2, 3, 4, SEED=2)
     cell.previous_of(furthest).unlink()
     found = cell.attached_checkpoints(inputs)
@@ -156,19 +169,24 @@ def test_only_settings_that_shape_the_result_keep_a_run_from_going_on():
     saved = dataclasses.asdict(CONFIG)
     assert (
         cell.settings_changed(
-            saved, {**saved, "EPOCHS": 99, "WORK_DIR": "elsewhere", "NUM_WORKERS": 7, "COMPILE": True}
+            saved,
+            {**saved, "EPOCHS": 99, "WORK_DIR": "elsewhere", "NUM_WORKERS": 7, "COMPILE": True},
         )
         == []
     )
-    assert cell.settings_changed(saved, {**saved, "LEARNING_RATE": 0.5, "BACKBONE": "resnet18"}) == [
-        "BACKBONE: 'resnet50' then, 'resnet18' now",
-        "LEARNING_RATE: 0.0001 then, 0.5 now",
-    ]
+    assert cell.settings_changed(
+        saved, {**saved, "LEARNING_RATE": 0.5, "BACKBONE": "resnet18"}
+    ) == ["BACKBONE: 'resnet50' then, 'resnet18' now", "LEARNING_RATE: 0.0001 then, 0.5 now"]
 
 
 def test_the_fingerprint_of_the_data_ignores_where_it_is_mounted():
     rows = pd.DataFrame(
-        {"path": ["/a/x.mp4", "/a/y.mp4"], "method": ["real", "x"], "group": ["g", "h"], "split": ["train"] * 2}
+        {
+            "path": ["/a/x.mp4", "/a/y.mp4"],
+            "method": ["real", "x"],
+            "group": ["g", "h"],
+            "split": ["train"] * 2,
+        }
     )
     moved = rows.assign(path=["/b/x.mp4", "/b/y.mp4"], group=["data/g", "data/h"])
     assert cell.data_fingerprint(rows) == cell.data_fingerprint(moved.iloc[::-1])
@@ -177,13 +195,20 @@ def test_the_fingerprint_of_the_data_ignores_where_it_is_mounted():
 
 def test_the_model_file_holds_no_paths_of_this_machine():
     config = dataclasses.replace(CONFIG, DATA_DIR="/home/me/data", WORK_DIR="/home/me/work")
-    model = torch.nn.ModuleDict({"frame_head": torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(1, 1))})
+    model = torch.nn.ModuleDict(
+        {"frame_head": torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(1, 1))}
+    )
     torch.nn.init.constant_(model.frame_head[1].weight, 3)
     torch.nn.init.constant_(model.frame_head[1].bias, 1)
     row = {"epoch": 3, "val_auc": 0.9, "val_loss": 0.1}
     content = cell.model_file(model, config, (1.5, 0.25, 0.4), {"FaceSwap"}, row)
     model.frame_head[1].weight.data += 1
     assert content["model"]["frame_head.1.weight"].item() == 3  # a copy: it does not learn on
-    assert content["model"]["frame_head.1.bias"].item() == 0.75 and model.frame_head[1].bias.item() == 1
-    assert "/home/me" not in str(content) and content["temperature"] == 1.5 and content["epoch"] == 3
+    assert (
+        content["model"]["frame_head.1.bias"].item() == 0.75
+        and model.frame_head[1].bias.item() == 1
+    )
+    assert (
+        "/home/me" not in str(content) and content["temperature"] == 1.5 and content["epoch"] == 3
+    )
     assert content["threshold"] == 0.4 and content["trained_on"] == ["FaceSwap"]

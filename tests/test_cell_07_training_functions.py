@@ -7,7 +7,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -61,12 +65,16 @@ def not_a_number(logits):
 
 def trainer_of(model, precision=None, **options):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
-    return cell.Trainer(model, FocalLoss(0.0), optimizer, cell.LossScaler(CPU, precision), **options)
+    return cell.Trainer(
+        model, FocalLoss(0.0), optimizer, cell.LossScaler(CPU, precision), **options
+    )
 
 
 def run_epoch(trainer, epoch=1, batch=4, **options):
     draws = PairDraws(CPU, [epoch])
-    return cell.train_one_epoch(trainer, DataLoader(Bright(), batch), CPU, draws, epoch, TWO_FRAMES, **options)
+    return cell.train_one_epoch(
+        trainer, DataLoader(Bright(), batch), CPU, draws, epoch, TWO_FRAMES, **options
+    )
 
 
 def trained(model, epochs=1, **options):
@@ -108,7 +116,9 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted_and_changes_nothing()
     assert scores.skipped == 1 and math.isfinite(scores.loss) and len(scores.labels) == 17
     assert all(torch.equal(states[2][name], states[1][name]) for name in states[1])
     assert not torch.equal(states[3]["linear.weight"], states[2]["linear.weight"])
-    assert 0 < (trainer.average.module.linear.weight - model.linear.weight).abs() < 1  # it follows, at a distance
+    assert (
+        0 < (trainer.average.module.linear.weight - model.linear.weight).abs() < 1
+    )  # it follows, at a distance
     assert all(value.isfinite().all() for value in trainer.average.state_dict().values())
 
 
@@ -130,7 +140,12 @@ def test_a_stream_of_batches_that_are_not_finite_ends_the_run_and_names_the_plac
     with pytest.raises(FloatingPointError) as caught:
         run_epoch(trainer_of(model, precision), epoch=3)
     words = str(caught.value)
-    assert "epoch 3, step 6" in words and "Loss nan" in words and "loss scale" in words and "LEARNING_RATE" in words
+    assert (
+        "epoch 3, step 6" in words
+        and "Loss nan" in words
+        and "loss scale" in words
+        and "LEARNING_RATE" in words
+    )
     assert "video20.mp4" in words and "video19.mp4" not in words
 
 
@@ -171,7 +186,9 @@ def test_gradients_are_clipped_at_their_true_size_when_the_loss_is_scaled():
 @pytest.fixture
 def fresh_constants():
     """Forgets, before and after, the tensors that section 4 keeps for a device."""
-    kept = [value for value in vars(cell_04_dataset_class).values() if hasattr(value, "cache_clear")]
+    kept = [
+        value for value in vars(cell_04_dataset_class).values() if hasattr(value, "cache_clear")
+    ]
     for function in kept:
         function.cache_clear()
     yield
@@ -187,7 +204,9 @@ def test_nothing_in_a_training_step_needs_to_know_a_number(precision):
     def step(look=lambda loss: None):
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = Tiny()
-            trainer = trainer_of(model, precision, gradient_clip=1.0, average=WeightAverage(model, 0.5))
+            trainer = trainer_of(
+                model, precision, gradient_clip=1.0, average=WeightAverage(model, 0.5)
+            )
             clips, labels = torch.zeros(4, 2, 8, 8, 3, dtype=torch.uint8), torch.zeros(4)
             landmarks, rows = torch.zeros(4, 2, 5, 2), torch.zeros(4, dtype=torch.long)
             shown = cell.augment(clips, landmarks, rows, PairDraws(CPU, [0]), TWO_FRAMES)
@@ -221,7 +240,9 @@ def out_of_memory_above(most):
 
 
 @pytest.mark.parametrize(("batch", "most", "micro_batch"), [(4, 3, 2), (4, 1, 1), (3, 2, 2)])
-def test_when_memory_runs_out_the_batch_stays_and_so_does_what_is_learned(batch, most, micro_batch, capsys):
+def test_when_memory_runs_out_the_batch_stays_and_so_does_what_is_learned(
+    batch, most, micro_batch, capsys
+):
     torch.manual_seed(0)
     plain = Tiny()
     greedy = out_of_memory_above(most)()
@@ -230,8 +251,13 @@ def test_when_memory_runs_out_the_batch_stays_and_so_does_what_is_learned(batch,
     trainer = trainer_of(greedy, frame_weight=0.5, gradient_clip=1.0)
     scores = run_epoch(trainer, batch=batch)
     assert trainer.micro_batch == micro_batch and max(greedy.sizes[3:]) == micro_batch
-    assert torch.allclose(greedy.linear.weight, plain.linear.weight, atol=1e-6) and greedy.mean.abs() < 10
-    assert scores.loss == pytest.approx(expected.loss) and np.allclose(scores.logits, expected.logits, atol=1e-5)
+    assert (
+        torch.allclose(greedy.linear.weight, plain.linear.weight, atol=1e-6)
+        and greedy.mean.abs() < 10
+    )
+    assert scores.loss == pytest.approx(expected.loss) and np.allclose(
+        scores.logits, expected.logits, atol=1e-5
+    )
     assert f"Memory ran out with {batch} clips at once" in capsys.readouterr().out
 
 
@@ -248,7 +274,9 @@ def test_gradients_of_a_part_that_was_done_before_memory_ran_out_do_not_count_tw
 
 
 def test_when_not_even_one_clip_fits_the_error_says_what_to_do():
-    with pytest.raises(RuntimeError, match="memory ran out, computing 1 at a time. Set GRADIENT_CHECKPOINTING"):
+    with pytest.raises(
+        RuntimeError, match="memory ran out, computing 1 at a time. Set GRADIENT_CHECKPOINTING"
+    ):
         run_epoch(trainer_of(out_of_memory_above(0)()))
 
 
@@ -276,14 +304,18 @@ def test_the_progress_bar_shows_loss_auc_rate_speed_and_memory():
 def test_validation_scores_every_clip_once_in_order_whatever_the_batch_size():
     torch.manual_seed(0)
     model = Tiny()
-    found = [cell.validate(model, DataLoader(Bright(), size), FocalLoss(2.0), CPU) for size in (1, 4, 21)]
+    found = [
+        cell.validate(model, DataLoader(Bright(), size), FocalLoss(2.0), CPU) for size in (1, 4, 21)
+    ]
     with torch.no_grad():
         spoilt = Tiny(at=[1], event=not_a_number)
     with pytest.raises(FloatingPointError, match="validation: the loss is nan.*LEARNING_RATE"):
         cell.validate(spoilt, DataLoader(Bright(), 4), FocalLoss(2.0), CPU)
     for scores in found:
         assert scores.rows.tolist() == list(range(21)) and scores.labels.sum() == 10
-        assert np.allclose(scores.logits, found[0].logits) and scores.loss == pytest.approx(found[0].loss)
+        assert np.allclose(scores.logits, found[0].logits) and scores.loss == pytest.approx(
+            found[0].loss
+        )
         assert scores.frame_logits.shape == scores.attention.shape == (21, 2)
 
 
@@ -297,7 +329,9 @@ def test_what_is_too_large_for_half_precision_is_validated_in_full(capsys):
 
     model = Large()
     scores = cell.validate(model, DataLoader(Bright(), 4), FocalLoss(2.0), CPU)
-    assert math.isfinite(scores.loss) and len(scores.rows) == 21 and model.precision == torch.float16
+    assert (
+        math.isfinite(scores.loss) and len(scores.rows) == 21 and model.precision == torch.float16
+    )
     assert "scored again in float32" in capsys.readouterr().out
 
 
@@ -344,8 +378,12 @@ def test_an_error_while_reading_a_batch_reaches_the_caller(device):
 def test_the_frame_loss_uses_the_clips_label():
     output = Output(torch.zeros(2), torch.tensor([[9.0, 9.0], [-9.0, -9.0]]), torch.zeros(2, 2))
     criterion, labels = FocalLoss(0.0), torch.tensor([1.0, 0.0])
-    assert cell.total_loss(output, labels, criterion, 1.0).item() == pytest.approx(math.log(2), abs=1e-3)
-    assert cell.total_loss(output, 1 - labels, criterion, 1.0).item() == pytest.approx(math.log(2) + 9, abs=1e-3)
+    assert cell.total_loss(output, labels, criterion, 1.0).item() == pytest.approx(
+        math.log(2), abs=1e-3
+    )
+    assert cell.total_loss(output, 1 - labels, criterion, 1.0).item() == pytest.approx(
+        math.log(2) + 9, abs=1e-3
+    )
 
 
 def test_precision_on_the_cpu_is_full_unless_asked_for():
@@ -353,7 +391,9 @@ def test_precision_on_the_cpu_is_full_unless_asked_for():
     assert cell.amp_dtype("bf16", CPU) == torch.bfloat16
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
+)
 def test_precision_on_a_gpu_follows_what_it_computes_natively(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert cell.amp_dtype("auto", torch.device("cuda")) == dtype
@@ -389,7 +429,9 @@ def test_the_learning_rate_rises_step_by_step_and_then_belongs_to_the_scheduler(
     trainer.optimizer.param_groups[0]["initial_lr"] = 0.1
     rates = []
     take_step = trainer.step
-    trainer.step = lambda *batch: rates.append(trainer.optimizer.param_groups[0]["lr"]) or take_step(*batch)
+    trainer.step = lambda *batch: (
+        rates.append(trainer.optimizer.param_groups[0]["lr"]) or take_step(*batch)
+    )
     for epoch in (1, 2):
         run_epoch(trainer, epoch, batch=7)
     assert np.allclose(rates, [0.1 * step / 6 for step in range(1, 7)])
@@ -401,7 +443,9 @@ def test_the_learning_rate_rises_step_by_step_and_then_belongs_to_the_scheduler(
 def test_self_blends_in_validation_are_fakes_and_the_same_each_time():
     class Textured(Bright):
         def __getitem__(self, row):
-            clip = torch.randint(0, 256, (2, 24, 24, 3), generator=torch.Generator().manual_seed(max(row, ~row)))
+            clip = torch.randint(
+                0, 256, (2, 24, 24, 3), generator=torch.Generator().manual_seed(max(row, ~row))
+            )
             return clip.byte(), torch.full((2, 5, 2), math.nan), torch.tensor(float(row < 0)), row
 
     class Variance(torch.nn.Module):
@@ -414,6 +458,10 @@ def test_self_blends_in_validation_are_fakes_and_the_same_each_time():
         cell.validate(Variance(), DataLoader(Textured(), 4, sampler=chosen), FocalLoss(), CPU)
         for chosen in (rows, rows, range(6))
     )
-    assert np.array_equal(first.rows, sorted(rows)) and first.labels.tolist() == [1.0] * 6 + [0.0] * 6
-    assert np.array_equal(first.logits, second.logits) and np.array_equal(first.logits[6:], plain.logits)
+    assert (
+        np.array_equal(first.rows, sorted(rows)) and first.labels.tolist() == [1.0] * 6 + [0.0] * 6
+    )
+    assert np.array_equal(first.logits, second.logits) and np.array_equal(
+        first.logits[6:], plain.logits
+    )
     assert (first.logits[:6][::-1] != first.logits[6:]).all()

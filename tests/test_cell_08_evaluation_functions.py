@@ -29,7 +29,10 @@ CHANCES = np.clip(0.3 * LABELS + RNG.uniform(0, 0.7, 200), 0, 1)
 def test_metrics_by_hand():
     labels, chances = np.array([0, 0, 0, 1, 1]), np.array([0.1, 0.2, 0.9, 0.8, 0.4])
     metrics = cell.compute_metrics(labels, chances, 0.5)
-    assert metrics["accuracy"] == pytest.approx(3 / 5) and metrics["precision"] == metrics["recall"] == 0.5
+    assert (
+        metrics["accuracy"] == pytest.approx(3 / 5)
+        and metrics["precision"] == metrics["recall"] == 0.5
+    )
     assert metrics["specificity"] == pytest.approx(2 / 3) and metrics["f1"] == 0.5
     assert metrics["balanced_accuracy"] == pytest.approx((0.5 + 2 / 3) / 2)
     assert metrics["auc_roc"] == pytest.approx(4 / 6)
@@ -39,7 +42,9 @@ def test_metrics_by_hand():
 def test_metrics_agree_with_scikit_learn():
     metrics, called = cell.compute_metrics(LABELS, CHANCES, 0.4), CHANCES >= 0.4
     assert metrics["f1"] == pytest.approx(skm.f1_score(LABELS, called))
-    assert metrics["balanced_accuracy"] == pytest.approx(skm.balanced_accuracy_score(LABELS, called))
+    assert metrics["balanced_accuracy"] == pytest.approx(
+        skm.balanced_accuracy_score(LABELS, called)
+    )
     assert metrics["auc_pr"] == pytest.approx(skm.average_precision_score(LABELS, CHANCES))
     assert metrics["log_loss"] == pytest.approx(skm.log_loss(LABELS, CHANCES))
     assert metrics["brier"] == pytest.approx(skm.brier_score_loss(LABELS, CHANCES))
@@ -47,13 +52,22 @@ def test_metrics_agree_with_scikit_learn():
 
 @pytest.mark.parametrize(
     ("chances", "eer"),
-    [([0.1, 0.2, 0.8, 0.9], 0.0), ([0.9, 0.8, 0.2, 0.1], 1.0), ([0.1, 0.6, 0.5, 0.9], 0.5), ([0.5] * 4, 0.5)],
+    [
+        ([0.1, 0.2, 0.8, 0.9], 0.0),
+        ([0.9, 0.8, 0.2, 0.1], 1.0),
+        ([0.1, 0.6, 0.5, 0.9], 0.5),
+        ([0.5] * 4, 0.5),
+    ],
 )
 def test_equal_error_rate_by_hand(chances, eer):
-    assert cell.compute_metrics(np.array([0, 0, 1, 1]), np.array(chances), 0.5)["eer"] == pytest.approx(eer)
+    assert cell.compute_metrics(np.array([0, 0, 1, 1]), np.array(chances), 0.5)[
+        "eer"
+    ] == pytest.approx(eer)
 
 
-@pytest.mark.parametrize(("label", "undefined"), [(0, {"recall", "f1"} - {"f1"}), (1, {"specificity"})])
+@pytest.mark.parametrize(
+    ("label", "undefined"), [(0, {"recall", "f1"} - {"f1"}), (1, {"specificity"})]
+)
 def test_what_one_class_cannot_define_is_none(label, undefined):
     metrics = cell.compute_metrics(np.full(4, label), np.array([0.1, 0.2, 0.6, 0.7]), 0.5)
     always = {"auc_roc", "auc_pr", "eer", "balanced_accuracy"}
@@ -66,7 +80,9 @@ def test_the_miscalibration_of_scores_is_found(true, offset):
     logits = RNG.normal(0, 2, 20000)
     labels = (RNG.uniform(size=20000) < cell.probabilities(logits, 1.0)).astype(int)
     temperature, found = cell.fit_calibration(logits * true + offset, labels)
-    assert temperature == pytest.approx(true, rel=0.1) and found == pytest.approx(offset, abs=0.1 * true)
+    assert temperature == pytest.approx(true, rel=0.1) and found == pytest.approx(
+        offset, abs=0.1 * true
+    )
 
 
 def test_calibration_does_not_depend_on_how_frequent_fakes_are():
@@ -92,9 +108,15 @@ def test_every_metric_agrees_with_scikit_learn_also_with_ties_and_resampled_vide
     for row, times in enumerate(counts):
         labels, scores = np.repeat(LABELS, times), np.repeat(chances, times)
         expected = {
-            **{"auc_roc": skm.roc_auc_score(labels, scores), "auc_pr": skm.average_precision_score(labels, scores)},
+            **{
+                "auc_roc": skm.roc_auc_score(labels, scores),
+                "auc_pr": skm.average_precision_score(labels, scores),
+            },
             **{"eer": cell_eer(labels, scores), "log_loss": skm.log_loss(labels, scores)},
-            **{"recall": skm.recall_score(labels, scores >= 0.4), "f1": skm.f1_score(labels, scores >= 0.4)},
+            **{
+                "recall": skm.recall_score(labels, scores >= 0.4),
+                "f1": skm.f1_score(labels, scores >= 0.4),
+            },
             **{"accuracy": skm.accuracy_score(labels, scores >= 0.4)},
             **{"precision": skm.precision_score(labels, scores >= 0.4)},
             **{"brier": skm.brier_score_loss(labels, scores)},
@@ -115,7 +137,10 @@ def cell_eer(labels, scores):
 
 
 def test_hits_at_few_false_alarms_and_calibration_error_by_hand():
-    labels, chances = np.repeat([0, 1], [100, 4]), np.append(np.linspace(0, 0.5, 100), [0.49, 0.4975, 0.6, 0.9])
+    labels, chances = (
+        np.repeat([0, 1], [100, 4]),
+        np.append(np.linspace(0, 0.5, 100), [0.49, 0.4975, 0.6, 0.9]),
+    )
     metrics = cell.compute_metrics(labels, chances, 0.5)
     assert metrics["tpr_at_1_fpr"] == 0.75 and metrics["tpr_at_5_fpr"] == 1
     two_bins = cell.compute_metrics(np.array([0, 1, 1, 1]), np.array([0.2, 0.2, 0.9, 0.9]), 0.5)
@@ -129,8 +154,12 @@ def test_an_interval_is_wider_where_videos_of_a_group_agree():
     by_video = cell.bootstrap(labels, chances, 0.5, np.arange(120))
     single = cell.bootstrap(LABELS[:60], CHANCES[:60], 0.5, np.arange(60))
     for metric in ("auc_roc", "balanced_accuracy", "brier"):
-        widths = [high - low for low, high in (found[metric] for found in (by_group, by_video, single))]
-        assert widths[1] < 0.85 * widths[0] and widths[0] == pytest.approx(widths[2], rel=0.1), metric
+        widths = [
+            high - low for low, high in (found[metric] for found in (by_group, by_video, single))
+        ]
+        assert widths[1] < 0.85 * widths[0] and widths[0] == pytest.approx(widths[2], rel=0.1), (
+            metric
+        )
 
 
 @pytest.mark.slow
@@ -140,11 +169,15 @@ def test_95_percent_intervals_cover_the_truth_about_95_times_in_100():
     truth = 0.5 * (1 + math.erf(1.5 / math.sqrt(2) / math.sqrt(2)))
     groups, labels = np.arange(240) // 4, np.tile([0, 0, 1, 1], 60)
     for _ in range(200):
-        shared = rng.normal(size=(120, 1)).repeat(2, axis=1).ravel()  # of two reals, or of two fakes, of a group
+        shared = (
+            rng.normal(size=(120, 1)).repeat(2, axis=1).ravel()
+        )  # of two reals, or of two fakes, of a group
         scores = np.sqrt(0.8) * shared + np.sqrt(0.2) * rng.normal(size=240) + 1.5 * labels
         for by_group in covered:
             units = groups if by_group else np.arange(240)
-            low, high = cell.bootstrap(labels, cell.probabilities(scores, 1.0), 0.5, units)["auc_roc"]
+            low, high = cell.bootstrap(labels, cell.probabilities(scores, 1.0), 0.5, units)[
+                "auc_roc"
+            ]
             covered[by_group] += low <= truth <= high
     assert 180 <= covered[True] <= 198, "about 95 %"
     assert covered[False] < covered[True], "videos of one group taken for independent: too sure"
@@ -152,7 +185,9 @@ def test_95_percent_intervals_cover_the_truth_about_95_times_in_100():
 
 def test_the_threshold_separates_best_and_is_near_one_half_among_equals():
     assert cell.fit_threshold(np.array([0.1, 0.2, 0.8, 0.9]), np.array([0, 0, 1, 1])) == 0.5
-    assert cell.fit_threshold(np.array([0.1, 0.2, 0.3, 0.4]), np.array([0, 0, 1, 1])) == pytest.approx(0.25)
+    assert cell.fit_threshold(
+        np.array([0.1, 0.2, 0.3, 0.4]), np.array([0, 0, 1, 1])
+    ) == pytest.approx(0.25)
     assert cell.fit_threshold(np.array([0.6, 0.7, 0.9]), np.array([0, 0, 1])) == pytest.approx(0.8)
 
 
@@ -206,7 +241,10 @@ def test_every_figure_is_drawn_and_written(table, clip_table, tmp_path):
         "mistakes": cell.plot_mistakes(table.assign(correct=True), 0.5),
         "one class": cell.plot_curves(table[table.label == 1], 0.5, (None, None)),
     }
-    titles = {name: figure.get_suptitle() or figure.axes[0].get_title(loc="left") for name, figure in figures.items()}
+    titles = {
+        name: figure.get_suptitle() or figure.axes[0].get_title(loc="left")
+        for name, figure in figures.items()
+    }
     assert titles["history"] == "Best validation AUC 0.500, in epoch 1 of 2"
     assert titles["confusion"] == "5 of 7 videos called right"
     assert titles["scores"] == "2 of 7 videos on the wrong side"
@@ -236,7 +274,13 @@ def network():
     """A small detector, and clips to show it."""
     torch.manual_seed(0)
     small = SimpleNamespace(
-        **{"BACKBONE": "resnet18", "IMAGE_SIZE": 64, "GRADIENT_CHECKPOINTING": False, "LSTM_HIDDEN": 8, "DROPOUT": 0.5},
+        **{
+            "BACKBONE": "resnet18",
+            "IMAGE_SIZE": 64,
+            "GRADIENT_CHECKPOINTING": False,
+            "LSTM_HIDDEN": 8,
+            "DROPOUT": 0.5,
+        },
         **{"LSTM_LAYERS": 1, "ATTENTION_HEADS": 2, "FRAMES_PER_VIDEO": 4, "MIRROR_TEST": False},
     )
     return cell_05_model_definition.build_model(small).eval()
@@ -255,7 +299,9 @@ class OneField(torch.nn.Module):
 
 
 def test_heat_is_where_the_evidence_is(network):
-    model = cell_05_model_definition.DeepfakeDetector(OneField(), 1, 4, attention_heads=2, frames=4).eval()
+    model = cell_05_model_definition.DeepfakeDetector(
+        OneField(), 1, 4, attention_heads=2, frames=4
+    ).eval()
     for weight in model.head.parameters():
         weight.data.zero_()
     model.frame_head[1].weight.data.fill_(1.0)
@@ -264,7 +310,13 @@ def test_heat_is_where_the_evidence_is(network):
     clips[1, :, 1, :16, :16] = 1  # something else
     heat, output = cell.heat_maps(model, clips)
     assert heat.shape == (2, 4, 64, 64) and output.frame_logits.shape == (2, 4)
-    assert heat[0, 2, 20:28, 44:52].min() > 0 == heat[0, 2, 40:].max() == heat[0, [0, 1, 3]].max() == heat[1].max()
+    assert (
+        heat[0, 2, 20:28, 44:52].min()
+        > 0
+        == heat[0, 2, 40:].max()
+        == heat[0, [0, 1, 3]].max()
+        == heat[1].max()
+    )
 
 
 def test_the_heat_of_a_clip_does_not_change_the_network_and_mirrors_need_none(network):
@@ -272,7 +324,9 @@ def test_the_heat_of_a_clip_does_not_change_the_network_and_mirrors_need_none(ne
     with torch.no_grad():
         before = network(clips).logit
     heat, output = cell.heat_maps(network, clips)
-    assert torch.allclose(output.logit, before) and all(weight.grad is None for weight in network.parameters())
+    assert torch.allclose(output.logit, before) and all(
+        weight.grad is None for weight in network.parameters()
+    )
     assert not any(module._forward_hooks for module in network.modules())
     network.mirror = True
     try:
@@ -285,7 +339,9 @@ def test_explanations_and_mistakes_show_what_was_right_and_wrong(network, clip_t
     table = clip_table.assign(probability=np.random.default_rng(2).uniform(size=len(clip_table)))
     table["correct"] = (table.probability >= 0.5) == (table.label == 1)
     examples = cell.pick_examples(table, 0.5)
-    assert set(zip(examples.correct, examples.label, strict=True)) <= {(c, x) for c in (True, False) for x in (0, 1)}
+    assert set(zip(examples.correct, examples.label, strict=True)) <= {
+        (c, x) for c in (True, False) for x in (0, 1)
+    }
     assert len(examples) == len(table.groupby(["correct", "label"]))
     figure = cell.plot_explanations(examples, network, 1.0)
     titles = [part.get_suptitle() for part in figure.subfigs]
@@ -318,7 +374,9 @@ def test_a_stronger_degradation_changes_a_picture_more(name, clip_table):
     change, strengths = cell.DEGRADATIONS[name]
     with np.load(clip_table.clip_file[0]) as saved:
         clip = saved["frames"]
-    changed = [cell.change_frames(change, strength, clip) for strength in strengths.values() if strength]
+    changed = [
+        cell.change_frames(change, strength, clip) for strength in strengths.values() if strength
+    ]
     assert all(other.shape == clip.shape and other.dtype == np.uint8 for other in changed)
     distances = [np.abs(other.astype(int) - clip).mean() for other in changed]
     assert min(distances) > 0.3 and (name == "brightness" or distances == sorted(distances))
@@ -327,7 +385,12 @@ def test_a_stronger_degradation_changes_a_picture_more(name, clip_table):
 def test_one_video_is_scored_with_its_frames(demo_set, face_detector):
     path = next((demo_set / "real").glob("*.mp4"))
     found = cell.Predictor(Brightness(), SMALL, face_detector, 2.0, 0.0).predict_video(path)
-    assert found.verdict == "fake" and found.frame_scores.shape == (4,) and found.face_share == 1 and found.face_found
+    assert (
+        found.verdict == "fake"
+        and found.frame_scores.shape == (4,)
+        and found.face_share == 1
+        and found.face_found
+    )
     logit = np.log(found.probability / (1 - found.probability))
     doubled = cell.Predictor(Brightness(), SMALL, face_detector).predict_video(path).probability
     assert np.log(doubled / (1 - doubled)) == pytest.approx(2 * logit, rel=1e-4)
@@ -341,12 +404,27 @@ def test_a_folder_is_scored_in_order_and_bad_files_say_why(demo_set, face_detect
     (tmp_path / "deep" / "2b.mp4").write_text("no video")
     predictor = cell.Predictor(Brightness(), SMALL, face_detector, threshold=0.4)
     scored = predictor.predict_folder(tmp_path, file=tmp_path / "predictions.csv")
-    assert [path.rsplit("/")[-1] for path in scored.path] == ["0.mp4", "1.mp4", "2.mp4", "2b.mp4", "3.mp4", "4.mp4"]
+    assert [path.rsplit("/")[-1] for path in scored.path] == [
+        "0.mp4",
+        "1.mp4",
+        "2.mp4",
+        "2b.mp4",
+        "3.mp4",
+        "4.mp4",
+    ]
     assert "not a video" in scored.error[3] and pd.isna(scored.probability[3])
     expected = [predictor.predict_video(v).probability for v in videos]
     assert len(pd.read_csv(tmp_path / "predictions.csv")) == 6
     assert scored.probability.dropna().tolist() == pytest.approx(expected, abs=1e-6)
-    assert list(scored) == ["path", "probability", "verdict", "threshold", "face_share", "seconds", "error"]
+    assert list(scored) == [
+        "path",
+        "probability",
+        "verdict",
+        "threshold",
+        "face_share",
+        "seconds",
+        "error",
+    ]
 
 
 def test_an_empty_folder_gives_an_empty_table_and_one_bad_file_its_error(tmp_path):
@@ -371,14 +449,18 @@ def test_a_folder_streams(demo_set, monkeypatch):
     monkeypatch.setattr(cell, "make_clip", watched)
     monkeypatch.setattr(cell.Clip, "__hash__", object.__hash__)
     settings = dataclasses.replace(SMALL, face_crop=False)
-    assert len(cell.Predictor(Brightness(), settings, None).predict_folder(demo_set, workers=2)) == 24
+    assert (
+        len(cell.Predictor(Brightness(), settings, None).predict_folder(demo_set, workers=2)) == 24
+    )
     assert most <= 7, "two for each worker, and those in hand"
 
 
 def test_what_was_scored_so_far_is_on_disk(demo_set, tmp_path, monkeypatch):
     clock = iter(range(0, 10**6, 30))
     monkeypatch.setattr(cell.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(cell.Predictor, "predict_clip", predict_nine := Counted(cell.Predictor.predict_clip, 9))
+    monkeypatch.setattr(
+        cell.Predictor, "predict_clip", predict_nine := Counted(cell.Predictor.predict_clip, 9)
+    )
     predictor = cell.Predictor(Brightness(), dataclasses.replace(SMALL, face_crop=False), None)
     with pytest.raises(KeyboardInterrupt):
         predictor.predict_folder(demo_set, file=tmp_path / "predictions.csv")

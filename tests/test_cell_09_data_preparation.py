@@ -12,7 +12,9 @@ from conftest import run_program, run_script, start_script
 
 from cell_03_data_processing import write_video
 
-SMALL = dict(FRAMES_PER_VIDEO=4, CLIPS_PER_VIDEO=1, IMAGE_SIZE=64, VAL_FRACTION=0.25, TEST_FRACTION=0.25)
+SMALL = dict(
+    FRAMES_PER_VIDEO=4, CLIPS_PER_VIDEO=1, IMAGE_SIZE=64, VAL_FRACTION=0.25, TEST_FRACTION=0.25
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,9 @@ def preparation(videos: Path | str, **parameters: object) -> dict:
 
 def prepare(work_dir: Path, videos: Path | str, expect: int = 0, **parameters: object) -> str:
     """Run cell 9 to its end; returns what it printed."""
-    return run_script("cell_09_data_preparation", work_dir, expect, **preparation(videos, **parameters))
+    return run_script(
+        "cell_09_data_preparation", work_dir, expect, **preparation(videos, **parameters)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,11 @@ def prepared(videos, tmp_path_factory):
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def clips(folder: Path) -> dict[str, int]:
@@ -48,7 +56,9 @@ def clips(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_a_preparation_killed_again_and_again_ends_as_if_it_never_was(kills, videos, prepared, tmp_path):
+def test_a_preparation_killed_again_and_again_ends_as_if_it_never_was(
+    kills, videos, prepared, tmp_path
+):
     delays, kept = random.Random(kills), {}
     for _ in range(kills):
         program = start_script("cell_09_data_preparation", tmp_path, **preparation(videos))
@@ -57,7 +67,9 @@ def test_a_preparation_killed_again_and_again_ends_as_if_it_never_was(kills, vid
         time.sleep(delays.uniform(0, 0.1))
         program.kill()
         now = clips(tmp_path)
-        assert kept.items() < now.items(), "finished clips are kept, and not made again, and there are more of them"
+        assert kept.items() < now.items(), (
+            "finished clips are kept, and not made again, and there are more of them"
+        )
         kept = now
     prepare(tmp_path, videos)
     assert kept.items() <= clips(tmp_path).items()
@@ -78,11 +90,18 @@ def test_settings_that_shape_clips_make_new_ones_and_others_do_not(videos, prepa
 
 def test_the_notebook_shows_what_was_found_and_what_was_skipped(prepared, videos):
     folder, text = prepared
-    assert "25 videos in 13 groups" in text and "; 0 cannot be used" in text and "Skipped: 1 videos" in text
+    assert (
+        "25 videos in 13 groups" in text
+        and "; 0 cannot be used" in text
+        and "Skipped: 1 videos" in text
+    )
     assert "broken.mp4" in text and "no pictures that can be decoded" in text
     assert all(f"{method}  " in text for method in ("blend", "jitter", "lowres", "real"))
     skipped = pd.read_csv(folder / "data" / "skipped.csv")
-    assert skipped.path.tolist() == [str(videos / "fake" / "broken.mp4")] and "not a video" in skipped.reason[0]
+    assert (
+        skipped.path.tolist() == [str(videos / "fake" / "broken.mp4")]
+        and "not a video" in skipped.reason[0]
+    )
     tables = [pd.read_csv(folder / "data" / f"{name}.csv") for name in ("train", "val", "test")]
     assert sum(map(len, tables)) == 24
     assert set.intersection(*(set(table.group) for table in tables)) == set()
@@ -100,7 +119,12 @@ import cell_09_data_preparation
 
 
 def test_a_recording_on_both_sides_of_a_given_split_is_shown_with_its_videos(tmp_path):
-    names = [f"{s}/{c}/{s}{i}.mp4" for s in ("train", "val", "test") for c in ("real", "fake") for i in "12"]
+    names = [
+        f"{s}/{c}/{s}{i}.mp4"
+        for s in ("train", "val", "test")
+        for c in ("real", "fake")
+        for i in "12"
+    ]
     for number, name in enumerate([*names, "train/real/004.mp4", "test/fake/004_982.mp4"]):
         frames = np.random.default_rng(number).integers(0, 256, (8, 48, 64, 3), np.uint8)
         write_video(tmp_path / "set" / name, list(frames), 10)
@@ -123,5 +147,7 @@ def test_a_video_that_fails_gives_its_place_to_another(demo_set, tmp_path):
     for number in range(0, 12, 2):
         (videos / "fake" / f"broken{number}.mp4").write_text(f"no video {number}")
     text = prepare(tmp_path / "work", videos, MAX_VIDEOS_PER_CLASS=10, FACE_CROP=False)
-    tables = [pd.read_csv(tmp_path / "work" / "data" / f"{name}.csv") for name in ("train", "val", "test")]
+    tables = [
+        pd.read_csv(tmp_path / "work" / "data" / f"{name}.csv") for name in ("train", "val", "test")
+    ]
     assert sum(table.label.sum() for table in tables) == 10, text

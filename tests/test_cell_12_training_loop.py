@@ -22,7 +22,14 @@ SECTION_12 = "import cell_12_training_loop"
 @pytest.fixture(scope="module")
 def shared(its_clips):
     """Parameters of four epochs on the clips that are there already: three batches an epoch."""
-    return {**CI, **its_clips, "BACKBONE": "shufflenet_v2_x0_5", "EMA_DECAY": 0.9, "EPOCHS": 4, "LR_PATIENCE": 0}
+    return {
+        **CI,
+        **its_clips,
+        "BACKBONE": "shufflenet_v2_x0_5",
+        "EMA_DECAY": 0.9,
+        "EPOCHS": 4,
+        "LR_PATIENCE": 0,
+    }
 
 
 def history(folder: Path) -> pd.DataFrame:
@@ -37,7 +44,12 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
     """The leaves of nested dicts and lists, without times."""
     if isinstance(value, (dict, list)):
         items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: v for key, part in items if key not in TIMES for k, v in flat(part, f"{name}/{key}").items()}
+        return {
+            k: v
+            for key, part in items
+            if key not in TIMES
+            for k, v in flat(part, f"{name}/{key}").items()
+        }
     return {name: value}
 
 
@@ -51,8 +63,13 @@ def same_end(first: Path, second: Path) -> None:
             assert torch.equal(value, two[name]), name
         elif "settings" not in name:
             assert value == two[name], name
-    models = [torch.load(folder / "models" / "best_model.pth", weights_only=True) for folder in (first, second)]
-    assert all(torch.equal(models[0]["model"][name], value) for name, value in models[1]["model"].items())
+    models = [
+        torch.load(folder / "models" / "best_model.pth", weights_only=True)
+        for folder in (first, second)
+    ]
+    assert all(
+        torch.equal(models[0]["model"][name], value) for name, value in models[1]["model"].items()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +81,9 @@ def uninterrupted(shared, tmp_path_factory) -> Path:
     parts = {"model", "average", "optimizer", "scheduler", "scaler", "stopper"}
     figures = {"epoch", "history", "best", "settings", "batch_size", "precision", "initial_weights"}
     assert len(history(folder)) == saved["epoch"] == 4 and saved.keys() == parts | figures
-    assert history(folder).learning_rate.min() < CI["LEARNING_RATE"]  # LR_PATIENCE 0: some epoch was worse
+    assert (
+        history(folder).learning_rate.min() < CI["LEARNING_RATE"]
+    )  # LR_PATIENCE 0: some epoch was worse
     return folder
 
 
@@ -85,7 +104,9 @@ cell.Trainer.step = step
 # Killed
 
 
-def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_to_the_identical_end(shared, uninterrupted, tmp_path):
+def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_to_the_identical_end(
+    shared, uninterrupted, tmp_path
+):
     run(at_step(8, KILL) + SECTION_12, tmp_path, expect=-9, **shared)
     assert checkpoint(tmp_path)["epoch"] == len(history(tmp_path)) == 2
     assert "Going on after epoch 2" in run(SECTION_12, tmp_path, **shared)
@@ -150,7 +171,9 @@ def test_a_run_that_replaces_an_older_one_never_falls_back_to_that(shared, unint
     same_end(uninterrupted, tmp_path)
 
 
-def test_a_finished_run_is_not_repeated_and_its_best_model_is_restored(shared, uninterrupted, tmp_path):
+def test_a_finished_run_is_not_repeated_and_its_best_model_is_restored(
+    shared, uninterrupted, tmp_path
+):
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     (tmp_path / "models" / "best_model.pth").unlink()
     output = run(SECTION_12, tmp_path, **shared)
@@ -158,7 +181,9 @@ def test_a_finished_run_is_not_repeated_and_its_best_model_is_restored(shared, u
     same_end(uninterrupted, tmp_path)
 
 
-def test_a_resumed_run_asks_for_no_pretrained_weights_and_still_says_with_which_it_began(shared, tmp_path):
+def test_a_resumed_run_asks_for_no_pretrained_weights_and_still_says_with_which_it_began(
+    shared, tmp_path
+):
     program = f"""
 import cell_05_model_definition as cell
 def refused(name):
@@ -205,7 +230,9 @@ def test_on_kaggle_training_goes_on_from_an_attached_output(shared, uninterrupte
     attached = f"import cell_06_loss_and_utils as cell\ncell.attached_checkpoints = lambda: [{{}}]\n{SECTION_12}"
     before = tmp_path / "before"
     run(at_step(11, KILL) + SECTION_12, before, expect=-9, **shared)
-    found = attached.format(f"__import__('pathlib').Path({str(before / 'models' / 'last_checkpoint.pth')!r})")
+    found = attached.format(
+        f"__import__('pathlib').Path({str(before / 'models' / 'last_checkpoint.pth')!r})"
+    )
     after = tmp_path / "after"
     assert f"Going on after epoch 3 of {before}" in run(found, after, **shared)
     same_end(uninterrupted, after)
@@ -222,22 +249,33 @@ def test_another_seed_gives_another_history(shared, uninterrupted, tmp_path):
 def test_other_settings_are_refused_before_anything_is_overwritten(shared, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.[cp][st][vh]")}
-    output = run(SECTION_12, tmp_path, expect=1, **{**shared, "MAX_VIDEOS_PER_CLASS": 8, "LEARNING_RATE": 0.01})
+    output = run(
+        SECTION_12,
+        tmp_path,
+        expect=1,
+        **{**shared, "MAX_VIDEOS_PER_CLASS": 8, "LEARNING_RATE": 0.01},
+    )
     assert "MAX_VIDEOS_PER_CLASS: 12 then, 8 now\n  LEARNING_RATE: 0.0003 then, 0.01 now" in output
     assert len(before) > 5 and before == {file: file.stat().st_mtime_ns for file in before}
 
 
-def test_other_videos_are_refused_before_the_tables_are_overwritten(shared, uninterrupted, tmp_path):
+def test_other_videos_are_refused_before_the_tables_are_overwritten(
+    shared, uninterrupted, tmp_path
+):
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     before = (tmp_path / "data" / "train.csv").read_bytes()
-    table = pd.concat(pd.read_csv(tmp_path / "data" / f"{name}.csv") for name in ("train", "val", "test"))
+    table = pd.concat(
+        pd.read_csv(tmp_path / "data" / f"{name}.csv") for name in ("train", "val", "test")
+    )
     fewer = table.drop(index=table.index[table.split == "train"][:1])
     fewer[["path", "label", "method", "group", "split"]].to_csv(tmp_path / "fewer.csv", index=False)
     output = run(SECTION_12, tmp_path, expect=1, **{**shared, "DATA_DIR": tmp_path / "fewer.csv"})
     assert "DATA: '24 videos" in output and (tmp_path / "data" / "train.csv").read_bytes() == before
 
 
-def test_an_interrupted_run_without_time_for_another_epoch_ends_with_what_it_has(shared, uninterrupted, tmp_path):
+def test_an_interrupted_run_without_time_for_another_epoch_ends_with_what_it_has(
+    shared, uninterrupted, tmp_path
+):
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     output = run(SECTION_12, tmp_path, **{**shared, "EPOCHS": 5, "TIME_BUDGET_HOURS": 1e-6})
     assert "Stopped after 4 of 5 epochs" in output and len(history(tmp_path)) == 4
@@ -255,7 +293,10 @@ def step(self, *batch):
 cell.Trainer.step = step
 """
     output = run(program + SECTION_12, tmp_path, **{**shared, "TIME_BUDGET_HOURS": 0.25})
-    assert "Stopped after 2 of 4 epochs: one more, of 5 min" in output and "time budget of 15 min" in output
+    assert (
+        "Stopped after 2 of 4 epochs: one more, of 5 min" in output
+        and "time budget of 15 min" in output
+    )
     assert len(history(tmp_path)) == 2
 
 
@@ -279,7 +320,9 @@ cell.DeepfakeDetector.forward = greedy
 def torchrun(program: str, folder: Path, **parameters: Any) -> str:
     """A program in two processes, started by the command that users type; returns what both printed."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return processes.command([*launch, program_file(folder, program)], folder, **in_environment(parameters))
+    return processes.command(
+        [*launch, program_file(folder, program)], folder, **in_environment(parameters)
+    )
 
 
 def together(count: int, program: str, folder: Path, expect: int = 0, **parameters: Any) -> str:
@@ -288,12 +331,21 @@ def together(count: int, program: str, folder: Path, expect: int = 0, **paramete
     Returns what all printed."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    meeting = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count}
+    meeting = {
+        "TORCHELASTIC_RUN_ID": "test",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": count,
+    }
     file = program_file(folder, program)
     ranks = [{**meeting, "RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
-    started = [processes.Program([file], folder, **rank, **in_environment(parameters)) for rank in ranks]
+    started = [
+        processes.Program([file], folder, **rank, **in_environment(parameters)) for rank in ranks
+    ]
     try:
-        while any(process.is_running for process in started) and not any(process.status for process in started):
+        while any(process.is_running for process in started) and not any(
+            process.status for process in started
+        ):
             time.sleep(0.05)
         failed = [process.status for process in started if process.status]
     finally:
@@ -306,10 +358,14 @@ def together(count: int, program: str, folder: Path, expect: int = 0, **paramete
 
 def manifest(folder: Path, run_folder: Path, val: slice) -> Path:
     """The videos of a finished run, with fewer of them to validate on."""
-    tables = {name: pd.read_csv(run_folder / "data" / f"{name}.csv") for name in ("train", "val", "test")}
+    tables = {
+        name: pd.read_csv(run_folder / "data" / f"{name}.csv") for name in ("train", "val", "test")
+    }
     tables["val"] = tables["val"].sort_values("group").iloc[val]
     file = folder / "videos.csv"
-    pd.concat(tables.values())[["path", "label", "method", "group", "split"]].to_csv(file, index=False)
+    pd.concat(tables.values())[["path", "label", "method", "group", "split"]].to_csv(
+        file, index=False
+    )
     return file
 
 
@@ -318,7 +374,9 @@ def two_forks(program: str, folder: Path, **parameters: Any) -> str:
 
 
 @pytest.mark.parametrize("start", [two_forks, pytest.param(torchrun, marks=pytest.mark.slow)])
-def test_two_processes_train_as_one_and_validate_every_clip_once(start, finished_run, shared, tmp_path):
+def test_two_processes_train_as_one_and_validate_every_clip_once(
+    start, finished_run, shared, tmp_path
+):
     """Five clips to validate, which do not divide by two."""
     videos = manifest(tmp_path, finished_run.folder, slice(5))
     parameters = {**shared, "DATA_DIR": videos, "EPOCHS": 2, "DROPOUT": 0.0, "LEARNING_RATE": 1e-5}
@@ -329,13 +387,22 @@ if os.environ.get("RANK") == "1":
 {SECTION_12} as cell
 print("validated", cell.validated.rows.tolist())
 """
-    outputs = run(program, tmp_path / "one", **parameters), start(program, tmp_path / "two", **parameters)
+    outputs = (
+        run(program, tmp_path / "one", **parameters),
+        start(program, tmp_path / "two", **parameters),
+    )
     assert all("validated [0, 1, 2, 3, 4]" in output for output in outputs)
-    assert "Batches of 4 clips, shared by 2 processes" in outputs[1] and outputs[1].count("videos taken") == 1
+    assert (
+        "Batches of 4 clips, shared by 2 processes" in outputs[1]
+        and outputs[1].count("videos taken") == 1
+    )
     one, two = (history(tmp_path / name) for name in ("one", "two"))
     for column in ("val_loss", "val_auc", "train_loss", "train_auc"):
         assert two[column].to_numpy() == pytest.approx(one[column].to_numpy(), abs=1e-3), column
-    weights = [torch.load(tmp_path / name / "models" / "best_model.pth", weights_only=True) for name in ("one", "two")]
+    weights = [
+        torch.load(tmp_path / name / "models" / "best_model.pth", weights_only=True)
+        for name in ("one", "two")
+    ]
     assert weights[0]["model"].keys() == weights[1]["model"].keys()
 
 
@@ -377,15 +444,22 @@ if RANK == 0:
 """
     run(program, tmp_path / "one")
     together(2, program, tmp_path / "two")
-    one, two = (torch.load(tmp_path / name / "weights.pth", weights_only=True) for name in ("one", "two"))
+    one, two = (
+        torch.load(tmp_path / name / "weights.pth", weights_only=True) for name in ("one", "two")
+    )
     assert all(torch.allclose(two[name], value, rtol=0, atol=1e-11) for name, value in one.items())
 
 
 def test_a_batch_that_processes_cannot_share_ends_all_of_them_with_the_reason(shared, tmp_path):
     output = together(2, SECTION_12, tmp_path, expect=1, **{**shared, "BATCH_SIZE": 3})
-    assert "BATCH_SIZE = 3 is no multiple of 2, the number of processes" in output and "videos taken" not in output
+    assert (
+        "BATCH_SIZE = 3 is no multiple of 2, the number of processes" in output
+        and "videos taken" not in output
+    )
 
 
 def test_the_cells_after_training_are_not_for_torchrun(shared, tmp_path):
-    output = together(2, "import cell_13_model_evaluation", tmp_path, expect=1, **{**shared, "EPOCHS": 1})
+    output = together(
+        2, "import cell_13_model_evaluation", tmp_path, expect=1, **{**shared, "EPOCHS": 1}
+    )
     assert "torchrun is for cell_12_training_loop.py" in output

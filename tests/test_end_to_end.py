@@ -49,7 +49,9 @@ for text in {texts!r}:
 def edited(text: str, parameters: dict) -> str:
     """The parameters cell, edited by hand."""
     for name, value in parameters.items():
-        text, count = re.subn(rf"^{name}: (\w+) = [^#\n]*", f"{name}: \\1 = {value!r}  ", text, flags=re.M)
+        text, count = re.subn(
+            rf"^{name}: (\w+) = [^#\n]*", f"{name}: \\1 = {value!r}  ", text, flags=re.M
+        )
         assert count == 1, name
     return text
 
@@ -60,7 +62,12 @@ def edited(text: str, parameters: dict) -> str:
 def test_the_notebook_ends_with_every_promised_file(finished_run):
     for name in PROMISED:
         assert (finished_run.folder / name).stat().st_size > 0, name
-    for name in ("results/metrics_by_method.csv", "models/last_checkpoint.pth", "data/train.csv", "data/skipped.csv"):
+    for name in (
+        "results/metrics_by_method.csv",
+        "models/last_checkpoint.pth",
+        "data/train.csv",
+        "data/skipped.csv",
+    ):
         assert (finished_run.folder / name).exists(), name
     assert not list(finished_run.folder.rglob(".partial-*"))
 
@@ -75,20 +82,34 @@ def test_the_executed_notebook_shows_its_figures_and_no_warnings(finished_run):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 10
     assert [output.text for output in outputs if output.get("name") == "stderr"] == []
-    assert not any("%|" in str(output) for output in outputs), "a progress bar, kept as it first appeared"
+    assert not any("%|" in str(output) for output in outputs), (
+        "a progress bar, kept as it first appeared"
+    )
 
 
 def test_results_are_complete_and_valid_json(finished_run):
     results = finished_run.results
     json.dumps(results, allow_nan=False)
-    assert results["config"]["BACKBONE"] == "resnet18" and results["model"]["initial_weights"] == "random"
+    assert (
+        results["config"]["BACKBONE"] == "resnet18"
+        and results["model"]["initial_weights"] == "random"
+    )
     assert sum(n for split in results["data"]["videos"].values() for n in split.values()) == 24
     assert results["training"]["epochs"] == 2 and results["seconds"]["training"] > 0
     for metrics in results["metrics"].values():
-        assert {"accuracy", "balanced_accuracy", "precision", "recall", "f1", "auc_roc"} < set(metrics)
-        assert {"auc_pr", "eer", "tpr_at_1_fpr", "tpr_at_5_fpr", "specificity", "log_loss", "brier", "ece"} < set(
+        assert {"accuracy", "balanced_accuracy", "precision", "recall", "f1", "auc_roc"} < set(
             metrics
         )
+        assert {
+            "auc_pr",
+            "eer",
+            "tpr_at_1_fpr",
+            "tpr_at_5_fpr",
+            "specificity",
+            "log_loss",
+            "brier",
+            "ece",
+        } < set(metrics)
     for name, intervals in results["intervals"].items():
         for metric, (low, high) in intervals.items():
             value = results["metrics"][name][metric]
@@ -97,12 +118,15 @@ def test_results_are_complete_and_valid_json(finished_run):
     assert results["model"]["trained_on"] == ["blend", "jitter", "lowres"]
     report = (finished_run.folder / "results" / "experiment_report.txt").read_text(encoding="utf-8")
     assert (
-        f"{results['metrics']['at_fitted_threshold']['auc_roc']:.3f}" in report and "initial weights: random" in report
+        f"{results['metrics']['at_fitted_threshold']['auc_roc']:.3f}" in report
+        and "initial weights: random" in report
     )
 
 
 def test_no_recording_crosses_a_split(finished_run):
-    groups = [set(finished_run.table(f"data/{name}.csv").group) for name in ("train", "val", "test")]
+    groups = [
+        set(finished_run.table(f"data/{name}.csv").group) for name in ("train", "val", "test")
+    ]
     assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
 
 
@@ -144,7 +168,9 @@ def test_the_readmes_python_works_as_it_stands(finished_run, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "MY_RUN").symlink_to(finished_run.folder)
     (tmp_path / "kaggle_cells").symlink_to(ROOT / "kaggle_cells")
-    (tmp_path / "my_video.mp4").symlink_to(next((finished_run.folder / "demo_videos_42" / "fake").glob("*.mp4")))
+    (tmp_path / "my_video.mp4").symlink_to(
+        next((finished_run.folder / "demo_videos_42" / "fake").glob("*.mp4"))
+    )
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     printed = []
     for code in re.findall(r"^```python\n(.*?)^```", readme, flags=re.M | re.S):
@@ -171,13 +197,19 @@ def same_results(first: Run, second: Run) -> None:
         for run in (first, second)
     ]
     assert history[0].equals(history[1])
-    assert first.table("results/test_predictions.csv").logit.equals(second.table("results/test_predictions.csv").logit)
+    assert first.table("results/test_predictions.csv").logit.equals(
+        second.table("results/test_predictions.csv").logit
+    )
 
 
 def test_the_files_pasted_one_after_the_other_give_the_same_results(finished_run, shared, tmp_path):
-    parameters = {name: str(value) if isinstance(value, Path) else value for name, value in shared.items()}
+    parameters = {
+        name: str(value) if isinstance(value, Path) else value for name, value in shared.items()
+    }
     texts = [file.read_text(encoding="utf-8") for file in FILES]
-    pasted([edited(text, parameters) if "\nEPOCHS: int" in text else text for text in texts], tmp_path)
+    pasted(
+        [edited(text, parameters) if "\nEPOCHS: int" in text else text for text in texts], tmp_path
+    )
     same_results(finished_run, Run(tmp_path, ""))
 
 
@@ -190,10 +222,13 @@ def test_fourteen_scripts_in_fourteen_processes_give_the_same_results(finished_r
 
 
 @pytest.mark.parametrize(
-    ("first", "early", "missing"), [([], 1, "cell_01"), ([0], 4, "cell_02"), ([0, 1, 2], 6, "cell_04")]
+    ("first", "early", "missing"),
+    [([], 1, "cell_01"), ([0], 4, "cell_02"), ([0, 1, 2], 6, "cell_04")],
 )
 def test_a_cell_run_too_early_names_the_cell_to_run_first(tmp_path, first, early, missing):
-    printed = pasted([FILES[index].read_text(encoding="utf-8") for index in [*first, early]], tmp_path, expect=1)
+    printed = pasted(
+        [FILES[index].read_text(encoding="utf-8") for index in [*first, early]], tmp_path, expect=1
+    )
     assert re.search(rf"(?:run |No module named ')({missing}\w+)", printed)
 
 
@@ -227,9 +262,17 @@ def test_other_settings_do_not_go_on_with_an_old_run(finished_run, shared, tmp_p
 def test_a_trained_model_scores_new_videos_without_training(finished_run, shared, tmp_path):
     """CHECKPOINT, EPOCHS=0 and PREDICT_DIR, with a held-out method and another size of the images."""
     trained, videos = finished_run.folder / "models" / "best_model.pth", shared["DATA_DIR"]
-    scoring = {**shared, "CHECKPOINT": trained, "EPOCHS": 0, "PREDICT_DIR": videos, "CACHE_DIR": "cache"}
+    scoring = {
+        **shared,
+        "CHECKPOINT": trained,
+        "EPOCHS": 0,
+        "PREDICT_DIR": videos,
+        "CACHE_DIR": "cache",
+    }
     printed = run_script(
-        "cell_14_results_summary", tmp_path, **{**scoring, "IMAGE_SIZE": 160, "HOLDOUT_METHODS": "[jitter]"}
+        "cell_14_results_summary",
+        tmp_path,
+        **{**scoring, "IMAGE_SIZE": 160, "HOLDOUT_METHODS": "[jitter]"},
     )
     run = Run(tmp_path, printed)
     assert "IMAGE_SIZE = 64" in run.output and not (run.folder / "models").exists()
@@ -238,8 +281,12 @@ def test_a_trained_model_scores_new_videos_without_training(finished_run, shared
     assert len(scored) == 24 and scored.error.isna().all()
     assert np.allclose(scored.probability[tested.index], tested.probability, atol=1e-4)
     by_method = run.table("results/metrics_by_method.csv").set_index("method")
-    assert not by_method.never_trained_on.any()  # holding out now does not undo that it was trained on
-    assert run.results["training"]["epochs"] == 0 and math.isfinite(run.results["model"]["threshold"])
+    assert (
+        not by_method.never_trained_on.any()
+    )  # holding out now does not undo that it was trained on
+    assert run.results["training"]["epochs"] == 0 and math.isfinite(
+        run.results["model"]["threshold"]
+    )
 
 
 def test_a_trained_model_scores_videos_where_there_is_no_dataset(finished_run, tmp_path):
@@ -262,19 +309,29 @@ def test_a_trained_model_scores_videos_where_there_is_no_dataset(finished_run, t
     assert not (work / "results" / "test_predictions.csv").exists()
 
 
-def test_a_dataset_is_evaluated_whole_even_if_one_class_is_all_it_has(finished_run, shared, tmp_path):
+def test_a_dataset_is_evaluated_whole_even_if_one_class_is_all_it_has(
+    finished_run, shared, tmp_path
+):
     fakes = tmp_path / "set" / "fake"
     fakes.mkdir(parents=True)
     for path in sorted((finished_run.folder / "demo_videos_42" / "fake").glob("*.mp4"))[:5]:
         (fakes / path.name.replace("__", "__new-")).write_bytes(path.read_bytes())
     model = finished_run.folder / "models" / "best_model.pth"
-    parameters = dict(CHECKPOINT=model, EPOCHS=0, DATA_DIR=fakes.parent, TEST_FRACTION=1, ROBUSTNESS=0)
-    run = Run(tmp_path / "work", run_script("cell_14_results_summary", tmp_path / "work", **parameters))
+    parameters = dict(
+        CHECKPOINT=model, EPOCHS=0, DATA_DIR=fakes.parent, TEST_FRACTION=1, ROBUSTNESS=0
+    )
+    run = Run(
+        tmp_path / "work", run_script("cell_14_results_summary", tmp_path / "work", **parameters)
+    )
     assert run.results["data"]["videos"]["test"] == {"real": 0, "fake": 5}
     fitted = run.results["metrics"]["at_fitted_threshold"]
-    assert fitted["auc_roc"] is None and fitted["specificity"] is None and 0 <= fitted["recall"] <= 1
+    assert (
+        fitted["auc_roc"] is None and fitted["specificity"] is None and 0 <= fitted["recall"] <= 1
+    )
     assert "undefined, for the test set has no real videos" in run.output
-    assert run.table("results/metrics_by_method.csv").never_trained_on.all(), "the model never saw these methods"
+    assert run.table("results/metrics_by_method.csv").never_trained_on.all(), (
+        "the model never saw these methods"
+    )
 
 
 def test_no_dataset_is_for_scoring_alone(tmp_path):
@@ -300,7 +357,9 @@ def test_real_videos_alone_train_a_detector_that_is_tested_on_every_manipulation
     assert saved["CLIPS_PER_VIDEO"] == 2 and saved["MIRROR_TEST"]
 
 
-def test_without_fakes_to_train_on_a_smaller_share_of_self_blends_is_a_clear_error(shared, tmp_path):
+def test_without_fakes_to_train_on_a_smaller_share_of_self_blends_is_a_clear_error(
+    shared, tmp_path
+):
     held_out = {**shared, "HOLDOUT_METHODS": "[blend, lowres, jitter]"}
     printed = run_script("cell_09_data_preparation", tmp_path, expect=1, **held_out)
     assert "a split lacks a class" in printed and "SELF_BLEND = 1" in printed
@@ -320,5 +379,8 @@ def test_a_backbone_with_trained_weights_learns_at_its_own_rate(shared, tmp_path
     everything = rates[0][0][1]
     assert rates[0] == [(3e-4, everything)], "random weights learn at the full rate"
     (head_rate, head), (backbone_rate, backbone) = rates[1]
-    assert (head_rate, backbone_rate) == (3e-4, pytest.approx(3e-5)) and head + backbone == everything
+    assert (head_rate, backbone_rate) == (
+        3e-4,
+        pytest.approx(3e-5),
+    ) and head + backbone == everything
     assert rates[2] == [(3e-4, head)]

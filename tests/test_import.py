@@ -53,7 +53,10 @@ def edit(project, capsys):
 
 
 def contents(project: Path) -> dict[str, str]:
-    return {file.name: file.read_text(encoding="utf-8") for file in sorted((project / "kaggle_cells").glob("*.py"))}
+    return {
+        file.name: file.read_text(encoding="utf-8")
+        for file in sorted((project / "kaggle_cells").glob("*.py"))
+    }
 
 
 def changes(before: dict[str, str], after: dict[str, str]) -> set[str]:
@@ -76,7 +79,10 @@ def test_import_after_build_changes_nothing(edit, project):
 @pytest.mark.parametrize("forgotten", [False, True])
 def test_changed_new_and_deleted_cells_go_to_their_files(edit, project, forgotten):
     before = contents(project)
-    changed, deleted = edit.cell("class FocalLoss"), edit.index("**The backbone** is any classification model")
+    changed, deleted = (
+        edit.cell("class FocalLoss"),
+        edit.index("**The backbone** is any classification model"),
+    )
     changed.source = changed.source.replace("gamma: float = 2.0", "gamma: float = 1.5")
     del edit.notebook.cells[deleted]
     edit.insert(edit.index("def amp_dtype") + 1, "print('a new cell')")
@@ -90,8 +96,13 @@ def test_changed_new_and_deleted_cells_go_to_their_files(edit, project, forgotte
     assert "gamma: float = 1.5" in after["cell_06_loss_and_utils.py"]
     assert "# And *some* words." in after["cell_07_training_functions.py"]
     assert after["cell_14_results_summary.py"].endswith("# %%\nprint('at the very end')\n")
-    assert "cell_06_loss_and_utils.py: 1 changed\n" in said and "cell_07_training_functions.py: 2 new\n" in said
-    assert "cell_05_model_definition.py: 1 deleted\n" in said and "-# **The backbone** is any" in said
+    assert (
+        "cell_06_loss_and_utils.py: 1 changed\n" in said
+        and "cell_07_training_functions.py: 2 new\n" in said
+    )
+    assert (
+        "cell_05_model_definition.py: 1 deleted\n" in said and "-# **The backbone** is any" in said
+    )
     assert_given_back(edit.notebook)
 
 
@@ -107,7 +118,9 @@ def test_a_first_cell_that_was_rewritten_stays_in_its_file(edit, project):
     title = edit.cell("## 6. ")
     title.source = "## 6. Something else altogether"
     edit.take()
-    assert contents(project)["cell_06_loss_and_utils.py"].startswith("# %% [markdown]\n# ## 6. Something else")
+    assert contents(project)["cell_06_loss_and_utils.py"].startswith(
+        "# %% [markdown]\n# ## 6. Something else"
+    )
     assert_given_back(edit.notebook)
 
 
@@ -120,7 +133,10 @@ def test_a_split_cell_and_a_moved_one(edit, project):
     moved = edit.notebook.cells.pop(edit.index("def choose_trainable"))
     edit.notebook.cells.insert(edit.index("def auc_of") + 1, moved)
     said = edit.take()
-    assert "def choose_trainable" in contents(project)["cell_07_training_functions.py"] and "1 moved here" in said
+    assert (
+        "def choose_trainable" in contents(project)["cell_07_training_functions.py"]
+        and "1 moved here" in said
+    )
     assert "cell_05_model_definition.py: 1 moved away\n" in said
     assert_given_back(edit.notebook)
 
@@ -128,7 +144,9 @@ def test_a_split_cell_and_a_moved_one(edit, project):
 def test_magics_shell_lines_and_empty_cells_are_left_out(edit, project):
     before = contents(project)
     first = edit.cell("import torch\n")
-    first.source = "%%time\n!pip install -q \\\n  something\n" + first.source + "\n%matplotlib inline\nCONFIG?"
+    first.source = (
+        "%%time\n!pip install -q \\\n  something\n" + first.source + "\n%matplotlib inline\nCONFIG?"
+    )
     edit.insert(3, "%%bash\nls -l")
     edit.insert(5, "!nvidia-smi\n\n%load_ext tensorboard")
     edit.insert(6, "   \n")
@@ -137,7 +155,9 @@ def test_magics_shell_lines_and_empty_cells_are_left_out(edit, project):
 
 
 def test_a_percent_sign_in_python_is_no_magic(edit, project):
-    edit.cell("def mixed_seed").source += '\n\nTEXT = """\n%d of them\n!important\n""" % 3\nREST = (7\n% 4)'
+    edit.cell(
+        "def mixed_seed"
+    ).source += '\n\nTEXT = """\n%d of them\n!important\n""" % 3\nREST = (7\n% 4)'
     edit.take()
     assert "\n%d of them\n!important\n" in contents(project)["cell_02_global_config.py"]
     assert_given_back(edit.notebook)
@@ -153,14 +173,25 @@ def test_magics_that_are_commented_out_are_comments_and_names_of_commands_are_na
 def test_a_notebook_that_papermill_executed(edit, project, failed_run):
     """Outputs, injected parameters and the notice of a failed cell stay behind; the edit comes along."""
     before = contents(project)
-    edit.notebook = nbformat.read(failed_run.folder / "deepfake_detection.unfinished.ipynb", as_version=4)
-    assert edit.cell('BACKBONE = "resnet18"') and any(cell.get("outputs") for cell in edit.notebook.cells)
+    edit.notebook = nbformat.read(
+        failed_run.folder / "deepfake_detection.unfinished.ipynb", as_version=4
+    )
+    assert edit.cell('BACKBONE = "resnet18"') and any(
+        cell.get("outputs") for cell in edit.notebook.cells
+    )
     edit.insert(edit.index("class Config") + 1, "raise RuntimeError('here it ends')")
     said = edit.take()
     after = contents(project)
-    assert changes(before, after) == {"cell_02"} and 'BACKBONE = "resnet18"' not in after["cell_02_global_config.py"]
-    assert "+raise RuntimeError('here it ends')" in said and said.count("as papermill adds them") >= 2
-    edit.notebook.cells[edit.index('BACKBONE = "resnet18"')].metadata = {}  # a tag that another tool dropped
+    assert (
+        changes(before, after) == {"cell_02"}
+        and 'BACKBONE = "resnet18"' not in after["cell_02_global_config.py"]
+    )
+    assert (
+        "+raise RuntimeError('here it ends')" in said and said.count("as papermill adds them") >= 2
+    )
+    edit.notebook.cells[
+        edit.index('BACKBONE = "resnet18"')
+    ].metadata = {}  # a tag that another tool dropped
     assert "Nothing to do" in edit.take()
 
 
@@ -177,14 +208,19 @@ def test_notebooks_of_other_jupyter_versions(edit, project, version):
         edit.notebook = nbformat.convert(edit.notebook, 3)
     edit.take()
     after = contents(project)
-    assert changes(before, after) == {"cell_02"} and "EPOCHS: int = 7" in after["cell_02_global_config.py"]
+    assert (
+        changes(before, after) == {"cell_02"}
+        and "EPOCHS: int = 7" in after["cell_02_global_config.py"]
+    )
     assert '# %% tags=["parameters"]' in after["cell_02_global_config.py"]
 
 
 def test_files_pasted_whole_into_cells_come_apart_again(edit, project):
     before = contents(project)
     texts = [text.replace("gamma: float = 2.0", "gamma: float = 3.0") for text in before.values()]
-    edit.notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in texts])
+    edit.notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(text) for text in texts]
+    )
     edit.take()
     after = contents(project)
     assert changes(before, after) == {"cell_06"}
@@ -192,7 +228,9 @@ def test_files_pasted_whole_into_cells_come_apart_again(edit, project):
 
 
 def test_a_cell_that_moves_within_its_file(edit, project):
-    edit.notebook.cells.insert(edit.index("def fit_threshold"), edit.notebook.cells.pop(edit.index("STYLE: Any = {")))
+    edit.notebook.cells.insert(
+        edit.index("def fit_threshold"), edit.notebook.cells.pop(edit.index("STYLE: Any = {"))
+    )
     assert "cell_08_evaluation_functions.py: in another order\n" in edit.take()
     assert_given_back(edit.notebook)
 
@@ -205,11 +243,15 @@ def test_what_cannot_be_placed_is_refused_and_nothing_is_written(edit):
 @pytest.mark.parametrize("line", ["def broken(:", "files = !ls", "await something()"])
 def test_code_that_is_no_python_is_refused_with_the_line(edit, line):
     edit.insert(40, f"import os\n{line}\nprint(os)")
-    edit.refused(rf"cell 41 \('import os'\) is no Python, even without magics: '{re.escape(line)}': ")
+    edit.refused(
+        rf"cell 41 \('import os'\) is no Python, even without magics: '{re.escape(line)}': "
+    )
 
 
 def test_a_lost_script_is_refused(edit):
-    edit.notebook.cells = [cell for cell in edit.notebook.cells if "cell_07" not in cell.metadata[SOURCE_KEY]]
+    edit.notebook.cells = [
+        cell for cell in edit.notebook.cells if "cell_07" not in cell.metadata[SOURCE_KEY]
+    ]
     edit.refused("Nothing is left of kaggle_cells/cell_07_training_functions.py")
 
 
@@ -222,7 +264,9 @@ def test_a_cell_without_metadata_between_two_files_is_refused_where_it_may_belon
     edit.forget()
     place = edit.index("## 6. ")
     edit.notebook.cells[place].source = "Words that nobody has seen before."
-    edit.refused("may be new at the end of kaggle_cells/cell_05.* or stand for the beginning of kaggle_cells/cell_06")
+    edit.refused(
+        "may be new at the end of kaggle_cells/cell_05.* or stand for the beginning of kaggle_cells/cell_06"
+    )
 
 
 def test_pictures_in_cells_are_refused(edit):
@@ -235,7 +279,9 @@ def test_another_notebook_is_refused(edit):
     edit.refused("No cell of this notebook is known here")
 
 
-@pytest.mark.parametrize("text", ["", "no notebook", "{}", '{"nbformat": 4, "nbformat_minor": 5, "metadata": {}}'])
+@pytest.mark.parametrize(
+    "text", ["", "no notebook", "{}", '{"nbformat": 4, "nbformat_minor": 5, "metadata": {}}']
+)
 def test_what_is_no_notebook_is_a_clear_error(edit, tmp_path, text):
     file = tmp_path / "odd.ipynb"
     file.write_text(text)
@@ -253,7 +299,9 @@ def test_edits_of_an_older_notebook_come_with_a_warning(edit, project):
 def test_the_command(tmp_path):
     copy = tmp_path / "project"
     copy.mkdir()
-    shutil.copytree(ROOT / "kaggle_cells", copy / "kaggle_cells", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "kaggle_cells", copy / "kaggle_cells", ignore=shutil.ignore_patterns("__pycache__")
+    )
     shutil.copytree(ROOT / "notebooks", copy / "notebooks")
     shutil.copy(ROOT / "build_notebook.py", copy)
     notebook = nbformat.read(copy / "notebooks" / "deepfake_detection.ipynb", as_version=4)

@@ -29,7 +29,14 @@ def ffmpeg(*arguments):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An ordinary H.264 video."""
-    return ffmpeg("scene", "-c:v", "libx264", "-pix_fmt", "yuv420p", tmp_path_factory.mktemp("scene") / "whole.mp4")
+    return ffmpeg(
+        "scene",
+        "-c:v",
+        "libx264",
+        "-pix_fmt",
+        "yuv420p",
+        tmp_path_factory.mktemp("scene") / "whole.mp4",
+    )
 
 
 def outcome(file: Path, tmp_path, settings=WHOLE_FRAME) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -72,7 +79,11 @@ def damaged(kind: str, whole: Path, folder: Path) -> Path:
     elif kind == "cut, index at the end":
         cut(whole, file, 0.5)
     elif kind == "cut, index at the start":
-        cut(ffmpeg("-i", whole, "-c", "copy", "-movflags", "+faststart", folder / "fast.mp4"), file, 0.5)
+        cut(
+            ffmpeg("-i", whole, "-c", "copy", "-movflags", "+faststart", folder / "fast.mp4"),
+            file,
+            0.5,
+        )
     elif kind in ("cut avi", "cut mkv", "cut webm"):
         form = kind.split()[1]
         options = ("-c:v", "libvpx", "-cpu-used", "8") if form == "webm" else ("-c", "copy")
@@ -124,18 +135,34 @@ def test_a_bad_file_ends_in_the_list_of_skipped_ones_with_its_reason(kind, reaso
 
 
 def test_a_video_cut_behind_the_stretch_that_is_used_is_as_good_as_whole(whole, tmp_path):
-    long = ffmpeg("-stream_loop", "3", "-i", whole, "-c", "copy", "-movflags", "+faststart", tmp_path / "long.mp4")
+    long = ffmpeg(
+        "-stream_loop",
+        "3",
+        "-i",
+        whole,
+        "-c",
+        "copy",
+        "-movflags",
+        "+faststart",
+        tmp_path / "long.mp4",
+    )
     frames = frames_of(cut(long, tmp_path / "cut.mp4", 0.75), tmp_path / "a")
     assert np.array_equal(frames, frames_of(long, tmp_path / "b"))
 
 
 @pytest.mark.parametrize("form", ["mp4", "mkv", "avi", "webm", "ts.mpg"])
-def test_a_long_video_gives_the_frames_that_a_pass_from_its_start_gives(form, tmp_path, monkeypatch):
+def test_a_long_video_gives_the_frames_that_a_pass_from_its_start_gives(
+    form, tmp_path, monkeypatch
+):
     """Three minutes: the decoder jumps to the first frame wanted."""
     source = ("-f", "lavfi", "-i", "testsrc2=size=64x48:rate=25:duration=180")
-    codec = ("-c:v", "libvpx", "-cpu-used", "8") if form == "webm" else ("-c:v", "libx264", "-bf", "2")
+    codec = (
+        ("-c:v", "libvpx", "-cpu-used", "8") if form == "webm" else ("-c:v", "libx264", "-bf", "2")
+    )
     kind = ("-f", "mpegts") if form == "ts.mpg" else ()
-    file = ffmpeg(*source, *codec, "-pix_fmt", "yuv420p", "-g", "250", *kind, tmp_path / f"long.{form}")
+    file = ffmpeg(
+        *source, *codec, "-pix_fmt", "yuv420p", "-g", "250", *kind, tmp_path / f"long.{form}"
+    )
     jumped, positions = cell.read_frames(file, 6, 8.0)
     monkeypatch.setattr(cell, "LONG_LEAD", 10**9)
     passed, same = cell.read_frames(file, 6, 8.0)
@@ -148,7 +175,15 @@ def test_a_long_video_of_variable_rate_is_passed_from_its_start_since_no_seek_fi
     form, tmp_path, monkeypatch
 ):
     source = ("-f", "lavfi", "-i", "testsrc2=size=64x48:rate=25:duration=300")
-    uneven = (*source, "-vf", "select='lt(n,3000)+not(mod(n,3))'", "-fps_mode", "vfr", "-c:v", "libx264")
+    uneven = (
+        *source,
+        "-vf",
+        "select='lt(n,3000)+not(mod(n,3))'",
+        "-fps_mode",
+        "vfr",
+        "-c:v",
+        "libx264",
+    )
     file = ffmpeg(*uneven, "-pix_fmt", "yuv420p", tmp_path / f"long.{form}")
     frames, positions = cell.read_frames(file, 6, 8.0)
     monkeypatch.setattr(cell, "LONG_LEAD", 10**9)
@@ -158,7 +193,13 @@ def test_a_long_video_of_variable_rate_is_passed_from_its_start_since_no_seek_fi
 
 def test_few_frames_a_second_are_spread_wider_not_repeated(tmp_path):
     file = ffmpeg(
-        "-f", "lavfi", "-i", "testsrc2=size=64x48:rate=1/2:duration=60", "-c:v", "libx264", tmp_path / "slow.mp4"
+        "-f",
+        "lavfi",
+        "-i",
+        "testsrc2=size=64x48:rate=1/2:duration=60",
+        "-c:v",
+        "libx264",
+        tmp_path / "slow.mp4",
     )
     usable, _ = outcome(file, tmp_path)
     assert usable.distinct_frames.tolist() == [6]
@@ -170,7 +211,9 @@ def test_a_colon_in_a_relative_path_is_no_protocol(whole, tmp_path, monkeypatch)
     assert len(cell.read_frames(Path("10:30.mp4"), 4, 8.0)[0]) == 4
 
 
-@pytest.mark.parametrize("name", ["UPPER.MP4", "two words (1).mp4", "emoji 😀.mp4", "王小明_视频.mp4", "ünï.Mov"])
+@pytest.mark.parametrize(
+    "name", ["UPPER.MP4", "two words (1).mp4", "emoji 😀.mp4", "王小明_视频.mp4", "ünï.Mov"]
+)
 def test_names_do_not_matter(name, whole, tmp_path):
     shutil.copy(whole, tmp_path / name)
     frames_of(tmp_path / name, tmp_path)
@@ -186,32 +229,50 @@ def test_fewer_frames_than_asked_for_are_repeated_evenly_and_flagged(whole, tmp_
 
 def test_huge_frames_are_read(tmp_path):
     huge = ("-f", "lavfi", "-i", "color=c=red:size=7680x4320:rate=10:duration=0.4")
-    frames = frames_of(ffmpeg(*huge, "-c:v", "libx264", "-preset", "ultrafast", tmp_path / "huge.mp4"), tmp_path)
+    frames = frames_of(
+        ffmpeg(*huge, "-c:v", "libx264", "-preset", "ultrafast", tmp_path / "huge.mp4"), tmp_path
+    )
     assert (frames[..., 0] > 200).all() and (frames[..., 1:] < 60).all()
 
 
 @pytest.mark.parametrize("size", ["97x63", "33x201", "18x18"])
 def test_odd_and_tiny_sizes_are_read(size, tmp_path):
     source = ("-f", "lavfi", "-i", f"color=c=blue:size={size}:rate=10:duration=2")
-    frames = frames_of(ffmpeg(*source, "-c:v", "libx264", "-pix_fmt", "yuv444p", tmp_path / "odd.mp4"), tmp_path)
+    frames = frames_of(
+        ffmpeg(*source, "-c:v", "libx264", "-pix_fmt", "yuv444p", tmp_path / "odd.mp4"), tmp_path
+    )
     assert (frames[..., 2] > 200).all() and (frames[..., :2] < 60).all()
 
 
 def test_grey_video_is_read_as_rgb(whole, tmp_path):
-    frames = frames_of(ffmpeg("-i", whole, "-c:v", "libx264", "-pix_fmt", "gray", tmp_path / "grey.mp4"), tmp_path)
+    frames = frames_of(
+        ffmpeg("-i", whole, "-c:v", "libx264", "-pix_fmt", "gray", tmp_path / "grey.mp4"), tmp_path
+    )
     assert np.ptp(frames.astype(int), axis=-1).max() <= 1 and frames.std() > 20
 
 
 def test_a_phone_video_held_upright_gives_upright_crops(tmp_path):
     """Stored on its side with a note to turn it, as phones do; the top of the scene is white."""
     half = "drawbox=x=0:y=0:w=iw:h=ih/2:color=white:t=fill"
-    source = ("-f", "lavfi", "-i", "color=c=black:size=96x160:rate=10:duration=2", "-vf", f"{half},transpose=2")
+    source = (
+        "-f",
+        "lavfi",
+        "-i",
+        "color=c=black:size=96x160:rate=10:duration=2",
+        "-vf",
+        f"{half},transpose=2",
+    )
     lying = ffmpeg(*source, "-c:v", "libx264", "-pix_fmt", "yuv420p", tmp_path / "lying.mp4")
-    frames = frames_of(ffmpeg("-display_rotation", "-90", "-i", lying, "-c", "copy", tmp_path / "phone.mp4"), tmp_path)
+    frames = frames_of(
+        ffmpeg("-display_rotation", "-90", "-i", lying, "-c", "copy", tmp_path / "phone.mp4"),
+        tmp_path,
+    )
     assert frames[:, :20].mean() > 200 and frames[:, 28:].mean() < 50
 
 
-@pytest.mark.parametrize(("form", "codec"), [("mp4", "libx264"), ("mkv", "libx264"), ("webm", "libvpx")])
+@pytest.mark.parametrize(
+    ("form", "codec"), [("mp4", "libx264"), ("mkv", "libx264"), ("webm", "libvpx")]
+)
 def test_a_variable_frame_rate_is_no_damage(form, codec, tmp_path):
     """Two seconds of 25 frames a second, then every seventh: Matroska promises frames that were never there."""
     uneven = ("scene", "-vf", "select='lt(n,50)+not(mod(n,7))'", "-fps_mode", "vfr", "-c:v", codec)
@@ -225,9 +286,20 @@ def test_a_variable_frame_rate_is_no_damage(form, codec, tmp_path):
 
 def test_a_video_that_changes_its_size_midway_is_told_apart_from_a_good_one(tmp_path):
     for number, size in enumerate(("160x120", "320x240")):
-        source = ("-f", "lavfi", "-i", f"testsrc2=size={size}:rate=25:duration=2", "-c:v", "libx264", "-f", "mpegts")
+        source = (
+            "-f",
+            "lavfi",
+            "-i",
+            f"testsrc2=size={size}:rate=25:duration=2",
+            "-c:v",
+            "libx264",
+            "-f",
+            "mpegts",
+        )
         ffmpeg(*source, tmp_path / f"{number}.ts")
     joined = tmp_path / "joined.mpg"
     joined.write_bytes((tmp_path / "0.ts").read_bytes() + (tmp_path / "1.ts").read_bytes())
     usable, refused = outcome(joined, tmp_path)
-    assert len(usable) == 1 or refused.reason[0] == "changes its frame size midway"  # OpenCV versions differ
+    assert (
+        len(usable) == 1 or refused.reason[0] == "changes its frame size midway"
+    )  # OpenCV versions differ

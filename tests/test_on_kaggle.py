@@ -24,7 +24,9 @@ from test_end_to_end import PROMISED
 import build_notebook as builder
 
 OFFLINE = {
-    **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"),  # nobody there
+    **dict.fromkeys(
+        ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"
+    ),  # nobody there
     **dict.fromkeys(("no_proxy", "NO_PROXY", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"), ""),
     "PIP_INDEX_URL": "https://pypi.org/simple",
     "PIP_CONFIG_FILE": os.devnull,
@@ -48,9 +50,15 @@ def make_wheel(folder: Path) -> None:
     """The wheel of the installed facenet-pytorch, as `pip download` would give it."""
     folder.mkdir(parents=True)
     installed = importlib.metadata.distribution("facenet-pytorch")
-    with zipfile.ZipFile(folder / f"facenet_pytorch-{installed.version}-py3-none-any.whl", "w") as wheel:
+    with zipfile.ZipFile(
+        folder / f"facenet_pytorch-{installed.version}-py3-none-any.whl", "w"
+    ) as wheel:
         for file in installed.files or []:
-            if file.suffix != ".pyc" and file.name not in ("INSTALLER", "REQUESTED", "direct_url.json"):
+            if file.suffix != ".pyc" and file.name not in (
+                "INSTALLER",
+                "REQUESTED",
+                "direct_url.json",
+            ):
                 wheel.write(file.locate(), str(file))
 
 
@@ -65,7 +73,10 @@ class Kaggle:
         return self.folder / "kaggle" / "input"
 
     def contents(self) -> list:
-        return sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self.inputs.rglob("*"))
+        return sorted(
+            (str(file), file.stat().st_size, file.stat().st_mtime_ns)
+            for file in self.inputs.rglob("*")
+        )
 
     def run_all(self, expect: int, **parameters: object) -> Run:
         """Save Version: the whole notebook, unattended, in /kaggle/working."""
@@ -94,7 +105,9 @@ def shown(run: Run) -> str:
     notebook = nbformat.read(run.folder / "executed.ipynb", as_version=4)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert [output.text for output in outputs if output.get("name") == "stderr"] == []
-    return "\n".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
+    return "\n".join(
+        output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs
+    )
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +118,10 @@ def first_session(demo_set, tmp_path_factory) -> tuple[Kaggle, Run, list]:
     shutil.copytree(demo_set, mounted / "face-videos" / "videos")
     make_wheel(mounted / "wheels")
     (mounted / "backbones").mkdir()
-    torch.save({"state_dict": torchvision.models.resnet18().state_dict()}, mounted / "backbones" / "resnet18-mine.pth")
+    torch.save(
+        {"state_dict": torchvision.models.resnet18().state_dict()},
+        mounted / "backbones" / "resnet18-mine.pth",
+    )
     before = kaggle.contents()
     return kaggle, kaggle.run_all(0, EPOCHS=3, TIME_BUDGET_HOURS=1e-6, ROBUSTNESS=4), before
 
@@ -120,11 +136,16 @@ def test_everything_works_offline_with_attached_wheels_and_weights(first_session
     for name in PROMISED:
         assert (run.folder / name).stat().st_size > 0, name
     assert kaggle.contents() == before, "the inputs were written to"
-    assert list((kaggle.folder / "tmp" / "clip_cache").iterdir()) and not (run.folder / "cache").exists()
+    assert (
+        list((kaggle.folder / "tmp" / "clip_cache").iterdir())
+        and not (run.folder / "cache").exists()
+    )
 
 
 @pytest.mark.slow
-def test_a_later_session_in_the_older_layout_goes_on_from_the_attached_output(first_session, demo_set, tmp_path):
+def test_a_later_session_in_the_older_layout_goes_on_from_the_attached_output(
+    first_session, demo_set, tmp_path
+):
     _, earlier, _ = first_session
     kaggle = Kaggle(tmp_path)
     shutil.copytree(demo_set, kaggle.inputs / "face-videos")

@@ -14,8 +14,14 @@ import cell_02_global_config as cell
 print([name for name in before if name.startswith("cell_")], cell.CONFIG.EPOCHS, os.environ["MARK"])
 cell.left_behind = os.environ["LEFT"] = "something"
 """
-    file = program_file(tmp_path, f"before = list(sys.modules)\n{program}assert 'LEFT' not in dict(environment)\n")
-    file.write_text(file.read_text().replace("import os, ", "import os; environment = dict(os.environ); import "))
+    file = program_file(
+        tmp_path, f"before = list(sys.modules)\n{program}assert 'LEFT' not in dict(environment)\n"
+    )
+    file.write_text(
+        file.read_text().replace(
+            "import os, ", "import os; environment = dict(os.environ); import "
+        )
+    )
     for epochs in (3, 4):
         printed = processes.run([file], tmp_path, DEEPFAKE_EPOCHS=epochs, MARK=f"mark {epochs}")
         assert printed == f"[] {epochs} mark {epochs}\n"

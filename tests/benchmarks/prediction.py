@@ -32,7 +32,9 @@ def seconds(work) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--videos", type=int, default=8)
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--frames", type=int, default=16)
@@ -71,7 +73,9 @@ def main() -> None:
         in_turn, together = (sorted(times)[1] for times in zip(*rounds, strict=True))
         print(f"{given.videos} videos of {given.resolution}, 10 s, on {device}, {workers} threads:")
         print(f"  one after the other  {given.videos / in_turn:.2f} videos/s")
-        print(f"  predict_folder       {given.videos / together:.2f} videos/s, {in_turn / together:.2f} times as fast")
+        print(
+            f"  predict_folder       {given.videos / together:.2f} videos/s, {in_turn / together:.2f} times as fast"
+        )
         process = psutil.Process()
         before = process.memory_info().rss
         predictor.predict_folder(many, workers)

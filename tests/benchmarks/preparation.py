@@ -43,8 +43,28 @@ def make_video(file: Path, size: tuple[int, int], number: int, seconds: float = 
     face = cv2.resize(face, None, fx=scale, fy=scale)
     noise = [rng.integers(0, 6, (height, width, 3), np.uint8) for _ in range(5)]
     backdrop = cv2.resize(rng.integers(40, 200, (height // 8, width // 8, 3), np.uint8), size)
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "bgr24"]
-    command += ["-s", f"{width}x{height}", "-r", "30", "-i", "-", "-c:v", "libx264", "-preset", "veryfast"]
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        "-v",
+        "error",
+        "-y",
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "bgr24",
+    ]
+    command += [
+        "-s",
+        f"{width}x{height}",
+        "-r",
+        "30",
+        "-i",
+        "-",
+        "-c:v",
+        "libx264",
+        "-preset",
+        "veryfast",
+    ]
     command += ["-pix_fmt", "yuv420p", "-g", "240", "-keyint_min", "240", str(file)]
     encoder = subprocess.Popen(command, stdin=subprocess.PIPE)
     pipe: Any = encoder.stdin
@@ -111,7 +131,9 @@ def in_threads(files: list[Path], settings: cell.ClipSettings, detector, folder:
     took = {}
     for workers in (1, 2):
         with ThreadPoolExecutor(workers) as pool:
-            base = seconds_of(lambda pool=pool: list(pool.map(lambda file: floor(file, positions[file]), files)))
+            base = seconds_of(
+                lambda pool=pool: list(pool.map(lambda file: floor(file, positions[file]), files))
+            )
         cache = folder / f"cache{workers}"
         took[workers] = seconds_of(cell.cache_clips, table, settings, cache, detector, workers)
         again = seconds_of(cell.cache_clips, table, settings, cache, detector, workers)
@@ -135,7 +157,9 @@ def peak_memory(file: Path, count: int, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--videos", type=int, default=4, help="videos of each size")
     parser.add_argument("--frames", type=int, default=16, help="frames of a clip")
     parser.add_argument("--folder", type=Path, help="videos of your own instead")
@@ -143,7 +167,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.memory:
         return peak_memory(Path(given.memory[0]), int(given.memory[1]), Path(given.memory[2]))
-    settings = cell.ClipSettings(frames=given.frames, seconds=8.0, size=160, face_crop=True, margin=0.25)
+    settings = cell.ClipSettings(
+        frames=given.frames, seconds=8.0, size=160, face_crop=True, margin=0.25
+    )
     detector = cell.load_face_detector("cpu")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -153,13 +179,18 @@ def main() -> None:
             for number, file in enumerate(sets[name]):
                 make_video(file, size, number)
         cell.torch.set_num_threads(1)
-        cell.make_clip(next(iter(sets.values()))[0], settings, detector)  # loads what is loaded once
+        cell.make_clip(
+            next(iter(sets.values()))[0], settings, detector
+        )  # loads what is loaded once
         for name, files in sets.items():
             one_by_one(name, files, settings, detector)
         in_threads([file for files in sets.values() for file in files], settings, detector, folder)
         peaks = []
         for count in (20, 200):
-            small = min((file for files in sets.values() for file in files), key=lambda file: file.stat().st_size)
+            small = min(
+                (file for files in sets.values() for file in files),
+                key=lambda file: file.stat().st_size,
+            )
             command = [sys.executable, __file__, "--memory", str(small), str(count), str(folder)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             peaks.append(float(done.stdout.split()[-1]))

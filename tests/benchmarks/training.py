@@ -35,7 +35,13 @@ from cell_02_global_config import CONFIG, Config
 from cell_04_dataset_class import IMAGENET_MEAN, IMAGENET_STD, ClipDataset, PairBatches, PairDraws
 from cell_05_model_definition import build_model
 from cell_06_loss_and_utils import FocalLoss, build_loss, free_memory
-from cell_07_training_functions import LossScaler, Trainer, amp_dtype, choose_batch_size, train_one_epoch
+from cell_07_training_functions import (
+    LossScaler,
+    Trainer,
+    amp_dtype,
+    choose_batch_size,
+    train_one_epoch,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -48,7 +54,14 @@ def make_clips(folder: Path, count: int, config: Config) -> pd.DataFrame:
         file = folder / f"{number}.npz"
         landmarks = np.full((config.FRAMES_PER_VIDEO, 5, 2), np.nan, np.float32)
         np.savez(file, frames=rng.integers(0, 256, shape, np.uint8), landmarks=landmarks)
-        rows.append(dict(path=f"{number}.mp4", clip_file=str(file), label=number % 2, original=str(number // 2)))
+        rows.append(
+            dict(
+                path=f"{number}.mp4",
+                clip_file=str(file),
+                label=number % 2,
+                original=str(number // 2),
+            )
+        )
     return pd.DataFrame(rows).assign(group=lambda table: table.original)
 
 
@@ -81,7 +94,9 @@ def plain_loop(table: pd.DataFrame, config: Config, batch: int) -> tuple[float, 
     """Clips a second and peak GiB of an epoch."""
     model = build_model(config).to(DEVICE).to(memory_format=torch.contiguous_format).train()
     optimizer, criterion = torch.optim.AdamW(model.parameters(), lr=1e-4), nn.BCEWithLogitsLoss()
-    loader = DataLoader(PlainDataset(table, config.IMAGE_SIZE), batch, shuffle=True, drop_last=True, num_workers=2)
+    loader = DataLoader(
+        PlainDataset(table, config.IMAGE_SIZE), batch, shuffle=True, drop_last=True, num_workers=2
+    )
     memory = Peak()
     total, started = 0.0, 0.0
     for epoch in range(2):  # the first one warms up
@@ -133,7 +148,9 @@ class Ours:
 
     def epoch(self, loader: Any = None) -> float:
         started = time.perf_counter()
-        scores = train_one_epoch(self.trainer, loader or self.loader, DEVICE, PairDraws(DEVICE, [0]), 1, self.config)
+        scores = train_one_epoch(
+            self.trainer, loader or self.loader, DEVICE, PairDraws(DEVICE, [0]), 1, self.config
+        )
         return len(scores.labels) / (time.perf_counter() - started)
 
 
@@ -162,12 +179,20 @@ def activation_memory(config: Config, batch: int) -> float:
     """GiB that forward and backward of one batch need beyond weights, gradients and the batch itself."""
     model = build_model(config).to(DEVICE).train()
     model.precision = amp_dtype(config.AMP, DEVICE)
-    clips = torch.rand(batch, config.FRAMES_PER_VIDEO, 3, config.IMAGE_SIZE, config.IMAGE_SIZE, device=DEVICE)
+    clips = torch.rand(
+        batch, config.FRAMES_PER_VIDEO, 3, config.IMAGE_SIZE, config.IMAGE_SIZE, device=DEVICE
+    )
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
-    FocalLoss()(model(clips[:1, :1]).logit.float(), torch.ones(1, device=DEVICE)).backward()  # loads the libraries
+    FocalLoss()(
+        model(clips[:1, :1]).logit.float(), torch.ones(1, device=DEVICE)
+    ).backward()  # loads the libraries
     free_memory()
-    base = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else psutil.Process().memory_info().rss
+    base = (
+        torch.cuda.memory_allocated()
+        if DEVICE.type == "cuda"
+        else psutil.Process().memory_info().rss
+    )
     memory = Peak()
     FocalLoss()(model(clips).logit.float(), torch.ones(batch, device=DEVICE)).backward()
     return memory.gib() - base / 2**30
@@ -175,8 +200,13 @@ def activation_memory(config: Config, batch: int) -> float:
 
 def in_process(given: argparse.Namespace, what: str) -> list[float]:
     """Figures that a fresh process measures: `plain BATCH`, `ours BATCH CHECKPOINTING` or `activations ...`."""
-    options = [f"--{name}={getattr(given, name)}" for name in ("backbone", "size", "frames", "clips", "folder")]
-    done = subprocess.run([sys.executable, __file__, *options, "--only", what], capture_output=True, text=True)
+    options = [
+        f"--{name}={getattr(given, name)}"
+        for name in ("backbone", "size", "frames", "clips", "folder")
+    ]
+    done = subprocess.run(
+        [sys.executable, __file__, *options, "--only", what], capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(done.stderr)
     return [float(figure) for figure in done.stdout.splitlines()[-1].split()]
@@ -197,7 +227,9 @@ def only(what: str, table: pd.DataFrame, config: Config) -> None:
 
 def main() -> None:
     small = DEVICE.type == "cpu"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--backbone", default="resnet18" if small else "resnet50")
     parser.add_argument("--size", type=int, default=96 if small else 160, help="pixels")
     parser.add_argument("--frames", type=int, default=6 if small else 16, help="frames of a clip")
@@ -206,16 +238,27 @@ def main() -> None:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    settings = dict(BACKBONE=given.backbone, IMAGE_SIZE=given.size, FRAMES_PER_VIDEO=given.frames, CLIPS_PER_VIDEO=1)
+    settings = dict(
+        BACKBONE=given.backbone,
+        IMAGE_SIZE=given.size,
+        FRAMES_PER_VIDEO=given.frames,
+        CLIPS_PER_VIDEO=1,
+    )
     config = dataclasses.replace(CONFIG, **settings)
     with tempfile.TemporaryDirectory() as place:
         given.folder = given.folder or place
         table = make_clips(Path(place), given.clips, config)
         if given.only:
             return only(given.only, table, config)
-        name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        name = (
+            torch.cuda.get_device_name()
+            if DEVICE.type == "cuda"
+            else f"CPU, {torch.get_num_threads()} threads"
+        )
         precision = str(amp_dtype(config.AMP, DEVICE) or torch.float32).removeprefix("torch.")
-        print(f"{name}; {given.backbone}, {given.frames} frames of {given.size} pixels; ours in {precision}")
+        print(
+            f"{name}; {given.backbone}, {given.frames} frames of {given.size} pixels; ours in {precision}"
+        )
 
         batch = 8
         ours = Ours(table, config, batch)
@@ -227,21 +270,29 @@ def main() -> None:
                 [ours.epoch(source) for source in (None, fed, fed, None)],
             )
             rounds.append([plain, statistics.mean(turns[::3]), statistics.mean(turns[1:3])])
-        plain, fast, from_device = (statistics.median(column) for column in zip(*rounds, strict=True))
+        plain, fast, from_device = (
+            statistics.median(column) for column in zip(*rounds, strict=True)
+        )
         ratio = statistics.median(row[1] / row[0] for row in rounds)
         waiting = 100 * statistics.median(1 - row[1] / row[2] for row in rounds)
         print(f"batch {batch}: plain loop {plain:.1f} clips/s, ours {fast:.1f}, ratio {ratio:.2f}")
-        print(f"fed from the device's memory {from_device:.1f} clips/s: {waiting:.1f} % of the time waits for data")
+        print(
+            f"fed from the device's memory {from_device:.1f} clips/s: {waiting:.1f} % of the time waits for data"
+        )
         del ours, fed
         free_memory()
 
-        for size in sorted({4, 8, choose_batch_size(config, DEVICE, amp_dtype(config.AMP, DEVICE))}):
+        for size in sorted(
+            {4, 8, choose_batch_size(config, DEVICE, amp_dtype(config.AMP, DEVICE))}
+        ):
             speed, memory = in_process(given, f"plain {size}")
             print(f"batch {size}, plain loop: {speed:.1f} clips/s, peak {memory:.2f} GiB")
             for how in ("", "recompute"):
                 speed, memory = in_process(given, f"ours {size} {how}")
                 activations = in_process(given, f"activations {size} {how}")[0]
-                words = f"{speed:.1f} clips/s, peak {memory:.2f} GiB, activations {activations:.2f} GiB"
+                words = (
+                    f"{speed:.1f} clips/s, peak {memory:.2f} GiB, activations {activations:.2f} GiB"
+                )
                 print(f"batch {size}, {'GRADIENT_CHECKPOINTING' if how else 'ours'}: {words}")
 
         compiled = Ours(table, dataclasses.replace(config, COMPILE=True), batch)
