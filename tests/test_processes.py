@@ -1,4 +1,6 @@
-"""The programs that tests start: new each time, with nothing of the tests in them, and never for ever."""
+"""The programs that tests start: new each time, with nothing of the tests in them, and never for
+ever.
+"""
 
 import time
 
