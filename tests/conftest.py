@@ -54,9 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], object]], Path]:
-    """`once(name, make)` is a folder that `make` fills, whichever of pytest-xdist's workers asks
-    for it first.
-    """
+    """`once(name, make)` is a folder that `make` fills, in whichever worker asks for it first."""
     base = tmp_path_factory.getbasetemp()
     shared = base if worker_id == "master" else base.parent
 
@@ -116,9 +114,7 @@ class Run:
 
 
 def run_notebook(folder: Path, *arguments: object, expect: int = 0) -> Run:
-    """`python build_notebook.py run ARGUMENTS`, somewhere without a ./data folder. The kernel is a
-    real process.
-    """
+    """`python build_notebook.py run ARGUMENTS`, away from ./data, with a real kernel process."""
     words = [ROOT / "build_notebook.py", "run", *arguments, "--output", folder]
     return Run(folder, processes.run(words, folder.parent, expect))
 
@@ -176,9 +172,7 @@ def finished_run(once) -> Run:
 
 @pytest.fixture(scope="session")
 def failed_run(once) -> Run:
-    """A run that ended in section 9, since its data are nowhere, in a folder with the notebook of
-    an earlier one.
-    """
+    """A run without data, which ends in section 9, in a folder that holds an earlier notebook."""
 
     def make(folder: Path) -> None:
         (folder / "run").mkdir()

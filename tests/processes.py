@@ -1,5 +1,4 @@
-"""Python programs in processes of their own, as if started from a shell, but without importing the
-libraries again.
+"""Python programs in processes of their own that do not have to import the libraries again.
 
 A server process imports what comes from PyPI, never the cells, and forks itself for each program.
 Such a process starts in a few hundredths of a second instead of five, has its own memory, and can
@@ -115,9 +114,7 @@ class Program:
         self.process.join()
 
     def wait(self, seconds: float = 240) -> int | None:
-        """The exit status of the program. One that takes too long is killed, and fails the test
-        with its output.
-        """
+        """The exit status. If it takes too long, it is killed and the test fails with its output."""
         try:
             self.process.join(seconds)
             if self.is_running:

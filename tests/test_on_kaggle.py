@@ -1,5 +1,4 @@
-"""The notebook as on Kaggle: read-only inputs, no internet, nobody looking on, facenet-pytorch in
-an attached wheel.
+"""The notebook as on Kaggle: read-only inputs, offline, unattended, facenet-pytorch in a wheel.
 
 A real Kaggle differs in its paths alone: here its `/kaggle` and `/tmp/clip_cache` lie in a
 temporary folder.

@@ -85,9 +85,7 @@ def recipes() -> dict[str, dict]:
 
 
 def run_notebook(folder: Path, parameters: dict, threads: int, startup: Path) -> Path:
-    """Run the notebook into `folder`, unless that has been done. Raises RuntimeError with its last
-    lines.
-    """
+    """Run the notebook into `folder`, once. Raises RuntimeError with its last lines."""
     if (folder / "results" / "experiment_results.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,9 +174,7 @@ def aucs(folder: Path, held_out: str) -> dict[str, float]:
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row a recipe: means and standard deviations over its runs, and the gain over the first
-    recipe in each run.
-    """
+    """A row a recipe: means and deviations over its runs, and its gain over the first recipe."""
     first = runs[runs.recipe == runs.recipe.iloc[0]].set_index(["held", "seed"])["held out"]
     rows = []
     for recipe, part in runs.groupby("recipe", sort=False):

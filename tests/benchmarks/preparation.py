@@ -126,9 +126,7 @@ def one_by_one(name: str, files: list[Path], settings: cell.ClipSettings, detect
 
 
 def in_threads(files: list[Path], settings: cell.ClipSettings, detector, folder: Path) -> None:
-    """All files with one and with two threads, each beside a floor of as many, and again from the
-    cache.
-    """
+    """All files with one and two threads, each beside its floor, and again from the cache."""
     table = pd.DataFrame({"path": files, "label": 0})
     positions = {file: positions_of(file, settings.frames) for file in files}
     took = {}
