@@ -114,7 +114,7 @@ class Program:
         self.process.join()
 
     def wait(self, seconds: float = 240) -> int | None:
-        """The exit status. If it takes too long, it is killed and the test fails with its output."""
+        """The exit status. A program that takes too long is killed and fails the test."""
         try:
             self.process.join(seconds)
             if self.is_running:
