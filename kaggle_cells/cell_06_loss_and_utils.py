@@ -209,34 +209,41 @@ def latest_valid_checkpoint(checkpoint: Path) -> Path | None:
 
 
 # %%
-@dataclasses.dataclass
 class RunState:
-    """Everything that a run needs to resume after an epoch.
+    """What a run needs to resume, in `file`, and the best model so far, in `best_file` beside it.
 
-    `parts` have a `state_dict`: model, optimizer, ...; `facts` are constant: settings, batch size,
-    precision, initial weights. `best` is the content of best_model.pth.
+    `parts` have a `state_dict`: model, optimizer, ...; `facts` are settings, batch size, precision
+    and the origin of the initial weights; `history` has a row for each epoch.
     """
 
-    parts: dict[str, Any]
-    facts: dict[str, Any]
-    history: list[dict] = dataclasses.field(default_factory=list)
-    best: dict = dataclasses.field(default_factory=dict)
+    def __init__(self, file: Path, parts: dict[str, Any], **facts: Any) -> None:
+        self.file, self.best_file = file, file.with_name("best_model.pth")
+        self.parts, self.facts = parts, facts
+        self.history: list[dict] = []
+        self.best: dict = {}  # see `model_file`
 
-    def save(self, file: Path) -> None:
-        """Write a checkpoint, and keep the previous one unless it is of a run that is replaced."""
+    def save(self) -> None:
+        """Write the state after an epoch, and the model if it is the best one."""
         content = {name: part.state_dict() for name, part in self.parts.items()} | self.facts
-        content |= {"epoch": len(self.history), "history": self.history, "best": self.best}
-        save_checkpoint(file, {"format": FORMAT, **content}, keep=previous_of(file))
-        if len(self.history) == 1:
-            previous_of(file).unlink(missing_ok=True)
+        epoch = len(self.history)
+        content |= {"epoch": epoch, "history": self.history, "best": self.best}
+        save_checkpoint(self.file, {"format": FORMAT, **content}, keep=previous_of(self.file))
+        if epoch == 1:  # then the previous one is of a run that this one replaces
+            previous_of(self.file).unlink(missing_ok=True)
+        if self.best["epoch"] == epoch:
+            save_checkpoint(self.best_file, self.best)
 
-    def load(self, file: Path) -> None:
-        """Restore a checkpoint, its loss scale only if the precision is the same."""
+    def load(self, file: Path, write: bool) -> None:
+        """Restore a checkpoint; `write` the best model too, which may be missing or a later one."""
         saved = torch.load(file, map_location="cpu", weights_only=True)
         for name, part in self.parts.items():
+            # A loss scale is right for the precision that it was found for.
             if name != "scaler" or saved["precision"] == self.facts["precision"]:
                 part.load_state_dict(saved[name])
         self.history, self.best = saved["history"], saved["best"]
+        self.facts["initial_weights"] = saved["initial_weights"]
+        if write:
+            save_checkpoint(self.best_file, self.best)
 
 
 def run_settings(config: Config, videos: pd.DataFrame) -> dict:

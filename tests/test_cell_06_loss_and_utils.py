@@ -181,22 +181,25 @@ def test_a_checkpoint_of_an_older_version_is_refused_and_the_message_says_what_t
 
 
 def test_a_run_is_restored_and_a_loss_scale_only_for_its_precision(tmp_path):
-    def run(precision: str) -> cell.RunState:
+    def run(precision: str, origin: str = "") -> cell.RunState:
         parts = {"stopper": cell.EarlyStopping(3), "scaler": cell.EarlyStopping(3)}
-        return cell.RunState(parts, {"settings": {}, "precision": precision})
+        facts = {"settings": {}, "precision": precision, "initial_weights": origin}
+        return cell.RunState(tmp_path / "last_checkpoint.pth", parts, **facts)
 
-    last, saved = tmp_path / "last_checkpoint.pth", run("float16")
+    saved = run("float16", "ImageNet")
     for part in saved.parts.values():
         part.update(1, 0.7, 0.5)
     for epoch in (1, 2):
         saved.history.append({"epoch": epoch})
         saved.best["epoch"] = 1
-        saved.save(last)
-        assert cell.previous_of(last).exists() == (epoch > 1)
+        saved.save()
+        assert cell.previous_of(saved.file).exists() == (epoch > 1)
     for precision, epoch in {"float16": 1, "bfloat16": 0}.items():
+        saved.best_file.unlink()
         restored = run(precision)
-        restored.load(last)
+        restored.load(saved.file, write=True)
         assert restored.history == saved.history and restored.best == {"epoch": 1}
+        assert restored.facts["initial_weights"] == "ImageNet" and epoch_in(saved.best_file) == 1
         assert restored.parts["stopper"].best_epoch == 1
         assert restored.parts["scaler"].best_epoch == epoch
 
