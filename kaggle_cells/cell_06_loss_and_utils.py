@@ -13,13 +13,13 @@ import hashlib
 import itertools
 import math
 import os
-import pickle
 import shutil
-import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -28,17 +28,11 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 
-from cell_01_imports_and_setup import (
-    IN_NOTEBOOK,
-    WIDTH,
-    attached_files,
-    replacing,
-    show_figure,
-    styled,
-)
+from cell_01_imports_and_setup import IN_NOTEBOOK, attached_files, replacing, show_figure, styled
 from cell_02_global_config import CONFIG, Config
 
 
+# %%
 class FocalLoss(nn.Module):
     """Mean of (1 - p)^gamma * cross-entropy, where p is the probability of the true class.
 
@@ -65,38 +59,43 @@ def build_loss(config: Config) -> FocalLoss:
 
 
 # %%
+@dataclasses.dataclass
 class EarlyStopping:
     """Tells which epoch is the best so far, and when `patience` epochs in a row were not better."""
 
-    def __init__(self, patience: int) -> None:
-        self.patience = patience
-        self.best, self.best_epoch, self.waited = (-math.inf, -math.inf), 0, 0
+    patience: int
+    best: tuple[float, float] = (-math.inf, -math.inf)
+    best_epoch: int = 0
+    waited: int = 0
 
     def update(self, epoch: int, auc: float, loss: float) -> bool:
         """Record an epoch; True if it is the best so far."""
-        if (auc, -loss) > self.best:
-            self.best, self.best_epoch, self.waited = (auc, -loss), epoch, 0
-            return True
         self.waited += 1
-        return False
+        if is_best := (auc, -loss) > self.best:
+            self.best, self.best_epoch, self.waited = (auc, -loss), epoch, 0
+        return is_best
 
     @property
     def should_stop(self) -> bool:
         return self.waited >= self.patience
 
     def state_dict(self) -> dict:
-        return {"best": self.best, "best_epoch": self.best_epoch, "waited": self.waited}
+        return dataclasses.asdict(self)
 
     def load_state_dict(self, state: dict) -> None:
-        self.best, self.best_epoch = tuple(state["best"]), state["best_epoch"]
-        self.waited = state["waited"]
+        vars(self).update({**state, "patience": self.patience})
 
 
+# %% [markdown]
+# **Averaged weights** score better than those of any single step.
+
+
+# %%
 class WeightAverage(nn.Module):
     """An exponential moving average of a network's weights and statistics over the steps.
 
-    It starts as the plain mean of the first steps. Unlike torch's AveragedModel, it never makes
-    the CPU wait for the GPU.
+    It starts as the plain mean of the first steps, and unlike torch's AveragedModel never makes the
+    CPU wait for the GPU.
     """
 
     steps: torch.Tensor
@@ -142,10 +141,7 @@ def free_memory() -> None:
 # stranger cannot run code. Their zip archive holds a checksum of each record, which tells damage.
 
 # %%
-DAMAGE = (  # what a damaged file can raise
-    *(OSError, EOFError, RuntimeError, ValueError),
-    *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError),
-)
+DAMAGE = (OSError, EOFError, RuntimeError, ValueError, BadZipFile, UnpicklingError, zlib.error)
 FORMAT = 3  # of last_checkpoint.pth; a run saved in another format cannot be resumed
 RESUMABLE_CHANGES = {  # parameters that may change when a run is resumed
     *("DATA_DIR", "WORK_DIR", "CACHE_DIR", "PREDICT_DIR", "RESUME", "NUM_WORKERS"),
@@ -183,7 +179,7 @@ def read_checkpoint_metadata(checkpoint: Path) -> dict:
 def is_valid_checkpoint(file: Path) -> bool:
     """Whether a file is a checkpoint of a run and agrees with its checksums."""
     try:
-        with zipfile.ZipFile(file) as archive:
+        with ZipFile(file) as archive:
             # torch does not read a record that seems to be a folder: its tensor would be garbage.
             folders = any(record.external_attr for record in archive.infolist())
             if folders or archive.testzip():
@@ -230,7 +226,7 @@ class RunState:
         save_checkpoint(self.file, {"format": FORMAT, **content}, keep=previous_of(self.file))
         if epoch == 1:  # then the previous one is of a run that this one replaces
             previous_of(self.file).unlink(missing_ok=True)
-        if self.best["epoch"] == epoch:
+        if self.best.get("epoch") == epoch:
             save_checkpoint(self.best_file, self.best)
 
     def load(self, file: Path, write: bool) -> None:
@@ -246,11 +242,7 @@ class RunState:
             save_checkpoint(self.best_file, self.best)
 
 
-def run_settings(config: Config, videos: pd.DataFrame) -> dict:
-    """What must be the same for a run to resume: parameters and data."""
-    return {**dataclasses.asdict(config), "DATA": data_fingerprint(videos)}
-
-
+# %%
 def data_fingerprint(videos: pd.DataFrame) -> str:
     """The same for the same videos in the same splits, wherever they are mounted."""
     rows = sorted(f"{Path(row.path).name} {row.method} {row.split}" for row in videos.itertuples())
@@ -258,11 +250,18 @@ def data_fingerprint(videos: pd.DataFrame) -> str:
     return f"{len(rows)} videos, {digest[:12]}"
 
 
+def run_settings(config: Config, videos: pd.DataFrame) -> dict:
+    """What must be the same for a run to resume: parameters and data."""
+    return {**dataclasses.asdict(config), "DATA": data_fingerprint(videos)}
+
+
 def settings_changed(saved: dict, settings: dict) -> list[str]:
     """The settings that shape training and differ, one line each."""
-    names = [name for name in settings if name not in RESUMABLE_CHANGES]
-    names = [name for name in names if saved.get(name) != settings[name]]
-    return [f"{name}: {saved.get(name)!r} then, {settings[name]!r} now" for name in names]
+    return [
+        f"{name}: {saved.get(name)!r} then, {value!r} now"
+        for name, value in settings.items()
+        if name not in RESUMABLE_CHANGES and saved.get(name) != value
+    ]
 
 
 def why_not_resumable(checkpoint: Path, settings: dict) -> str:
@@ -271,7 +270,7 @@ def why_not_resumable(checkpoint: Path, settings: dict) -> str:
     if saved.get("format") != FORMAT:
         return "was saved by another version of this notebook"
     changed = settings_changed(saved["settings"], settings)
-    return "comes from a run with other settings:\n  " + "\n  ".join(changed) if changed else ""
+    return "\n  ".join(["comes from a run with other settings:", *changed]) if changed else ""
 
 
 # %%
@@ -286,8 +285,8 @@ def find_resume_checkpoint(
     if own := latest_valid_checkpoint(checkpoint):
         if reason := why_not_resumable(own, settings):
             raise ValueError(
-                f"{own} {reason}\nTo keep that run, choose another WORK_DIR (or --output); to "
-                "replace it, set RESUME=False; to resume it, go back to what it was started with."
+                f"{own} {reason}\nGo back to what it was started with to resume it, choose another "
+                "WORK_DIR (or --output) to keep it, or set RESUME=False to replace it."
             )
         if own != checkpoint and checkpoint.exists():
             os.replace(own, checkpoint)  # or the damaged one would become the previous one
@@ -311,8 +310,7 @@ peek, run_to_resume = read_checkpoint_metadata, find_resume_checkpoint  # aliase
 
 
 # %% [markdown]
-# **The result** of training, `best_model.pth`, holds all that is needed to score videos on any
-# machine just as in training, and no paths of this one.
+# **The result**, `best_model.pth`, holds all that is needed to score videos on any machine.
 
 
 # %%
@@ -323,10 +321,10 @@ def model_file(
     trained_on: Iterable[str],
     history_row: dict,
 ) -> dict:
-    """The content of best_model.pth, with a copy of the weights.
+    """The content of best_model.pth: a copy of the weights, no paths of this machine.
 
     `calibration` is temperature, offset and threshold: P(fake) is
-    `sigmoid((logit - offset) / temperature)`. `trained_on` are the names of manipulations.
+    `sigmoid((logit - offset) / temperature)`. `trained_on` names manipulations.
     """
     paths = ("DATA_DIR", "WORK_DIR", "CACHE_DIR", "CHECKPOINT", "PREDICT_DIR", "WEIGHTS_PATH")
     weights = model.state_dict().items()
@@ -349,7 +347,7 @@ def model_file(
 @styled
 def plot_losses(gammas: Iterable[float]) -> Figure:
     """The loss of one clip by the probability given to its true class, a line for each gamma."""
-    figure, ax = plt.subplots(figsize=(WIDTH, 2.6))
+    figure, ax = plt.subplots(figsize=(7, 2.6))
     logits, target = torch.linspace(-4, 5, 100), torch.ones(())
     for gamma in gammas:
         loss = [FocalLoss(gamma)(logit, target) for logit in logits]

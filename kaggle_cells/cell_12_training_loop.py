@@ -3,8 +3,7 @@
 # ## 12. Training
 #
 # After each epoch the model is validated, and everything needed to resume is saved. The weights of
-# the best epoch, marked with a star, are kept, with the temperature and the threshold that fit
-# them. `lr` is the learning rate.
+# the best epoch, marked with a star, are kept with their calibration. `lr` is the learning rate.
 #
 # (Not on Kaggle: `torchrun --nproc_per_node=4 kaggle_cells/cell_12_training_loop.py` trains on all
 # GPUs of a machine, and `python kaggle_cells/cell_14_results_summary.py` evaluates the model.)
@@ -90,13 +89,10 @@ def is_out_of_time(epoch_seconds: float, test_seconds: float) -> bool:
 
 # %%
 if TRAINER.interrupted:  # its weights are those of no epoch
-    raise RuntimeError(
-        "Training was interrupted within an epoch: run section 11, which goes back to the start of "
-        "that epoch, then this one"
-    )
+    raise RuntimeError("Training was interrupted within an epoch: run section 11, then this one")
 # No process waits for another in validation.
 trained_model = unwrapped(TRAINER.model) if PROCESSES > 1 else TRAINER.model
-validated_model = TRAINER.average or trained_model
+scored_model = TRAINER.average or trained_model
 curves = show_history() if HISTORY and RANK == 0 else None  # of earlier sessions
 slowest_epoch, test_seconds = HISTORY[-1]["seconds"] if HISTORY else 0.0, 0.0
 
@@ -105,7 +101,7 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
         print(
             f"Stopped after {len(HISTORY)} of {CONFIG.EPOCHS} epochs: one more, of "
             f"{duration(slowest_epoch)}, passes the time budget of {duration(CONFIG.time_budget)}. "
-            "Run again to resume, with time for at least an epoch."
+            "Run again to resume, with time for at least one epoch."
         )
         break
     epoch, epoch_started = len(HISTORY) + 1, time.time()
@@ -115,16 +111,14 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
     TRAIN_LOADER.batch_sampler.set_epoch(epoch)
     with progress(f"epoch {epoch}", TRAIN_LOADER, VAL_LOADER) as bar:
         trained = train_one_epoch(TRAINER, TRAIN_LOADER, DEVICE, draws, epoch, CONFIG, bar)
-        loss, frame_weight = TRAINER.criterion, TRAINER.frame_weight
-        validated = validate(
-            validated_model, VAL_LOADER, loss, DEVICE, frame_weight=frame_weight, bar=bar
-        )
+        loss, weight = TRAINER.criterion, TRAINER.frame_weight
+        validated = validate(scored_model, VAL_LOADER, loss, DEVICE, frame_weight=weight, bar=bar)
     row = history_row(epoch, trained, validated)
     SCHEDULER.step(validated.loss)
     is_best = STOPPER.update(epoch, validated.auc, validated.loss)
     HISTORY.append(row | {"seconds": time.time() - epoch_started, "best": is_best})
     if is_best:
-        network, calibration = unwrapped(validated_model), calibrate(validated)
+        network, calibration = unwrapped(scored_model), calibrate(validated)
         RUN_STATE.best |= model_file(network, CONFIG, calibration, TRAINED_ON, row)
     if RANK == 0:
         RUN_STATE.save()
@@ -137,12 +131,6 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
 # %%
 free_memory()
 if STOPPER.should_stop:
-    print(
-        f"Stopped: none of the last {STOPPER.patience} epochs was better than epoch "
-        f"{STOPPER.best_epoch}."
-    )
+    print(f"Stopped: {STOPPER.patience} epochs in a row were not better than {STOPPER.best_epoch}.")
 if PROCESSES > 1:
-    print(
-        "Evaluate the model with the same DEEPFAKE_ variables: "
-        "python kaggle_cells/cell_14_results_summary.py"
-    )
+    print("Evaluate with the same variables set: python kaggle_cells/cell_14_results_summary.py")

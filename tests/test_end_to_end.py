@@ -35,7 +35,7 @@ PROMISED = (
 
 
 def pasted(texts: list[str], folder: Path, expect: int = 0) -> str:
-    """Run texts as the cells of a fresh notebook, in IPython without a kernel; returns the output."""
+    """Run texts as the cells of a fresh notebook, without a kernel; returns what they printed."""
     program = f"""
 from IPython.core.interactiveshell import InteractiveShell
 shell = InteractiveShell.instance()
