@@ -187,6 +187,7 @@ def recompute_blocks(network: nn.Module) -> int:
 # the internet. If none of these has them, training starts from random weights and says so.
 
 # %%
+# Before the names of a backbone that was saved as a part of something else.
 PREFIXES = ("", "module.", "backbone.", "model.", "encoder.", "module.backbone.", "model.backbone.")
 
 

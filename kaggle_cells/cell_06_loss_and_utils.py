@@ -87,7 +87,7 @@ class EarlyStopping:
 
 
 # %% [markdown]
-# **Averaged weights** score better than those of any single step.
+# **Averaged weights** are less noisy than those of any single step: they are what is validated.
 
 
 # %%
@@ -180,11 +180,10 @@ def is_valid_checkpoint(file: Path) -> bool:
     """Whether a file is a checkpoint of a run and agrees with its checksums."""
     try:
         with ZipFile(file) as archive:
-            # torch does not read a record that seems to be a folder: its tensor would be garbage.
-            folders = any(record.external_attr for record in archive.infolist())
-            if folders or archive.testzip():
-                return False
-        return {"settings", "epoch"} <= read_checkpoint_metadata(file).keys()
+            # torch does not read a record marked as a folder: its tensor would be garbage.
+            marked = any(record.external_attr for record in archive.infolist())
+            damaged = marked or archive.testzip() is not None
+        return not damaged and {"settings", "epoch"} <= read_checkpoint_metadata(file).keys()
     except DAMAGE:
         return False
 
@@ -265,7 +264,7 @@ def settings_changed(saved: dict, settings: dict) -> list[str]:
 
 
 def why_not_resumable(checkpoint: Path, settings: dict) -> str:
-    """Why a run with these settings cannot resume from a valid checkpoint; empty if it can."""
+    """Why a run with these settings cannot resume from a checkpoint; empty if it can."""
     saved = read_checkpoint_metadata(checkpoint)
     if saved.get("format") != FORMAT:
         return "was saved by another version of this notebook"
