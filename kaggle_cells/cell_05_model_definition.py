@@ -201,8 +201,9 @@ def local_weights(path: Path, backbone: nn.Module) -> dict[str, torch.Tensor]:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} cannot be read as a dictionary of tensors: {reason}") from error
+    saved = saved if isinstance(saved, dict) else {}
     for key in ("state_dict", "model_state_dict", "model"):
-        saved = saved.get(key, saved) if isinstance(saved, dict) else {}
+        saved = saved[key] if isinstance(saved.get(key), dict) else saved
     own = backbone.state_dict()
     prefix = next((prefix for prefix in PREFIXES if prefix + next(iter(own)) in saved), "")
     names = [name for name in saved if isinstance(name, str) and name.startswith(prefix)]

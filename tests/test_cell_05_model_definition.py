@@ -133,7 +133,16 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no weights", b"PK\x03\x04 cut off", pickle.dumps(print), None, [1, 2]]
+    "content",
+    [
+        b"",
+        b"no weights",
+        b"PK\x03\x04 cut off",
+        pickle.dumps(print),
+        None,
+        [1, 2],
+        {"model": "vgg"},
+    ],
 )
 def test_a_file_that_holds_no_weights_is_a_clear_error(tmp_path, content):
     if isinstance(content, bytes):
