@@ -83,7 +83,7 @@ def test_the_executed_notebook_shows_its_figures_and_no_warnings(finished_run):
     outputs, figures = [], Counter()
     for cell in notebook.cells:
         outputs += cell.get("outputs", [])
-        section = Path(cell.metadata[SOURCE_KEY]).name[:7]
+        section = Path(cell.metadata.get(SOURCE_KEY, "injected")).name[:7]
         figures[section] += sum("image/png" in o.get("data", {}) for o in cell.get("outputs", []))
     expected = {"cell_06": 1, "cell_09": 1, "cell_10": 1, "cell_12": 1, "cell_13": 7}
     assert {section: figures[section] for section in expected} == expected
