@@ -68,7 +68,10 @@ OPTIMIZER = torch.optim.AdamW(MODEL.parameters(), lr=rate, weight_decay=decay, f
 SCHEDULER = ReduceLROnPlateau(OPTIMIZER, factor=0.5, patience=patience)
 SCALER, STOPPER = LossScaler(DEVICE, PRECISION), EarlyStopping(CONFIG.PATIENCE)
 TRAINER = Trainer(
-    *(PARALLEL_MODEL, CRITERION, OPTIMIZER, SCALER),
+    PARALLEL_MODEL,
+    CRITERION,
+    OPTIMIZER,
+    SCALER,
     frame_weight=CONFIG.FRAME_LOSS_WEIGHT,
     gradient_clip=CONFIG.GRADIENT_CLIP,
     average=AVERAGE,
