@@ -245,7 +245,6 @@ def probe_environment() -> Environment:
     """Inspect the machine, try its GPUs, and collect advice about what will not work."""
     gpus, advice = probe_gpus()
     device = f"cuda:{min(gpus)}" if gpus else "cpu"
-    memory = tuple(torch.cuda.get_device_properties(number).total_memory / 2**30 for number in gpus)
     internet = SHOW_TABLES and RANK == 0 and internet_is_reachable()
     try:
         ensure_packages("facenet_pytorch")
@@ -255,14 +254,22 @@ def probe_environment() -> Environment:
         advice.append("No internet: turn it on, or attach the ImageNet weights (see section 5).")
     if Environment.free_disk_gib < 2:
         advice.append(f"Under 2 GiB of disk is free in {Path.cwd()}; checkpoints may need one.")
-    found = (native_precision(device), internet, installed_versions(), tuple(advice))
-    return Environment(tuple(gpus), tuple(gpus.values()), memory, device, *found)
+    return Environment(
+        gpu_ids=tuple(gpus),
+        gpus=tuple(gpus.values()),
+        gpu_gib=tuple(torch.cuda.get_device_properties(i).total_memory / 2**30 for i in gpus),
+        device=device,
+        precision=native_precision(device),
+        internet=internet,
+        versions=installed_versions(),
+        advice=tuple(advice),
+    )
 
 
 def environment_table(found: Environment) -> pd.DataFrame:
     """The environment as a short table."""
-    memory = (f"{gib:.0f} GiB" for gib in found.gpu_gib)
-    gpus = Counter(map(", ".join, zip(found.gpus, memory, strict=True)))
+    named = zip(found.gpus, found.gpu_gib, strict=True)
+    gpus = Counter(f"{name}, {gib:.0f} GiB" for name, gib in named)
     rows = {
         "machine": f"{found.machine}, {'interactive' if found.interactive else 'unattended'}",
         "GPU": "; ".join(f"{number} x {kind}" for kind, number in gpus.items()) or "none",
@@ -271,7 +278,7 @@ def environment_table(found: Environment) -> pd.DataFrame:
         "free disk": f"{found.free_disk_gib:.0f} GiB in {Path.cwd()}",
         "internet": "reachable" if found.internet else "not reachable",
     }
-    for module in ("python", "torch", "torchvision", "cv2", "facenet_pytorch", "pandas"):
+    for module in ("python", "torch", "torchvision", "cv2", "facenet_pytorch", "sklearn", "pandas"):
         rows[module] = found.versions[module]
     return pd.Series(rows, name="environment").to_frame()
 
@@ -281,7 +288,8 @@ ENVIRONMENT = probe_environment()
 NO_BARS = RANK > 0 or "TQDM_DISABLE" in os.environ or not ENVIRONMENT.interactive
 if SHOW_TABLES:
     display(environment_table(ENVIRONMENT))
-    print(*(f"Note: {line}" for line in ENVIRONMENT.advice), sep="\n")
+    for line in ENVIRONMENT.advice:
+        print("Note:", line)
 
 # %% [markdown]
 # **Files and figures.** Files are written completely or not at all. All figures share one style and
