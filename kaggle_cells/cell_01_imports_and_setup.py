@@ -253,7 +253,9 @@ def probe_environment() -> Environment:
     if ON_KAGGLE and not internet:
         advice.append("No internet: turn it on, or attach the ImageNet weights (see section 5).")
     if Environment.free_disk_gib < 2:
-        advice.append(f"Under 2 GiB of disk is free in {Path.cwd()}; checkpoints may need one.")
+        advice.append(
+            f"Only {Environment.free_disk_gib:.1f} GiB free in {Path.cwd()}: checkpoints need one."
+        )
     return Environment(
         gpu_ids=tuple(gpus),
         gpus=tuple(gpus.values()),
