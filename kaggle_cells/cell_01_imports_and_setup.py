@@ -86,11 +86,11 @@ SHOW_TABLES = IN_NOTEBOOK or Path(sys.argv[0]).name.startswith("cell_")
 REQUIREMENTS = {
     "torch": "torch>=2.5",
     "torchvision": "torchvision>=0.20",
-    "cv2": "opencv-python-headless>=4.8.0.74",
+    "cv2": "opencv-python-headless>=4.8.0.76",
     "facenet_pytorch": "facenet-pytorch==2.5.3",
     "numpy": "numpy>=1.26",
     "pandas": "pandas>=2.0",
-    "scipy": "scipy>=1.11",
+    "scipy": "scipy>=1.11.1",
     "sklearn": "scikit-learn>=1.3",
     "networkx": "networkx>=3.0",
     "matplotlib": "matplotlib>=3.8",
