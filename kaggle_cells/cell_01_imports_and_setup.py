@@ -268,6 +268,7 @@ def probe_environment() -> Environment:
     )
 
 
+# %%
 def environment_table(found: Environment) -> pd.DataFrame:
     """The environment as a short table."""
     named = zip(found.gpus, found.gpu_gib, strict=True)
