@@ -28,7 +28,7 @@ from cell_03_data_processing import (
     check_files,
     crossing_groups,
     find_videos,
-    limit_videos,
+    sample_per_class,
     load_face_detector,
     make_demo_set,
     remove_partial_files,
@@ -145,7 +145,7 @@ VIDEOS, SKIPPED, more_failed = (
     len(splits) > 0,
 )
 while more_failed:  # a video that fails gives its place to another
-    chosen_videos = limit_videos(
+    chosen_videos = sample_per_class(
         splits[~splits.path.isin(SKIPPED.path)], CONFIG.MAX_VIDEOS_PER_CLASS, CONFIG.SEED
     )
     require_classes(chosen_videos, needed)
