@@ -109,8 +109,8 @@ def rows_below(folder: Path, method: str, label: int | None = None) -> list[dict
 
 
 # %% [markdown]
-# **Layouts**: a CSV manifest, FaceForensics++, Celeb-DF, DFDC, and plain `real/` and `fake/` folders.
-# To add one, write a function like these and list it in `LAYOUTS`.
+# **Layouts**: a CSV manifest, FaceForensics++, Celeb-DF, DFDC, and plain `real/` and `fake/`
+# folders. To add one, write a function like these and list it in `LAYOUTS`.
 
 
 # %%
@@ -164,8 +164,8 @@ def find_manifest(folder: Folder) -> list[dict]:
 
 # %% [markdown]
 # DeepFakeDetection is part of FaceForensics++, but Kaggle's copy lacks its originals, videos of
-# actors. A class that differs in resolution would teach the resolution, so these videos are used only
-# if `METHODS` names them. Until then the actors' real videos carry the method's name, too.
+# actors. A class that differs in resolution would teach the resolution, so these videos are used
+# only if `METHODS` names them. Until then the actors' real videos carry the method's name, too.
 
 # %%
 FF_METHODS = ("Deepfakes", "Face2Face", "FaceShifter", "FaceSwap", "NeuralTextures")
@@ -247,8 +247,8 @@ def find_real_fake(folder: Folder) -> list[dict]:
 
 
 # %% [markdown]
-# **The search** goes through folders breadth first and asks each layout in turn. What was found then
-# loses duplicates and methods that are not wanted, and gets its groups.
+# **The search** goes through folders breadth first and asks each layout in turn. What was found
+# then loses duplicates and methods that are not wanted, and gets its groups.
 
 # %%
 LAYOUTS: dict[str, Callable[[Folder], list[dict]]] = {
@@ -306,7 +306,7 @@ def search_root(root: Path) -> list[dict]:
         if rows := find_manifest(Folder(root.parent, {}, [root.name])):
             return [dict(row, dataset=root.name) for row in rows]
         raise ValueError(
-            f"DATA_DIR: {root} is not a CSV file with the columns path and label and one video per line"
+            f"DATA_DIR: {root} is not a CSV file with the columns path and label and a video per line"
         )
     if rows := search_folders(root):
         return rows
@@ -359,7 +359,7 @@ def group_videos(videos: pd.DataFrame) -> pd.DataFrame:
 
 
 def find_videos(root: Path, methods: Iterable[str] = ()) -> pd.DataFrame:
-    """Every labelled video of the known layouts at or below `root`, up to SEARCH_DEPTH folders deep.
+    """Every labelled video in a known layout at or below `root`, up to SEARCH_DEPTH folders deep.
 
     Args:
         root: a dataset, a folder that holds some, or a CSV manifest.
@@ -383,7 +383,7 @@ def find_videos(root: Path, methods: Iterable[str] = ()) -> pd.DataFrame:
 # training and a fake of the same recording in the test set, the test would measure memory.
 
 # %%
-# A pattern for the whole name, the recording that it shows, and which parts are people or recordings.
+# A pattern for the whole name, the recording it shows, and which parts are other sources.
 NAME_PATTERNS = (
     (r".*?(?<![a-z0-9])(\d{3})_(\d{3})(?![a-z0-9]).*", r"\1", (2,)),  # FaceForensics++: 004_982
     (r"(id\d+)(?:_(id\d+))?_(\d{4})", r"\1_\3", (1, 2)),  # Celeb-DF: id0_id1_0003
@@ -517,8 +517,9 @@ def check_files(videos: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, pd.Da
 
 # %% [markdown]
 # **Splitting** comes before sampling, so that a larger sample never moves a video from the test set
-# into training. Every split gets its share of each class and manipulation. (StratifiedGroupKFold was
-# tried: with 40 to 80 groups it missed these shares by up to twice as much as one pass of this does.)
+# into training. Every split gets its share of each class and manipulation. (StratifiedGroupKFold
+# was tried: with 40 to 80 groups it missed these shares by up to twice as much as one pass of this
+# does.)
 
 # %%
 CLASS_NAMES = ("real", "fake")
@@ -614,17 +615,18 @@ def require_classes(videos: pd.DataFrame, needed: dict[str, tuple[int, ...]] = E
     table = table.reindex(index=["train", "val", "test"], columns=[0, 1], fill_value=0)
     if not all(table.loc[s].any() and table.loc[s, list(needed[s])].all() for s in needed):
         raise ValueError(
-            f"a split lacks a class: {len(videos)} usable videos in {videos.group.nunique()} groups "
-            f"became\n{table.rename(columns={0: 'real', 1: 'fake'})}\nMore recordings help, a larger "
-            "MAX_VIDEOS_PER_CLASS, or other VAL_FRACTION, TEST_FRACTION and HOLDOUT_METHODS. With "
+            f"a split lacks a class: {len(videos)} usable videos in {videos.group.nunique()} groups"
+            f" became\n{table.rename(columns={0: 'real', 1: 'fake'})}\nMore recordings help, a "
+            "larger MAX_VIDEOS_PER_CLASS, or other VAL_FRACTION, TEST_FRACTION and HOLDOUT_METHODS. With "
             "SELF_BLEND = 1 only the test set needs fakes. data/skipped.csv lists unusable videos."
         )
 
 
 # %% [markdown]
-# **Sampling** takes real and fake videos from the datasets in equal parts, or the dataset would tell
-# the class, and fakes evenly from the methods. Originals are ordered once by a hash of the seed;
-# fakes of originals that are in the sample come first, each original starting with another method.
+# **Sampling** takes real and fake videos from the datasets in equal parts, or the dataset would
+# tell the class, and fakes evenly from the methods. Originals are ordered once by a hash of the
+# seed; fakes of originals that are in the sample come first, each original starting with another
+# method.
 
 
 # %%
@@ -649,7 +651,7 @@ def in_sampling_order(videos: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 
 def take_shares(videos: pd.DataFrame, quotas: pd.Series) -> pd.DataFrame:
-    """The first videos, as many of each dataset as `quotas` say, evenly by method, each split its share."""
+    """The first videos up to the `quotas` of datasets, evenly by method, each split its share."""
     sizes = videos.groupby(["dataset", "method"]).size()
     wanted = {
         dataset: even_quotas(quotas[dataset], part.droplevel("dataset"))
@@ -732,9 +734,10 @@ def to_rgb(frame: np.ndarray) -> np.ndarray:
 
 # %% [markdown]
 # There are two ways to reach the frames. A **pass from the start** is exact in every container, and
-# cheaper than a seek per frame, which would decode most of the video many times: it grabs every frame
-# and converts those wanted. In long videos **one seek** to the first frame wanted saves decoding what
-# comes before, if the container's time stamps prove that it arrived at the right frame.
+# cheaper than a seek per frame, which would decode most of the video many times: it grabs every
+# frame and converts those wanted. In long videos **one seek** to the first frame wanted saves
+# decoding what comes before, if the container's time stamps prove that it arrived at the right
+# frame.
 
 
 # %%
@@ -796,9 +799,9 @@ def read_frames(path: Path, count: int, seconds: float) -> tuple[list[np.ndarray
 
 
 # %% [markdown]
-# **The face** is detected in a few frames with MTCNN and followed through the clip. In between its box is
-# interpolated, and it keeps one size: a crop that breathed with the detector would hide, or imitate,
-# the unsteadiness that gives some manipulations away.
+# **The face** is detected in a few frames with MTCNN and followed through the clip. In between its
+# box is interpolated, and it keeps one size: a crop that breathed with the detector would hide, or
+# imitate, the unsteadiness that gives some manipulations away.
 
 # %%
 DETECTION_FRAMES = 8  # frames of a clip that the detector looks at
@@ -860,10 +863,10 @@ def detect_faces(frames: list[np.ndarray], detector: Iterable[Any]) -> list[list
 
 
 # %% [markdown]
-# From every face a track grows both ways through time: to the face of the next frame that overlaps it
-# most, if it is at least half and at most twice as large. The winner is the track with the largest
-# mean size times the cube of the share of frames it is seen in: a face that stays beats a larger one
-# that passes.
+# From every face a track grows both ways through time: to the face of the next frame that overlaps
+# it most, if it is at least half and at most twice as large. The winner is the track with the
+# largest mean size times the cube of the share of frames it is seen in: a face that stays beats a
+# larger one that passes.
 
 
 # %%
@@ -932,9 +935,9 @@ def crop_squares(boxes: np.ndarray, height: int, width: int, margin: float) -> n
 
 
 # %% [markdown]
-# Together they make a **clip**. It is cached in one file, whose name is a fingerprint of the video and
-# of every setting that shapes the clip. It is written under another name and then renamed, so that a
-# half-written one is never read.
+# Together they make a **clip**. It is cached in one file, whose name is a fingerprint of the video
+# and of every setting that shapes the clip. It is written under another name and then renamed, so
+# that a half-written one is never read.
 
 
 # %%
@@ -958,9 +961,9 @@ class ClipSettings:
 class Clip:
     """A video as the network sees it.
 
-    `frames` (T, S, S, 3) uint8 RGB; `squares` (T, 3), left, top and side of the crops in the video's
-    pixels; `landmarks` (T, 5, 2), eyes, nose, corners of the mouth in the crops' pixels, NaN without
-    a face; `face_share`, the share of frames looked at that show it; `positions` (T,), frame numbers.
+    `frames` (T, S, S, 3) uint8 RGB; `squares` (T, 3), left, top, side of the crops in the video's
+    pixels; `landmarks` (T, 5, 2), eyes, nose, corners of the mouth in the crops' pixels, NaN where
+    no face is; `face_share` of the frames looked at; `positions` (T,), frame numbers.
     """
 
     frames: np.ndarray
@@ -1073,7 +1076,7 @@ def require_own_tables(folder: Path) -> None:
         columns = pd.read_csv(file, nrows=0, encoding_errors="replace")
         if not {"clip_file", "reason"} & set(columns):
             raise FileExistsError(
-                f"{file} would be overwritten but is not from this notebook: choose another WORK_DIR"
+                f"{file} would be overwritten but is not this notebook's: choose another WORK_DIR"
             )
 
 
@@ -1110,8 +1113,8 @@ def require_space(videos: pd.DataFrame, settings: ClipSettings, cache_dir: Path)
 
 # %% [markdown]
 # **The demo set** lets the notebook run without any dataset. From one public-domain portrait that
-# ships with matplotlib it makes short videos of "people" (the portrait, reshaped at random), who move
-# their heads in changing light, and three kinds of fakes of them:
+# ships with matplotlib it makes short videos of "people" (the portrait, reshaped at random), who
+# move their heads in changing light, and three kinds of fakes of them:
 #
 # - `blend`: another face is blended in, with a seam and other colours;
 # - `lowres`: the face went through a generator of low resolution;
@@ -1128,7 +1131,7 @@ SHOULDERS = [[20, 600], [35, 400], [200, 310], [330, 310], [490, 390], [512, 600
 
 
 def load_portrait() -> np.ndarray:
-    """Grace Hopper by James S. Davis, 1984 (public domain), as BGR float32 (600, 512, 3) in 0..1."""
+    """Grace Hopper by James S. Davis, 1984 (public domain), as BGR float32 (600, 512, 3), 0..1."""
     file = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
     content = np.fromfile(file, np.uint8)  # imread fails on some Windows paths
     portrait: Any = cv2.imdecode(content, cv2.IMREAD_COLOR)
@@ -1146,7 +1149,7 @@ def reshaped(portrait: np.ndarray, rng: np.random.Generator, strength: float = 6
 
 
 def face_mask(rng: np.random.Generator, feather: float) -> np.ndarray:
-    """A soft ellipse over the face, (600, 512, 1) float32 in 0..1, its edge `feather` pixels wide."""
+    """A soft ellipse over the face, (600, 512, 1) float32 in 0..1, its edge `feather` wide."""
     mask = np.zeros((600, 512), np.float32)
     axes = [int(axis * rng.uniform(0.85, 1.1)) for axis in FACE_AXES]
     cv2.ellipse(mask, FACE_CENTRE, axes, rng.uniform(-8, 8), 0, 360, 1, cv2.FILLED)
@@ -1186,7 +1189,7 @@ def manipulated(
 
 # %%
 def draw_person(portrait: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A person's picture (H, W, 3), and the soft outline (H, W, 1) that parts it from the backdrop."""
+    """A person's picture (H, W, 3), and its soft outline (H, W, 1) before the backdrop."""
     outline = np.zeros(portrait.shape[:2], np.float32)
     cv2.ellipse(outline, (262, 185), (118, 170), 0, 0, 360, 1, cv2.FILLED)
     cv2.fillPoly(outline, [np.array(SHOULDERS)], 1)
@@ -1289,7 +1292,8 @@ def make_demo_set(folder: Path, per_class: int, seed: int, workers: int) -> Path
 
 
 # %% [markdown]
-# One demo person, real and in the three fakes of the same scene, above what the network gets to see:
+# One demo person, real and in the three fakes of the same scene, above what the network gets to
+# see:
 
 
 # %%

@@ -524,8 +524,8 @@ def test_the_same_content_under_real_and_fake_is_contradictory_and_copies_of_one
     reasons = by_name(refused).reason
     assert set(reasons.index) == {"a.mp4", "copy.mp4"} and "contradictory" in reasons["a.mp4"]
     assert (
-        "copy.mp4, labelled fake" in reasons["a.mp4"]
-        and "a.mp4, labelled real" in reasons["copy.mp4"]
+        "copy.mp4, which is labelled fake" in reasons["a.mp4"]
+        and "a.mp4, which is labelled real" in reasons["copy.mp4"]
     )
     (crossing,) = cell.crossing_groups(checked)
     assert {path.name for path in checked.path[checked.group == crossing]} == {
