@@ -182,14 +182,9 @@ def find_faceforensics(folder: Folder) -> list[dict]:
         parts = [part for kind in kinds if kind.is_dir() for part in sorted(kind.iterdir())]
         found = [place for part in parts for place in sorted(part.glob("*/videos"))]
         places = {place: place.parts[-3] for place in found if place.parts[-2] != "masks"}
-    methods_of_reals = {"original": "real", "youtube": "real", "actors": ONLY_IF_NAMED}
-    return [
-        row
-        for place, name in places.items()
-        for row in rows_below(
-            place, methods_of_reals.get(name, name), int(name not in methods_of_reals)
-        )
-    ]
+    reals = {"original": "real", "youtube": "real", "actors": ONLY_IF_NAMED}
+    rows = [rows_below(p, reals.get(n, n), int(n not in reals)) for p, n in places.items()]
+    return [row for part in rows for row in part]
 
 
 def find_celeb_df(folder: Folder) -> list[dict]:
@@ -197,10 +192,9 @@ def find_celeb_df(folder: Folder) -> list[dict]:
     parts = {"Celeb-real": "real", "YouTube-real": "real", "Celeb-synthesis": "Celeb-DF"}
     if not {"Celeb-real", "Celeb-synthesis"} <= set(folder.folders):
         return []
-    present = {name: method for name, method in parts.items() if name in folder.folders}
-    rows = [
-        row for name, method in present.items() for row in rows_below(folder.path / name, method)
-    ]
+    rows = []
+    for name in sorted(parts.keys() & folder.folders.keys()):
+        rows += rows_below(folder.path / name, parts[name])
     if "List_of_testing_videos.txt" not in folder.files:
         return rows
     file = folder.path / "List_of_testing_videos.txt"
@@ -306,7 +300,7 @@ def search_root(root: Path) -> list[dict]:
         if rows := find_manifest(Folder(root.parent, {}, [root.name])):
             return [dict(row, dataset=root.name) for row in rows]
         raise ValueError(
-            f"DATA_DIR: {root} is not a CSV file with the columns path and label and a video per line"
+            f"DATA_DIR: {root} is not a CSV file with columns path and label and a video per line"
         )
     if rows := search_folders(root):
         return rows
@@ -617,8 +611,8 @@ def require_classes(videos: pd.DataFrame, needed: dict[str, tuple[int, ...]] = E
         raise ValueError(
             f"a split lacks a class: {len(videos)} usable videos in {videos.group.nunique()} groups"
             f" became\n{table.rename(columns={0: 'real', 1: 'fake'})}\nMore recordings help, a "
-            "larger MAX_VIDEOS_PER_CLASS, or other VAL_FRACTION, TEST_FRACTION and HOLDOUT_METHODS. With "
-            "SELF_BLEND = 1 only the test set needs fakes. data/skipped.csv lists unusable videos."
+            "larger MAX_VIDEOS_PER_CLASS, or other VAL_FRACTION, TEST_FRACTION and HOLDOUT_METHODS. "
+            "With SELF_BLEND = 1 only the test set needs fakes. data/skipped.csv lists failures."
         )
 
 
@@ -672,7 +666,7 @@ def take_shares(videos: pd.DataFrame, quotas: pd.Series) -> pd.DataFrame:
 
 def sample_per_class(videos: pd.DataFrame, per_class: int, seed: int) -> pd.DataFrame:
     """At most `per_class` real and fake videos (0 = all), each split keeping its share."""
-    if not per_class:
+    if not per_class or videos.empty:
         return videos
     ordered = in_sampling_order(videos, seed)
     sizes = pd.crosstab(videos.dataset, videos.label).reindex(columns=[0, 1], fill_value=0)
@@ -681,6 +675,8 @@ def sample_per_class(videos: pd.DataFrame, per_class: int, seed: int) -> pd.Data
     for label in (0, 1):
         quotas = equal + even_quotas(per_class - equal.sum(), sizes[label] - equal)
         part = ordered[ordered.label == label]
+        if part.empty:
+            continue
         if kept:
             is_taken = part.original.isin(kept[0].original)
             part = pd.concat([part[is_taken], part[~is_taken]])

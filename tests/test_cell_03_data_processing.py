@@ -456,7 +456,7 @@ def test_a_manifest_from_a_spreadsheet_is_read(tmp_path):
 def test_a_file_that_is_no_manifest_is_an_error_that_says_what_is_needed(tmp_path):
     (tmp_path / "my.csv").write_text("file,class\na.mp4,0\n")
     with pytest.raises(
-        ValueError, match="my.csv is not a CSV file with the columns path and label"
+        ValueError, match="my.csv is not a CSV file with columns path and label"
     ):
         find_videos(tmp_path / "my.csv")
 
