@@ -503,9 +503,8 @@ def check_files(videos: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, pd.Da
     ]
     videos, good = videos.assign(group=connected_groups(sources)), reasons == ""
     refused = videos.assign(reason=reasons)[~good]
-    refused["path"] = [
-        Path(str(path).encode(errors="backslashreplace").decode()) for path in refused.path
-    ]
+    printable = [str(path).encode(errors="backslashreplace").decode() for path in refused.path]
+    refused["path"] = list(map(Path, printable))
     return videos[good].reset_index(drop=True), refused.reset_index(drop=True)
 
 
@@ -575,9 +574,7 @@ def assign_groups(
     That is where it most lessens the chi-square distance, the sum of (count - goal)^2 / goal over
     the classes and methods of each dataset, between the splits and their `shares`.
     """
-    kinds = pd.concat(
-        [videos.assign(kind=videos.label.map(str)), videos.assign(kind=videos.method)]
-    )
+    kinds = pd.concat([videos.assign(kind=kind) for kind in (videos.label.map(str), videos.method)])
     table = pd.crosstab(kinds.group, [kinds.dataset, kinds.kind])
     counts, splits = table.to_numpy(float), ["train", "val", "test"]
     share = np.array([[shares[dataset][split] for dataset, _ in table] for split in splits])
@@ -610,9 +607,9 @@ def require_classes(videos: pd.DataFrame, needed: dict[str, tuple[int, ...]] = E
     if not all(table.loc[s].any() and table.loc[s, list(needed[s])].all() for s in needed):
         raise ValueError(
             f"a split lacks a class: {len(videos)} usable videos in {videos.group.nunique()} groups"
-            f" became\n{table.rename(columns={0: 'real', 1: 'fake'})}\nMore recordings help, a "
-            "larger MAX_VIDEOS_PER_CLASS, or other VAL_FRACTION, TEST_FRACTION and HOLDOUT_METHODS. "
-            "With SELF_BLEND = 1 only the test set needs fakes. data/skipped.csv lists failures."
+            f" became\n{table.rename(columns={0: 'real', 1: 'fake'})}\nAdd recordings, increase "
+            "MAX_VIDEOS_PER_CLASS, or change VAL_FRACTION, TEST_FRACTION or HOLDOUT_METHODS. With "
+            "SELF_BLEND = 1 only the test set needs fakes. data/skipped.csv lists unusable videos."
         )
 
 
@@ -656,9 +653,8 @@ def take_shares(videos: pd.DataFrame, quotas: pd.Series) -> pd.DataFrame:
     cells.index.names = ["is_train", "split", "dataset", "method"]
     share = pd.concat(wanted, names=["dataset", "method"]) / sizes
     # Rounded along the cells, small splits first, so that errors neither add up nor empty a split.
-    ends = np.ceil(
-        (cells * share.reindex(cells.index.droplevel([0, 1])).to_numpy()).cumsum().round(6)
-    )
+    goals = cells * share.reindex(cells.index.droplevel([0, 1])).to_numpy()
+    ends = np.ceil(goals.cumsum().round(6))
     counts = ends.diff().fillna(ends).droplevel("is_train").rename("count")
     count = videos.join(counts, on=["split", "dataset", "method"])["count"]
     return videos[videos.groupby(["split", "dataset", "method"]).cumcount() < count]
@@ -737,16 +733,14 @@ def to_rgb(frame: np.ndarray) -> np.ndarray:
 
 
 # %%
-class Decoded(NamedTuple):
-    """Frames (H, W, 3) uint8 RGB by number, the number after the last one, and its time in s."""
-
-    frames: dict[int, np.ndarray]
-    end: int
-    time: float
+Decoded = tuple[dict[int, np.ndarray], int, float]
 
 
 def decode_forward(capture: cv2.VideoCapture, wanted: np.ndarray, at: int = 0) -> Decoded:
-    """Decode from the capture's position, frame `at`, up to the last frame wanted."""
+    """Decode from the capture's position, frame `at`, up to the last frame wanted.
+
+    Returns the frames (H, W, 3) uint8 RGB by number, the number after the last one, its time in s.
+    """
     frames, time, needed = {}, 0.0, set(wanted.tolist())
     while at <= wanted[-1] and capture.grab():
         time = max(time, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
@@ -756,7 +750,7 @@ def decode_forward(capture: cv2.VideoCapture, wanted: np.ndarray, at: int = 0) -
                 raise VideoError(f"frame {at} cannot be decoded")
             frames[at] = to_rgb(frame)
         at += 1
-    return Decoded(frames, at, time)
+    return frames, at, time
 
 
 def decode_after_seek(path: Path, wanted: np.ndarray, fps: float) -> Decoded | None:
@@ -778,20 +772,18 @@ def read_frames(path: Path, count: int, seconds: float) -> tuple[list[np.ndarray
     positions = frame_positions(total if total > 1 else 2**31, count, fps, seconds)
     is_long = total > 1 and positions[0] > LONG_LEAD
     decoded = decode_after_seek(path, positions, fps) if is_long else None
-    decoded = decoded or decode_forward(capture, positions)
-    if decoded.end <= positions[-1]:  # damaged, or the container guessed its number of frames
-        if max(decoded.end, decoded.time * fps + 1) < 0.95 * total:
-            raise VideoError(
-                f"decoding ends after {decoded.end} of {total} frames: truncated or damaged"
-            )
+    frames, end, time = decoded or decode_forward(capture, positions)
+    if end <= positions[-1]:  # damaged, or the container guessed its number of frames
+        if max(end, time * fps + 1) < 0.95 * total:
+            raise VideoError(f"decoding ends after {end} of {total} frames: truncated or damaged")
         _, end, time = decode_forward(open_video(path), positions)
         if end < 2:
             raise VideoError(f"holds {end or 'no'} frame{'s' * (end != 1)}")
         positions = frame_positions(end, count, end / time if time else fps, seconds)
-        decoded = decode_forward(open_video(path), positions)
-    if len({frame.shape for frame in decoded.frames.values()}) > 1:
+        frames, *_ = decode_forward(open_video(path), positions)
+    if len({frame.shape for frame in frames.values()}) > 1:
         raise VideoError("changes its frame size midway")
-    return [decoded.frames[position] for position in positions.tolist()], positions
+    return [frames[position] for position in positions.tolist()], positions
 
 
 # %% [markdown]
@@ -835,10 +827,8 @@ def load_face_detector(device: str) -> torch.nn.ModuleList:
 def detect_faces(frames: list[np.ndarray], detector: Iterable[Any]) -> list[list[Face]]:
     """The faces in each of some RGB frames of one size. Raises VideoError if the detector fails."""
     scale = min(1.0, DETECTION_SIDE / max(frames[0].shape[:2]))
-    small = [
-        cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        for frame in frames
-    ]
+    shrink = dict(fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    small = [cv2.resize(frame, None, **shrink) for frame in frames]
     found: list[list[Face]] = [[] for _ in frames]
     for stage in detector:
         faceless = [time for time, faces in enumerate(found) if not faces]
@@ -977,13 +967,10 @@ def make_clip(path: Path, settings: ClipSettings, detector: torch.nn.ModuleList 
     squares = crop_squares(boxes, height, width, settings.margin)
     side = squares[0, 2]
     filtering = cv2.INTER_AREA if side > settings.size else cv2.INTER_LINEAR
+    size = settings.size, settings.size
     crops = [
-        cv2.resize(
-            frame[top : top + side, left : left + side],
-            (settings.size, settings.size),
-            interpolation=filtering,
-        )
-        for frame, (left, top, _) in zip(frames, squares, strict=True)
+        cv2.resize(frame[y : y + side, x : x + side], size, interpolation=filtering)
+        for frame, (x, y, _) in zip(frames, squares, strict=True)
     ]
     landmarks = (landmarks - squares[:, None, :2]) * (settings.size / side)
     return Clip(np.stack(crops), squares, landmarks.round(2).astype(np.float32), share, positions)
@@ -1196,24 +1183,11 @@ def draw_person(portrait: np.ndarray, rng: np.random.Generator) -> tuple[np.ndar
     return person[..., :3].copy(), person[..., 3:].copy()
 
 
-@dataclass
-class DemoScene:
-    """Backdrop (H, W, 3), pose (T, 2, 3) and light (T, 3) of each frame, and the camera."""
-
-    backdrop: np.ndarray
-    poses: list[np.ndarray]
-    light: np.ndarray
-    blur: float
-    noise: float
-    quality: int
-
-
-def draw_scene(rng: np.random.Generator) -> DemoScene:
-    """A random scene with a moving head."""
+def draw_scene(rng: np.random.Generator) -> SimpleNamespace:
+    """A scene: backdrop (H, W, 3); poses (T, 2, 3); light (T, 3); the camera's faults."""
     width, height = (int(side) for side in rng.choice([224, 240, 256, 288], 2))
     count = int(rng.integers(*DEMO_FRAMES))
-    colours = rng.uniform(0.2, 0.8, 3) + rng.normal(0, 0.08, (5, 5, 3))
-    colours = colours.astype(np.float32)
+    colours = (rng.uniform(0.2, 0.8, 3) + rng.normal(0, 0.08, (5, 5, 3))).astype(np.float32)
     backdrop = cv2.resize(colours, (width, height), interpolation=cv2.INTER_CUBIC)
     time = np.arange(count) / DEMO_FPS
 
@@ -1227,8 +1201,9 @@ def draw_scene(rng: np.random.Generator) -> DemoScene:
     for t, pose in enumerate(poses):
         pose[:, 2] += (x[t] - FACE_CENTRE[0], y[t] - FACE_CENTRE[1])
     light = rng.uniform(0.75, 1.1) * rng.normal(1, 0.04, 3) * (1 + wave(0.1))[:, None]
-    blur, noise = rng.uniform(0.3, 0.9), rng.uniform(0.005, 0.025)
-    return DemoScene(backdrop, poses, light, blur, noise, int(rng.integers(60, 96)))
+    camera = dict(blur=rng.uniform(0.3, 0.9), noise=rng.uniform(0.005, 0.025))
+    quality = int(rng.integers(60, 96))
+    return SimpleNamespace(backdrop=backdrop, poses=poses, light=light, quality=quality, **camera)
 
 
 def demo_frames(portrait: np.ndarray, number: int, method: str, seed: int) -> list[np.ndarray]:

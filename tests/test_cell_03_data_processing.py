@@ -455,9 +455,7 @@ def test_a_manifest_from_a_spreadsheet_is_read(tmp_path):
 
 def test_a_file_that_is_no_manifest_is_an_error_that_says_what_is_needed(tmp_path):
     (tmp_path / "my.csv").write_text("file,class\na.mp4,0\n")
-    with pytest.raises(
-        ValueError, match="my.csv is not a CSV file with columns path and label"
-    ):
+    with pytest.raises(ValueError, match="my.csv is not a CSV file with columns path and label"):
         find_videos(tmp_path / "my.csv")
 
 
@@ -507,9 +505,7 @@ def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
     assert refused.reason.tolist() == ["cannot be read: no permission"]
 
 
-def test_the_same_content_under_real_and_fake_is_contradictory_and_copies_of_one_class_are_one_group(
-    tmp_path,
-):
+def test_one_content_under_both_labels_is_contradictory_and_copies_under_one_are_a_group(tmp_path):
     film(
         tmp_path,
         "train/real/a.mp4",
@@ -572,7 +568,7 @@ def test_videos_share_a_group_exactly_if_a_chain_of_sources_links_them(sources):
 
 @st.composite
 def source_graphs(draw):
-    """Videos of one or two datasets made of arbitrary sources, with the fractions and the seed of a split."""
+    """Videos of one or two datasets of arbitrary sources, with fractions and seed of a split."""
     rows = []
     for dataset in draw(st.sampled_from([["d"], ["d", "e"]])):
         sources = st.lists(st.integers(0, draw(st.integers(2, 40))), min_size=1, max_size=3)
@@ -633,7 +629,7 @@ def test_no_group_crosses_a_split_and_the_seed_alone_decides(drawn):
 def test_every_split_gets_about_its_share_of_both_classes_whatever_the_groups(
     fakes, val, test, seed
 ):
-    """Within a group of the shares, or a fifth of them: 40 to 80 originals with one to four fakes each."""
+    """Within 4 videos of the share, or a fifth of it: 40 to 80 originals with 1 to 4 fakes each."""
     videos = table_of([[(0, "real"), *((1, method) for method in methods)] for methods in fakes])
     split = split_videos(videos, val, test, seed)
     for label, total in videos.label.value_counts().items():
@@ -854,7 +850,7 @@ def test_a_video_that_does_not_tell_its_length_is_counted(tmp_path, monkeypatch)
     real_capture = cv2.VideoCapture
 
     class Silent:
-        """A capture without a frame count. (Python classes derived from OpenCV's crash the garbage collector.)"""
+        """A capture without a frame count; a subclass would crash the garbage collector."""
 
         def __init__(self, *arguments):
             self.capture = real_capture(*arguments)
@@ -977,7 +973,7 @@ def test_the_crop_follows_the_demo_face(demo_set, face_detector):
 
 
 def test_a_second_larger_person_walking_in_does_not_steal_the_crop(face_detector):
-    """One face stays at the left; for half of the clip a face twice its size is there too, at the right."""
+    """One face stays at the left; for half of the clip one twice its size is at the right."""
     portrait = (cell.load_portrait()[..., ::-1] * 255).astype(np.uint8)[60:420, 80:440]
     small, large = (
         cv2.resize(portrait, (side, side), interpolation=cv2.INTER_AREA) for side in (220, 440)
@@ -1136,7 +1132,7 @@ def test_a_demo_fake_differs_from_its_original_in_the_face_only(method):
     ("pairs", "low", "high"), [(24, 0.25, 0.75), pytest.param(60, 0.35, 0.65, marks=SLOW)]
 )
 def test_nothing_trivial_tells_the_demo_classes_apart(pairs, low, high, tmp_path, face_detector):
-    """An AUC near one half from file size, frame count, colours, and all that lies outside the face crop."""
+    """AUC near 0.5 from file size, frame count, colours, and all that is outside the face crop."""
     videos = find_videos(cell.make_demo_set(tmp_path, pairs, seed=7, workers=2))
     two_frames = dataclasses.replace(SMALL, frames=2)
     rows = []

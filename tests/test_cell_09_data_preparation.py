@@ -1,4 +1,4 @@
-"""The preparation of data as users run it: whole, interrupted, repeated, and with things that go wrong."""
+"""Data preparation as users run it: complete, interrupted, repeated, and with bad input."""
 
 import random
 import shutil
