@@ -206,6 +206,11 @@ def find_celeb_df(folder: Folder) -> list[dict]:
     return [dict(row, split="test" if row["path"] in in_test else "train") for row in rows]
 
 
+# %% [markdown]
+# DFDC describes its videos in a file beside them; in your own folders, names do.
+
+
+# %%
 def find_dfdc(folder: Folder) -> list[dict]:
     """A part of the DFDC: `metadata.json` gives label, split and original of each video."""
     if "metadata.json" not in folder.files:
@@ -292,6 +297,7 @@ def search_folders(root: Path) -> list[dict]:
     return rows
 
 
+# %%
 def search_root(root: Path) -> list[dict]:
     """The rows of DATA_DIR: a folder or a manifest. Raises FileNotFoundError or ValueError."""
     if not root.exists():
@@ -481,6 +487,7 @@ def contradictions(videos: pd.DataFrame, digests: pd.Series) -> dict[int, str]:
     return reasons
 
 
+# %%
 def check_files(videos: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Separate files that can be videos from those that cannot, before anything is decoded.
 
@@ -510,9 +517,7 @@ def check_files(videos: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, pd.Da
 
 # %% [markdown]
 # **Splitting** comes before sampling, so that a larger sample never moves a video from the test set
-# into training. Every split gets its share of each class and manipulation. (StratifiedGroupKFold
-# was tried: with 40 to 80 groups it missed these shares by up to twice as much as one pass of this
-# does.)
+# into training. Every split gets its share of each class and manipulation.
 
 # %%
 CLASS_NAMES = ("real", "fake")
@@ -566,13 +571,18 @@ def split_videos(
     return videos
 
 
+# %% [markdown]
+# Groups are assigned one by one, large ones first, each to the split where it helps most. With 40
+# to 80 groups this comes much nearer to every share than scikit-learn's StratifiedGroupKFold.
+
+
+# %%
 def assign_groups(
     videos: pd.DataFrame, shares: dict[str, dict[str, float]], seed: int
 ) -> dict[str, str]:
-    """A split for each group, large groups first and each to where it helps most.
+    """A split for each group, so that each dataset's classes and methods come near its `shares`.
 
-    That is where it most lessens the chi-square distance, the sum of (count - goal)^2 / goal over
-    the classes and methods of each dataset, between the splits and their `shares`.
+    The distance to them is chi-square: the sum of (count - goal)^2 / goal.
     """
     kinds = pd.concat([videos.assign(kind=kind) for kind in (videos.label.map(str), videos.method)])
     table = pd.crosstab(kinds.group, [kinds.dataset, kinds.kind])
@@ -887,6 +897,7 @@ def follow_face(found: list[list[Face]]) -> list[Face]:
     return max(tracks, key=prominence, default=[])
 
 
+# %%
 def find_face(
     frames: list[np.ndarray], detector: Iterable[Any] | None
 ) -> tuple[np.ndarray, np.ndarray, float]:
@@ -1013,6 +1024,7 @@ def cached_clip(
     return dict(clip_file=str(file), face_share=share, distinct_frames=distinct)
 
 
+# %%
 def cache_clips(
     videos: pd.DataFrame,
     settings: ClipSettings,
