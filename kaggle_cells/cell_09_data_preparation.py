@@ -67,10 +67,8 @@ def locate_dataset() -> tuple[str, pd.DataFrame]:
     only_predicts = CONFIG.DATA_DIR == "auto" and CONFIG.PREDICT_DIR and not CONFIG.EPOCHS
     if CONFIG.DATA_DIR == "none" or only_predicts:
         return "no dataset", pd.DataFrame(columns=VIDEO_COLUMNS)
-    folder, size = (
-        CONFIG.work_dir / f"demo_videos_{CONFIG.SEED}",
-        CONFIG.MAX_VIDEOS_PER_CLASS or 120,
-    )
+    folder = CONFIG.work_dir / f"demo_videos_{CONFIG.SEED}"
+    size = CONFIG.MAX_VIDEOS_PER_CLASS or 120
     print(f"Making a demo set of {size} real and {size} fake videos.", flush=True)
     make_demo_set(folder, size, CONFIG.SEED, CONFIG.NUM_WORKERS)
     return "demo set made by this notebook", find_videos(folder, methods)
@@ -81,6 +79,7 @@ def count_videos(videos: pd.DataFrame) -> pd.DataFrame:
     classes = videos.label.map(dict(enumerate(CLASS_NAMES))).rename("class")
     splits = videos.split.replace("", "no split given")
     counts = pd.crosstab([videos.dataset, classes, videos.method], splits)
+    counts = counts[sorted(counts, key=[*EVERY_CLASS, "no split given"].index)]
     return counts.assign(videos=counts.sum(axis=1))
 
 
@@ -89,6 +88,8 @@ usable_videos, SKIPPED = check_files(found_videos, CONFIG.NUM_WORKERS)
 save_csv(SKIPPED, CONFIG.work_dir / "data" / "skipped.csv")
 if len(found_videos):
     display(count_videos(found_videos))
+    _groups = f"{len(found_videos)} videos in {found_videos.group.nunique()} groups"
+    print(f"{_groups}, from {DATA_ORIGIN}; {len(SKIPPED)} cannot be used.")
 else:
     print("No dataset: only the videos in PREDICT_DIR are scored.")
 
@@ -100,10 +101,6 @@ else:
 # %%
 def report_splits() -> None:
     """Print what may make the test easier than it looks."""
-    print(
-        f"{len(found_videos)} videos in {found_videos.group.nunique()} groups, from {DATA_ORIGIN}; "
-        f"{len(SKIPPED)} cannot be used."
-    )
     if found_videos.dataset.nunique() > 1:
         print("All of these datasets are used. To use one, set DATA_DIR to its folder.")
     with_real = usable_videos.group[usable_videos.label == 0]
@@ -168,7 +165,7 @@ def report_preparation() -> None:
         shown = SKIPPED.assign(video=[path.name for path in SKIPPED.path]).head(10)
         with pd.option_context("display.max_colwidth", 100, "display.width", 160):
             display(shown[["video", "method", "reason"]])
-    display(count_videos(VIDEOS)[[*VIDEOS.split.unique(), "videos"]])
+    display(count_videos(VIDEOS))
     faceless = int((VIDEOS.face_share == 0).sum()) if CONFIG.FACE_CROP else 0
     if faceless:
         print(f"No face found in {faceless} of {len(VIDEOS)} videos: their centre is cropped.")
