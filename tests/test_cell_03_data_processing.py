@@ -165,6 +165,8 @@ def test_plain_folders_take_method_and_group_from_names_and_subfolders(tmp_path)
         ("bob__carl__v2", ["bob"]),
         ("王_伪造", ["王"]),
         ("annabel", ["annabel"]),
+        ("ann_annabel", ["ann"]),
+        ("fake_004_982", ["004", "982"]),
         ("20240501_100004", ["20240501_100004"]),
     ],
 )
@@ -206,6 +208,16 @@ def test_fakes_of_four_methods_with_one_name_stay_apart(tmp_path):
     for row in usable.itertuples():
         with np.load(row.clip_file) as saved:
             assert np.array_equal(saved["frames"], cell.make_clip(row.path, PLAIN, None).frames)
+
+
+def test_a_recording_number_in_the_name_of_a_real_video_links_it_to_the_fakes_of_its_pairs(
+    tmp_path,
+):
+    film(tmp_path, "real/real_004.mp4", "real/real_100.mp4", "fake/fake_004_982.mp4")
+    videos = by_name(find_videos(tmp_path))
+    assert videos.group["real_004.mp4"] == videos.group["fake_004_982.mp4"]
+    assert videos.original["real_004.mp4"] == videos.original["fake_004_982.mp4"]
+    assert videos.group["real_100.mp4"] != videos.group["real_004.mp4"]
 
 
 def test_the_official_faceforensics_tree_is_found_without_masks_and_actors_come_when_asked_for(
@@ -361,6 +373,9 @@ def test_tables_that_are_no_manifests_are_left_alone(tmp_path):
         "path,label,clip_file\nx.mp4,0,y.npz\n"
     )  # as written by cell 9
     (tmp_path / "images.csv").write_text("path,label\nx.jpg,cat\n")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "one column.csv").write_text("a\nb\n")
+    (tmp_path / "binary.csv").write_bytes(bytes(range(256)) * 4)
     assert set(find_videos(tmp_path).dataset) == {tmp_path.name} and len(find_videos(tmp_path)) == 2
 
 
@@ -745,6 +760,13 @@ def test_of_several_datasets_each_gives_as_many_real_as_fake_videos():
         1: 400,
         0: 130,
     }
+
+
+def test_a_sample_of_one_class_or_of_nothing_is_what_there_is():
+    videos = whole()
+    assert len(cell.sample_per_class(videos[videos.label == 1], 8, seed=1)) == 8
+    assert len(cell.sample_per_class(videos[videos.label == 0], 80, seed=1)) == 50
+    assert cell.sample_per_class(videos[:0], 8, seed=1).empty
 
 
 @pytest.mark.parametrize(("methods", "limit"), [(5, 10), (60, 120), (120, 120), (4, 3)])
@@ -1166,3 +1188,12 @@ def test_nothing_trivial_tells_the_demo_classes_apart(pairs, low, high, tmp_path
             model, part, videos.label, cv=list(folds), method="predict_proba"
         )[:, 1]
         assert low <= roc_auc_score(videos.label, scores) <= high
+
+
+def test_section_3_shows_a_demo_person_and_its_fakes_with_their_face_crops():
+    figure = cell.plot_demo_person()
+    assert [ax.get_title("left") for ax in figure.axes[:4]] == ["real", *cell.DEMO_METHODS]
+    shapes = [ax.images[0].get_array().shape for ax in figure.axes]
+    assert len(set(shapes[:4])) == 1
+    for frame, crop in zip(shapes[:4], shapes[4:], strict=True):
+        assert crop[0] == crop[1] < min(frame[:2])
