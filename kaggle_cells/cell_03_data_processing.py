@@ -697,7 +697,7 @@ def sample_per_class(videos: pd.DataFrame, per_class: int, seed: int) -> pd.Data
 # and the network would learn to tell durations.
 
 # %%
-CLIP_VERSION = 2  # part of each cached clip's name: increased when clips are made differently
+CLIP_VERSION = 3  # part of each cached clip's name: increased when clips are made differently
 LONG_LEAD = 1500  # frames before the first one wanted, beyond which one seek saves time
 LONGEST_SIDE = 1920  # pixels; larger frames are reduced: faces stay large enough, memory small
 
@@ -804,10 +804,7 @@ def read_frames(path: Path, count: int, seconds: float) -> tuple[list[np.ndarray
 # %%
 DETECTION_FRAMES = 8  # frames of a clip that the detector looks at
 DETECTION_SIDE = 640  # longer side of the frames it sees
-FACE_SIZES = (
-    80,
-    32,
-)  # smallest face in their pixels; small faces only where no larger one is found
+FACE_SIZES = (80, 32)  # smallest face in their pixels; small ones only if there is no larger one
 
 
 class Face(NamedTuple):
