@@ -9,6 +9,7 @@
 import atexit
 import datetime
 import math
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -107,19 +108,14 @@ class LossScaler(torch.amp.GradScaler):
 # the same result.
 
 # %%
-OUT_OF_MEMORY_SIGNS = (
-    "out of memory",
-    "can't allocate memory",
-    "ALLOC_FAILED",
-    "CUBLAS_STATUS_NOT_INITIALIZED",
-    "unable to find an engine to execute",  # cuDNN, without room for its workspace
-)
+OUT_OF_MEMORY = "out of memory|can't allocate memory|ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
+OUT_OF_MEMORY += "|unable to find an engine to execute"  # cuDNN, without room for its workspace
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device, or one of its libraries, could not allocate memory."""
     is_torchs = isinstance(error, torch.cuda.OutOfMemoryError)
-    return is_torchs or any(sign in str(error) for sign in OUT_OF_MEMORY_SIGNS)
+    return is_torchs or re.search(OUT_OF_MEMORY, str(error)) is not None
 
 
 def step_fits(
@@ -178,12 +174,26 @@ def total_loss(
     return criterion(output.logit.float(), labels) + frame_weight * frames
 
 
+def halved(size: int) -> int:
+    """A smaller micro-batch. Raises RuntimeError, with advice, if there can be none."""
+    if size == 1 or PROCESSES > 1:  # other processes would wait in the middle of their step
+        raise RuntimeError(
+            f"memory ran out at a micro-batch of {size}. Set GRADIENT_CHECKPOINTING=True and run "
+            "again to resume after the last complete epoch. A smaller BATCH_SIZE, "
+            "FRAMES_PER_VIDEO, IMAGE_SIZE or BACKBONE saves memory too, but starts over"
+        )
+    half = (size + 1) // 2
+    print(f"Memory ran out with {size} clips at once: computing {half} at a time from now on")
+    free_memory()
+    return half
+
+
+# %%
 @dataclass
 class Trainer:
-    """What a training step needs.
+    """What a training step needs. `micro_batch` clips are computed at once, None for all.
 
-    `micro_batch` clips are computed at once, None for the whole batch; it is halved when memory
-    runs out. `interrupted` is True from the start of an epoch until its result has been saved.
+    `interrupted` is True from the start of an epoch until its result has been saved.
     """
 
     model: nn.Module
@@ -197,17 +207,15 @@ class Trainer:
     interrupted: bool = False
     bad_in_a_row: int = 0
 
-    def step(
-        self, clips: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[Output, torch.Tensor, torch.Tensor]:
+    def step(self, clips: torch.Tensor, labels: torch.Tensor) -> tuple[Any, Any, Any]:
         """One optimizer step on normalised clips (B, T, 3, S, S): output, loss, gradient norm.
 
         If loss or gradients are not finite, weights and running statistics stay what they were.
         """
-        before = [buffer.clone() for buffer in self.model.buffers()]  # running statistics
-        while (result := self.accumulate(clips, labels)) is None:  # out of memory
+        before = [buffer.clone() for buffer in self.model.buffers()]
+        while (result := self.accumulate(clips, labels)) is None:
             self.roll_back(before, clips.new_ones((), dtype=torch.bool))
-            self.halve(len(clips))
+            self.micro_batch = halved(self.micro_batch or len(clips))
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip or math.inf)
         self.scaler.step(self.optimizer)
@@ -217,10 +225,8 @@ class Trainer:
             self.average.update(self.model)
         return *result, norm
 
-    def accumulate(
-        self, clips: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[Output, torch.Tensor] | None:
-        """Output and loss of the batch, its gradients left in the weights; None without memory."""
+    def accumulate(self, clips: torch.Tensor, labels: torch.Tensor) -> tuple[Output, Any] | None:
+        """Output and loss, the gradients left in the weights; None if memory ran out."""
         self.optimizer.zero_grad(set_to_none=True)
         size, outputs, losses = self.micro_batch or len(clips), [], []
         try:
@@ -228,8 +234,8 @@ class Trainer:
                 output = self.model(part)
                 loss = total_loss(output, part_labels, self.criterion, self.frame_weight)
                 loss = loss * (len(part) / len(clips))
-                # An infinite loss can have finite gradients. Starting backward from NaN makes all
-                # of them NaN, in every process, and the scaler skips the step.
+                # An infinite loss can have finite gradients. Backward from NaN makes all of them
+                # NaN, in every process, and the scaler skips the step.
                 self.scaler.scale(loss).backward(torch.where(loss.isfinite(), 1.0, math.nan))
                 outputs.append([value.detach() for value in output])
                 losses.append(loss.detach())
@@ -244,19 +250,6 @@ class Trainer:
         for buffer, value in zip(self.model.buffers(), before, strict=True):
             buffer.copy_(torch.where(failed, value, buffer))
 
-    def halve(self, batch: int) -> None:
-        """Halve the micro-batch. Raises RuntimeError, with advice, if that is impossible."""
-        size = self.micro_batch or batch
-        if size == 1 or PROCESSES > 1:  # other processes would wait in the middle of their step
-            raise RuntimeError(
-                f"memory ran out with {size} clips at a time. Set GRADIENT_CHECKPOINTING=True and "
-                "run again to resume after the last complete epoch. A smaller BATCH_SIZE, "
-                "FRAMES_PER_VIDEO, IMAGE_SIZE or BACKBONE saves memory too, but starts over"
-            )
-        self.micro_batch = (size + 1) // 2
-        print(f"Memory ran out with {size} clips at once: computing {self.micro_batch} from now on")
-        free_memory()
-
 
 # %% [markdown]
 # **Scores** are what an epoch produced. A skipped step is counted; a loss that stays `nan` ends the
@@ -264,25 +257,6 @@ class Trainer:
 
 
 # %%
-@dataclass
-class Scores:
-    """Loss and AUC over clips, and what they were computed from.
-
-    `logits`, `labels` and `rows` are (N,), `frame_logits` and `attention` (N, T), in the order of
-    rows, a self-blend after its original; `auc` is NaN with one class. `skipped` counts steps.
-    """
-
-    loss: float
-    auc: float
-    logits: np.ndarray
-    labels: np.ndarray
-    rows: np.ndarray
-    frame_logits: np.ndarray
-    attention: np.ndarray
-    seconds: float
-    skipped: int = 0
-
-
 class BatchScores(NamedTuple):
     """The results of B clips: tensors, or NumPy arrays once concatenated."""
 
@@ -300,6 +274,25 @@ class BatchScores(NamedTuple):
         return cls(losses, logits, batch.labels, batch.rows, frame_logits, attention)
 
 
+@dataclass
+class Scores:
+    """Loss and AUC (NaN with one class) over N clips, and what they were computed from.
+
+    Arrays are in the order of rows, a self-blend after its original.
+    """
+
+    loss: float
+    auc: float
+    logits: np.ndarray  # (N,), so are labels and rows
+    labels: np.ndarray
+    rows: np.ndarray
+    frame_logits: np.ndarray  # (N, T), so is attention
+    attention: np.ndarray
+    seconds: float
+    skipped: int = 0  # steps
+
+
+# %%
 def concat_scores(parts: list[BatchScores]) -> BatchScores:
     """All batches as NumPy arrays."""
     return BatchScores(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
@@ -315,18 +308,18 @@ def scores_of(parts: list[BatchScores], started: float, title: str, skipped: int
     shares = [share for share in gathered(concat_scores(parts) if parts else None) if share]
     whole = BatchScores(*(np.concatenate(column) for column in zip(*shares, strict=True)))
     order = np.lexsort((whole.labels, whole.rows))
-    losses, logits, labels, *others = (column[order] for column in whole)
-    loss = float(losses.mean(dtype=np.float64))
+    whole = BatchScores(*(column[order] for column in whole))
+    loss = float(whole.losses.mean(dtype=np.float64))
     if not math.isfinite(loss):
         raise FloatingPointError(f"{title}: the loss is {loss}. {NOT_FINITE_ADVICE}")
-    seconds = time.perf_counter() - started
-    return Scores(loss, auc_of(labels, logits), logits, labels, *others, seconds, skipped)
+    auc, seconds = auc_of(whole.labels, whole.logits), time.perf_counter() - started
+    return Scores(loss, auc, *whole[1:], seconds=seconds, skipped=skipped)
 
 
 # %%
 def progress(title: str, *loaders: DataLoader) -> tqdm:
     """A bar for all batches of these loaders, to be used in `with`."""
-    total = sum(map(len, loaders))
+    total: Any = sum(map(len, loaders))
     return tqdm(total=total, desc=title, unit="batch", leave=False, disable=NO_BARS)
 
 
@@ -337,6 +330,7 @@ def memory_in_use(device: torch.device) -> float:
     return psutil.Process().memory_info().rss / 2**30
 
 
+# %%
 class EpochMeter:
     """Collects the results of an epoch's steps, watches for non-finite ones, and moves the bar."""
 
@@ -403,10 +397,6 @@ class EpochMeter:
         if not self.finite:
             raise FloatingPointError(f"{title}: no step has a finite loss. {NOT_FINITE_ADVICE}")
         return scores_of(self.finite, self.started, title, self.skipped)
-
-
-# %% [markdown]
-# **The two loops.**
 
 
 # %%
@@ -518,11 +508,7 @@ def gathered(value: Any) -> list:
 
 def from_first(value: Any) -> Any:
     """The first process's value, in all of them."""
-    if PROCESSES == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+    return gathered(value)[0]
 
 
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
@@ -539,24 +525,20 @@ def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
 @styled
 def plot_toy_training(steps: int = 20) -> Figure:
     """The loss of a tiny detector over a few training steps."""
+    labels, losses, cpu = torch.tensor([0.0, 1.0]).repeat(8), [], torch.device("cpu")
     with torch.random.fork_rng():  # the run's own random numbers must not depend on this
         torch.manual_seed(0)
-        backbone = nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        )
+        pool = nn.AdaptiveAvgPool2d(1)
+        backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), pool, nn.Flatten())
         model = DeepfakeDetector(backbone, 8, 8, 1, 2)
-        labels, losses = torch.tensor([0.0, 1.0]).repeat(8), []
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-        scaler = LossScaler(torch.device("cpu"), None)
-        trainer = Trainer(model, FocalLoss(0.0), optimizer, scaler)
+        trainer = Trainer(model, FocalLoss(0.0), optimizer, LossScaler(cpu, None))
         for _ in range(steps):
-            clips = torch.randn(16, 1, 3, 8, 8) + labels.view(-1, 1, 1, 1, 1) * torch.randn(
-                16, 6, 3, 1, 1
-            )
-            losses.append(float(trainer.step(clips.expand(-1, 6, -1, -1, -1), labels)[1]))
+            flicker = labels.view(-1, 1, 1, 1, 1) * torch.randn(16, 6, 3, 1, 1)
+            losses.append(float(trainer.step(torch.randn(16, 1, 3, 8, 8) + flicker, labels)[1]))
     figure, ax = plt.subplots(figsize=(4, 2))
-    ax.plot(range(1, steps + 1), losses)
-    ax.set(xlabel="step", ylabel="loss", title=f"Loss {losses[0]:.2f} to {losses[-1]:.2f}")
+    ax.plot(losses)
+    ax.set(xlabel="step", ylabel="loss")
     return figure
 
 

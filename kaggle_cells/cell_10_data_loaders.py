@@ -44,10 +44,9 @@ RUN_SETTINGS = run_settings(CONFIG, pd.concat(SPLIT_TABLES.values()))
 # %%
 def checkpoint_to_resume() -> Path | None:
     """The checkpoint this run resumes from, if any: the same in all processes."""
-    file = None
-    if CONFIG.RESUME and CONFIG.EPOCHS and RANK == 0:
-        file = run_to_resume(CONFIG.last_checkpoint, RUN_SETTINGS, attached_checkpoints())
-    return from_first(file)
+    resumes = CONFIG.RESUME and CONFIG.EPOCHS and RANK == 0
+    places = CONFIG.last_checkpoint, RUN_SETTINGS, attached_checkpoints()
+    return from_first(run_to_resume(*places) if resumes else None)
 
 
 def batch_size_to_use() -> int:
@@ -76,31 +75,28 @@ def make_loader(name: str, **sampling: Any) -> DataLoader:
     return DataLoader(dataset, pin_memory=DEVICE.type == "cuda", **sampling)
 
 
-BATCH_SIZE_USED, TRAIN_LOADER = batch_size_to_use(), []
+# %%
+BATCH_SIZE_USED = batch_size_to_use()
 TRAIN_BATCHES: Any = None
+TRAIN_LOADER: Any = []
 scored_at_once = 8 * max(1, len(ENVIRONMENT.gpus))
 if CONFIG.EPOCHS:
-    options: Any = {"pairs": CONFIG.PAIRS, "self_blend": CONFIG.SELF_BLEND}
-    options["clips_per_video"] = CONFIG.CLIPS_PER_VIDEO
+    drawn: Any = {"pairs": CONFIG.PAIRS, "self_blend": CONFIG.SELF_BLEND}
+    drawn["clips_per_video"] = CONFIG.CLIPS_PER_VIDEO
     share = BATCH_SIZE_USED, CONFIG.SEED, RANK, PROCESSES
-    TRAIN_BATCHES = PairBatches(SPLIT_TABLES["train"], *share, **options)
+    TRAIN_BATCHES = PairBatches(SPLIT_TABLES["train"], *share, **drawn)
     TRAIN_LOADER = make_loader("train", batch_sampler=TRAIN_BATCHES)
     scored_at_once = min(scored_at_once, TRAIN_BATCHES.share)
 VAL_LOADER, TEST_LOADER = (  # process 1 of 3 scores the clips 1, 4, 7, ...
     make_loader(name, batch_size=scored_at_once, sampler=scored_samples(name)[RANK::PROCESSES])
     for name in ("val", "test")
 )
-LOADERS = {"training": TRAIN_LOADER, "validation": VAL_LOADER, "test": TEST_LOADER}
 if len(TEST_LOADER):
     shared = f", shared by {PROCESSES} processes" if PROCESSES > 1 else ""
     dtype = str(PRECISION or torch.float32).removeprefix("torch.")
-    size = BATCH_SIZE_USED or scored_at_once
-    print(f"Batches of {size} clips{shared} on {ENVIRONMENT.device} in {dtype}:")
-    display(
-        pd.Series(
-            {name: len(loader) for name, loader in LOADERS.items()}, name="batches"
-        ).to_frame()
-    )
+    print(f"Batches of {BATCH_SIZE_USED or scored_at_once} clips{shared} on {DEVICE} in {dtype}:")
+    lengths = [len(loader) for loader in (TRAIN_LOADER, VAL_LOADER, TEST_LOADER)]
+    display(pd.DataFrame({"batches": lengths}, index=["training", "validation", "test"]))
 
 # %% [markdown]
 # `SELF_BLEND` of the fakes in training are made from real clips as they are loaded, like these:

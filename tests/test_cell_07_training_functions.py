@@ -279,7 +279,7 @@ def test_gradients_of_a_part_that_was_done_before_memory_ran_out_do_not_count_tw
 
 def test_when_not_even_one_clip_fits_the_error_says_what_to_do():
     with pytest.raises(
-        RuntimeError, match="memory ran out with 1 clips at a time. Set GRADIENT_CHECKPOINTING"
+        RuntimeError, match="memory ran out at a micro-batch of 1. Set GRADIENT_CHECKPOINTING"
     ):
         run_epoch(trainer_of(out_of_memory_above(0)()))
 
