@@ -2,8 +2,9 @@
 # <a id="section-4"></a>
 # ## 4. Batches and augmentation
 #
-# The loader delivers `uint8` clips exactly as they are cached. Conversion, augmentation and normalisation run on
-# whole batches on the device, because a GPU has time to spare for them and four CPU cores do not.
+# The loader delivers `uint8` clips exactly as they are cached. Conversion, augmentation and
+# normalisation run on whole batches on the device, because a GPU has time to spare for them and
+# four CPU cores do not.
 
 # %%
 import functools
@@ -27,7 +28,7 @@ from cell_03_data_processing import FACE_CENTRE, load_portrait
 
 
 class Sample(NamedTuple):
-    """What to load: a row of the table, whether to self-blend it, and which of its cached frames."""
+    """What to load: a row of the table, to be self-blended or not, and which of its frames."""
 
     row: int
     self_blend: bool = False
@@ -81,9 +82,10 @@ class ClipDataset(Dataset):
 
 
 # %% [markdown]
-# **Pairs.** An epoch shows every real training video once, next to a fake of the same recording if there is one. The
-# classes are balanced whatever the dataset's ratio, and what differs within a pair is the manipulation, not the person.
-# Each epoch draws other fakes and other clips. `SELF_BLEND` of the fakes are made from the real clip itself (below).
+# **Pairs.** An epoch shows every real training video once, next to a fake of the same recording
+# if there is one. The classes are balanced whatever the dataset's ratio, and what differs within
+# a pair is the manipulation, not the person. Each epoch draws other fakes and other clips.
+# `SELF_BLEND` of the fakes are made from the real clip itself (below).
 
 
 # %%
@@ -91,12 +93,12 @@ class PairBatches(Sampler[list[Sample]]):
     """Batches of samples: real, fake, real, fake, ... The order depends on seed and epoch alone.
 
     A real video is paired with the fake of it (same `original`) that was used least in this epoch,
-    else with one of its `group`, else with any; `pairs=False` always takes any. For a share
-    `self_blend` of the real videos, the fake is the self-blend. A pair shows the same one of the
+    else with one of its `group`, else with any; `pairs=False` takes any. For a share `self_blend`
+    of the real videos, the fake is the self-blend. A pair shows the same one of the
     `clips_per_video` clips. All batches are full, because batch normalisation needs more than a
-    clip or two; the remainder is left out. Of `processes`, each gets an equal share of each batch.
+    clip or two; the remainder is left out. Each of the `processes` gets an equal share of a batch.
 
-    Raises ValueError if a batch cannot be shared equally or the clips do not suffice.
+    Raises ValueError if a batch cannot be shared equally or there are too few clips.
     """
 
     def __init__(
@@ -111,28 +113,27 @@ class PairBatches(Sampler[list[Sample]]):
         self_blend: float = 0.0,
         clips_per_video: int = 1,
     ) -> None:
+        self.reals, self.fakes = (np.flatnonzero(table.label == label) for label in (0, 1))
+        clips = 2 * len(self.reals)
         if batch_size % processes:
             raise ValueError(f"{processes} processes cannot share batches of {batch_size} equally")
-        table = table.reset_index(drop=True)
-        self.reals = np.flatnonzero(table.label == 0)
-        self.fakes = np.flatnonzero(table.label == 1)
         if not len(self.fakes) and self_blend < 1:
             raise ValueError(f"no fakes to train on: SELF_BLEND must be 1, not {self_blend}")
-        self.share = min(batch_size, 2 * len(self.reals)) // processes
-        if not self.share:
-            clips = 2 * len(self.reals)
+        if clips < processes:
             raise ValueError(f"{clips} training clips are too few for {processes} processes")
+        self.share = min(batch_size, clips) // processes
+        self.partners = self.find_partners(table) if pairs else [self.fakes] * len(self.reals)
         self.seed, self.rank, self.processes = seed, rank, processes
-        self.self_blend, self.clips_per_video = self_blend, clips_per_video
-        of_original, of_group = (
-            table.loc[self.fakes].groupby(column).indices if pairs else {}
-            for column in ("original", "group")
-        )
-        self.partners = {
-            real: self.fakes[of_original.get(original, of_group.get(group, slice(None)))]
-            for real, original, group in table.loc[self.reals, ["original", "group"]].itertuples()
-        }
-        self.set_epoch(0)
+        self.self_blend, self.clips_per_video, self.epoch = self_blend, clips_per_video, 0
+
+    def find_partners(self, table: pd.DataFrame) -> list[np.ndarray]:
+        """The fakes that may be paired with each real video."""
+        reals, fakes = table.iloc[self.reals], table.iloc[self.fakes]
+        of_original, of_group = fakes.groupby("original").indices, fakes.groupby("group").indices
+        return [
+            self.fakes[of_original.get(original, of_group.get(group, slice(None)))]
+            for original, group in zip(reals.original, reals.group, strict=True)
+        ]
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -147,25 +148,25 @@ class PairBatches(Sampler[list[Sample]]):
             yield samples[first : first + self.share]
 
     def draw_epoch(self) -> list[Sample]:
-        rng = np.random.default_rng([self.seed, self.epoch])
-        uses = rng.random(len(self.reals) + len(self.fakes))  # fractions break ties at random
-        blended = rng.permutation(len(self.reals)) < round(self.self_blend * len(self.reals))
-        samples = []
-        for real, is_blended in zip(rng.permutation(self.reals), blended, strict=True):
+        rng, count = np.random.default_rng([self.seed, self.epoch]), len(self.reals)
+        uses = rng.random(count + len(self.fakes))  # fractions break ties at random
+        blended = rng.permutation(count) < round(self.self_blend * count)
+        samples: list[Sample] = []
+        for place, blend in zip(rng.permutation(count), blended, strict=True):
             clip = slice(int(rng.integers(self.clips_per_video)), None, self.clips_per_video)
-            fake = real
-            if not is_blended:
-                candidates = self.partners[real]
-                fake = candidates[uses[candidates].argmin()]
+            real = fake = int(self.reals[place])
+            if not blend:
+                candidates = self.partners[place]
+                fake = int(candidates[uses[candidates].argmin()])
                 uses[fake] += 1
-            samples += Sample(int(real), False, clip), Sample(int(fake), bool(is_blended), clip)
+            samples += Sample(real, False, clip), Sample(fake, bool(blend), clip)
         return samples
 
 
 # %% [markdown]
-# **Random numbers** depend on the seed alone, so a resumed run repeats them exactly. The two clips of a pair get the
-# same draws, and so do all frames of a clip: camera, codec and crop must not reveal which of the two is fake, and
-# whatever differs between frames is evidence.
+# **Random numbers** depend on the seed alone, so a resumed run repeats them exactly. The two
+# clips of a pair get the same draws, and so do all frames of a clip: camera, codec and crop must
+# not reveal which of the two is fake, and whatever differs between frames is evidence.
 
 
 # %%
@@ -231,6 +232,7 @@ def normalize(clips: torch.Tensor) -> torch.Tensor:
     return (clips - mean) / std
 
 
+# %%
 def change_colours(clips: torch.Tensor, random: DeviceRandom, strength: Any) -> torch.Tensor:
     """Clips (B, T, 3, S, S) with channel gains, contrast and saturation of 1 +- `strength`."""
     gains, contrast, saturation = (
@@ -250,8 +252,9 @@ def lower_resolution(clips: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 # %% [markdown]
-# **Face coordinates.** The five landmarks determine the similarity (scale, rotation, translation) between a standard
-# face and the frame. A region in face coordinates is the same part of the face in every frame.
+# **Face coordinates.** The five landmarks determine the similarity (scale, rotation, translation)
+# between a standard face and the frame. A region in face coordinates is the same part of the face
+# in every frame.
 
 # %%
 # eyes, nose, corners of the mouth; mean 0, unit: the distance between the eyes
@@ -291,10 +294,11 @@ def pixel_grid(transforms: torch.Tensor, size: int) -> torch.Tensor:
 
 
 # %% [markdown]
-# **Self-blending** (Shiohara and Yamasaki, 2022) teaches what all face swaps share rather than the traces of one
-# generator: a real face is blended into itself. A copy is recoloured, sharpened or reduced in resolution, moved a
-# little, and put back under a soft mask of random shape. In half of the clips it also trembles from frame to frame,
-# like faces that were generated frame by frame (after video-level blending, arXiv 2408.17065).
+# **Self-blending** (Shiohara and Yamasaki, 2022) teaches what all face swaps share rather than
+# the traces of one generator: a real face is blended into itself. A copy is recoloured, sharpened
+# or reduced in resolution, moved a little, and put back under a soft mask of random shape. In
+# half of the clips it also trembles from frame to frame, like faces that were generated frame by
+# frame (after video-level blending, arXiv 2408.17065).
 
 
 # %%
@@ -345,6 +349,7 @@ def blend_mask(to_face: torch.Tensor, size: int, random: DeviceRandom) -> torch.
     return inside * inside * (3 - 2 * inside)  # smoothstep
 
 
+# %%
 def self_blend(
     clips: torch.Tensor, landmarks: torch.Tensor, random: DeviceRandom
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -362,7 +367,7 @@ def self_blend(
 def with_self_blends(
     clips: torch.Tensor, landmarks: torch.Tensor, blend: torch.Tensor, random: DeviceRandom
 ) -> torch.Tensor:
-    """Self-blend, in place, those clips (B, T, 3, S, S) in 0..1 that `blend` (B,) marks, on the CPU."""
+    """Self-blend, in place, the clips (B, T, 3, S, S) that `blend` (B,), on the CPU, marks."""
     rows = np.flatnonzero(blend.numpy())
     if not len(rows):
         return clips
@@ -372,9 +377,10 @@ def with_self_blends(
 
 
 # %% [markdown]
-# **Augmentation.** `plain` crops, mirrors and recolours. `codec` adds noise and compression, which in a real video
-# follow the manipulation; without them, smoothness alone would give self-blends away. `robust` also lowers
-# resolution, blurs, repeats frames and covers part of the face, as a hand or a microphone does.
+# **Augmentation.** `plain` crops, mirrors and recolours. `codec` adds noise and compression,
+# which in a real video follow the manipulation; without them, smoothness alone would give
+# self-blends away. `robust` also lowers resolution, blurs, repeats frames and covers part of the
+# face, as a hand or a microphone does.
 
 
 # %%

@@ -161,8 +161,8 @@ def choose_batch_size(config: Config, device: torch.device, precision: torch.dty
 
 
 # %% [markdown]
-# **A training step** returns its output, loss and gradient norm as tensors on the device, so the CPU
-# can prepare the next step without waiting for them.
+# **A training step** returns its output, loss and gradient norm as tensors on the device, so the
+# CPU can prepare the next step without waiting for them.
 
 
 # %%
