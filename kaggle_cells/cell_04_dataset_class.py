@@ -235,10 +235,8 @@ def normalize(clips: torch.Tensor) -> torch.Tensor:
 # %%
 def change_colours(clips: torch.Tensor, random: DeviceRandom, strength: Any) -> torch.Tensor:
     """Clips (B, T, 3, S, S) with channel gains, contrast and saturation of 1 +- `strength`."""
-    gains, contrast, saturation = (
-        1 + strength * random.uniform(len(clips), -1, 1, 1, channels, 1, 1)
-        for channels in (3, 1, 1)
-    )
+    factors = 1 + strength * random.uniform(len(clips), -1, 1, 1, 5, 1, 1)
+    gains, contrast, saturation = factors.split([3, 1, 1], dim=2)
     clips = clips * gains
     clips = clips.mean(dim=(1, 2, 3, 4), keepdim=True).lerp(clips, contrast)
     return clips.mean(dim=2, keepdim=True).lerp(clips, saturation).clamp(0, 1)
@@ -318,11 +316,10 @@ def warp_face(
 ) -> torch.Tensor:
     """Clips (B, T, 3, S, S) moved relative to the face, half of them differently in each frame."""
     count, frames, size = len(clips), clips.shape[1], clips.shape[-1]
-    trembling = random.sometimes(count, 0.5, 2, 1)
-    angle, growth, right, down = (
-        limit * (random.uniform(count, -1, 1, 1) + trembling * random.uniform(count, -1, 1, frames))
-        for limit in (0.04, 0.04, 0.1, 0.1)
-    )
+    trembling = random.sometimes(count, 0.5, 2, 1, 1)
+    moves = random.uniform(count, -1, 1, 4, 1) + trembling * random.uniform(count, -1, 1, 4, frames)
+    limits = device_constant((0.04, 0.04, 0.1, 0.1), clips.device)[:, None]
+    angle, growth, right, down = (limits * moves).unbind(1)
     scale = 1 + growth
     moved = similarity(scale * angle.cos(), scale * angle.sin(), right, down)
     to_frame, to_face = transforms

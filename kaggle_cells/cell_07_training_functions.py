@@ -38,6 +38,7 @@ from cell_01_imports_and_setup import (
 from cell_02_global_config import Config
 from cell_04_dataset_class import (
     Batch,
+    DeviceRandom,
     PairedGenerator,
     augment,
     normalize,
@@ -350,7 +351,7 @@ class EpochMeter:
             self.bar.update()
 
     def read(self) -> None:
-        """Read back what the last steps gave. Raises FloatingPointError after BAD_STEPS bad ones."""
+        """Read back the last steps. Raises FloatingPointError after BAD_STEPS bad ones in a row."""
         figures = torch.stack([figures for *_, figures in self.waiting]).tolist()
         for (batch, scores, _), (loss, norm) in zip(self.waiting, figures, strict=True):
             self.steps += 1
@@ -363,18 +364,17 @@ class EpochMeter:
             self.bar.set_postfix(self.postfix())
 
     def check(self, batch: Batch, loss: float, norm: float) -> None:
-        scale = self.trainer.scaler.get_scale()
+        trainer, scale = self.trainer, self.trainer.scaler.get_scale()
         overflow = math.isfinite(loss) and scale > 1  # a smaller scale will do for fp16
         bad = not (math.isfinite(norm) or overflow)
-        self.trainer.bad_in_a_row = self.trainer.bad_in_a_row + 1 if bad else 0
-        if self.trainer.bad_in_a_row < BAD_STEPS:
-            return
-        clips = zip(batch.rows.tolist(), batch.blend.tolist(), strict=True)
-        raise FloatingPointError(
-            f"epoch {self.epoch}, step {self.steps}: {BAD_STEPS} non-finite steps in a row. "
-            f"Loss {loss}, gradient norm {norm}, loss scale {scale:g}; clips: "
-            f"{', '.join(self.dataset.name(*clip) for clip in clips)}. {NOT_FINITE_ADVICE}"
-        )
+        trainer.bad_in_a_row = trainer.bad_in_a_row + 1 if bad else 0
+        if trainer.bad_in_a_row >= BAD_STEPS:
+            clips = zip(batch.rows.tolist(), batch.blend.tolist(), strict=True)
+            raise FloatingPointError(
+                f"epoch {self.epoch}, step {self.steps}: {BAD_STEPS} non-finite steps in a row. "
+                f"Loss {loss}, gradient norm {norm}, loss scale {scale:g}; clips: "
+                f"{', '.join(self.dataset.name(*clip) for clip in clips)}. {NOT_FINITE_ADVICE}"
+            )
 
     def postfix(self) -> dict:
         """What the bar shows: loss and AUC so far, learning rate, speed, memory."""
@@ -424,7 +424,28 @@ def train_one_epoch(
     return meter.scores()
 
 
+# %%
 @torch.no_grad()  # not inference_mode: DataParallel's threads may not touch its tensors
+def score_batches(
+    model: nn.Module,
+    loader: DataLoader,
+    criterion: nn.Module,
+    device: torch.device,
+    frame_weight: float,
+    bar: tqdm | None,
+) -> list[BatchScores]:
+    """What the model says of every batch. Self-blends are the same each time."""
+    parts, random = [], DeviceRandom(device, [0])
+    for batch in device_batches(loader, device):
+        clips = with_self_blends(to_float(batch.clips), batch.landmarks, batch.blend, random)
+        output = model(normalize(clips))
+        loss = total_loss(output, batch.labels, criterion, frame_weight)
+        parts.append(BatchScores.of(output, loss, batch))
+        if bar is not None:
+            bar.update()
+    return parts
+
+
 def validate(
     model: nn.Module,
     loader: DataLoader,
@@ -437,33 +458,20 @@ def validate(
 ) -> Scores:
     """Score every clip of the loader; in float32 if half precision overflows.
 
-    Self-blends are the same each time. Raises FloatingPointError if the loss is not finite.
+    Raises FloatingPointError if the loss is not finite even then.
     """
-    model.eval()
-    network: Any = unwrapped(model)
+    network: Any = unwrapped(model.eval())
     started, precision = time.perf_counter(), getattr(network, "precision", None)
-
-    def score() -> Scores:
-        parts, random = [], PairedGenerator(device, [0])
-        for batch in device_batches(loader, device):
-            clips = to_float(batch.clips)
-            clips = with_self_blends(clips, batch.landmarks, batch.blend, random.blends)
-            output = model(normalize(clips))
-            loss = total_loss(output, batch.labels, criterion, frame_weight)
-            parts.append(BatchScores.of(output, loss, batch))
-            if bar is not None:
-                bar.update()
-        return scores_of(parts, started, title)
-
+    given = model, loader, criterion, device, frame_weight, bar
     try:
-        return score()
+        return scores_of(score_batches(*given), started, title)
     except FloatingPointError:
         if precision is None:
             raise
     print(f"{title}: {precision} overflows; scoring again in float32")
     network.precision = None
     try:
-        return score()
+        return scores_of(score_batches(*given), started, title)
     finally:
         network.precision = precision
 
