@@ -23,12 +23,12 @@ from cell_07_training_functions import validate
 SMALL = ClipSettings(**conftest.SMALL)
 RNG = np.random.default_rng(0)
 LABELS = RNG.integers(0, 2, 200)
-CHANCES = np.clip(0.3 * LABELS + RNG.uniform(0, 0.7, 200), 0, 1)
+PROBS = np.clip(0.3 * LABELS + RNG.uniform(0, 0.7, 200), 0, 1)
 
 
 def test_metrics_by_hand():
-    labels, chances = np.array([0, 0, 0, 1, 1]), np.array([0.1, 0.2, 0.9, 0.8, 0.4])
-    metrics = cell.compute_metrics(labels, chances, 0.5)
+    labels, probs = np.array([0, 0, 0, 1, 1]), np.array([0.1, 0.2, 0.9, 0.8, 0.4])
+    metrics = cell.compute_metrics(labels, probs, 0.5)
     assert (
         metrics["accuracy"] == pytest.approx(3 / 5)
         and metrics["precision"] == metrics["recall"] == 0.5
@@ -39,19 +39,8 @@ def test_metrics_by_hand():
     assert metrics["brier"] == pytest.approx((0.01 + 0.04 + 0.81 + 0.04 + 0.36) / 5)
 
 
-def test_metrics_agree_with_scikit_learn():
-    metrics, called = cell.compute_metrics(LABELS, CHANCES, 0.4), CHANCES >= 0.4
-    assert metrics["f1"] == pytest.approx(skm.f1_score(LABELS, called))
-    assert metrics["balanced_accuracy"] == pytest.approx(
-        skm.balanced_accuracy_score(LABELS, called)
-    )
-    assert metrics["auc_pr"] == pytest.approx(skm.average_precision_score(LABELS, CHANCES))
-    assert metrics["log_loss"] == pytest.approx(skm.log_loss(LABELS, CHANCES))
-    assert metrics["brier"] == pytest.approx(skm.brier_score_loss(LABELS, CHANCES))
-
-
 @pytest.mark.parametrize(
-    ("chances", "eer"),
+    ("probs", "eer"),
     [
         ([0.1, 0.2, 0.8, 0.9], 0.0),
         ([0.9, 0.8, 0.2, 0.1], 1.0),
@@ -59,8 +48,8 @@ def test_metrics_agree_with_scikit_learn():
         ([0.5] * 4, 0.5),
     ],
 )
-def test_equal_error_rate_by_hand(chances, eer):
-    assert cell.compute_metrics(np.array([0, 0, 1, 1]), np.array(chances), 0.5)[
+def test_equal_error_rate_by_hand(probs, eer):
+    assert cell.compute_metrics(np.array([0, 0, 1, 1]), np.array(probs), 0.5)[
         "eer"
     ] == pytest.approx(eer)
 
@@ -95,37 +84,38 @@ def test_calibration_does_not_depend_on_how_frequent_fakes_are():
 def test_a_few_videos_told_apart_perfectly_do_not_make_it_certain_and_chance_makes_it_undecided():
     logits, labels = np.array([-0.2, -0.1, 0.1, 0.3]), np.array([0, 0, 1, 1])
     temperature, offset = cell.fit_calibration(logits, labels)
-    chances = cell.probabilities(logits - offset, temperature)
-    assert 0.1 < chances.min() < 0.4 and 0.6 < chances.max() < 0.95
+    probs = cell.probabilities(logits - offset, temperature)
+    assert 0.1 < probs.min() < 0.4 and 0.6 < probs.max() < 0.95
     temperature, offset = cell.fit_calibration(np.tile(logits, 50), RNG.integers(0, 2, 200))
     assert np.abs(cell.probabilities(logits - offset, temperature) - 0.5).max() < 0.15
 
 
 def test_every_metric_agrees_with_scikit_learn_also_with_ties_and_resampled_videos():
-    chances, groups = CHANCES.round(1).clip(0.05, 0.95), np.arange(200) // 4
-    counts = np.random.default_rng(1).multinomial(50, np.full(50, 0.02), size=5)[:, groups]
-    found = cell.counted_metrics(LABELS, chances, 0.4, counts)
-    for row, times in enumerate(counts):
-        labels, scores = np.repeat(LABELS, times), np.repeat(chances, times)
+    probs, rng = PROBS.round(1).clip(0.05, 0.95), np.random.default_rng(1)
+    for _ in range(5):
+        rows = np.concatenate([np.arange(4) + 4 * group for group in rng.integers(50, size=50)])
+        labels, scores, called = LABELS[rows], probs[rows], probs[rows] >= 0.4
         expected = {
-            **{
-                "auc_roc": skm.roc_auc_score(labels, scores),
-                "auc_pr": skm.average_precision_score(labels, scores),
-            },
-            **{"eer": cell_eer(labels, scores), "log_loss": skm.log_loss(labels, scores)},
-            **{
-                "recall": skm.recall_score(labels, scores >= 0.4),
-                "f1": skm.f1_score(labels, scores >= 0.4),
-            },
-            **{"accuracy": skm.accuracy_score(labels, scores >= 0.4)},
-            **{"precision": skm.precision_score(labels, scores >= 0.4)},
-            **{"brier": skm.brier_score_loss(labels, scores)},
+            "auc_roc": skm.roc_auc_score(labels, scores),
+            "auc_pr": skm.average_precision_score(labels, scores),
+            "eer": eer_by_bisection(labels, scores),
+            "log_loss": skm.log_loss(labels, scores),
+            "brier": skm.brier_score_loss(labels, scores),
+            "recall": skm.recall_score(labels, called),
+            "specificity": skm.recall_score(1 - labels, ~called),
+            "precision": skm.precision_score(labels, called),
+            "f1": skm.f1_score(labels, called),
+            "accuracy": skm.accuracy_score(labels, called),
+            "balanced_accuracy": skm.balanced_accuracy_score(labels, called),
         }
-        for name, value in expected.items():
-            assert found[name][row] == pytest.approx(value), name
+        for limit in (1, 5):
+            fpr, tpr, _ = skm.roc_curve(labels, scores, drop_intermediate=False)
+            expected[f"tpr_at_{limit}_fpr"] = tpr[fpr <= limit / 100].max()
+        found = cell.compute_metrics(labels, scores, 0.4)
+        assert found == pytest.approx(found | expected)
 
 
-def cell_eer(labels, scores):
+def eer_by_bisection(labels, scores):
     """By bisection on the ROC curve."""
     fpr, tpr, _ = skm.roc_curve(labels, scores, drop_intermediate=False)
     low, high = 0.0, float(len(fpr) - 1)
@@ -137,11 +127,11 @@ def cell_eer(labels, scores):
 
 
 def test_hits_at_few_false_alarms_and_calibration_error_by_hand():
-    labels, chances = (
+    labels, probs = (
         np.repeat([0, 1], [100, 4]),
         np.append(np.linspace(0, 0.5, 100), [0.49, 0.4975, 0.6, 0.9]),
     )
-    metrics = cell.compute_metrics(labels, chances, 0.5)
+    metrics = cell.compute_metrics(labels, probs, 0.5)
     assert metrics["tpr_at_1_fpr"] == 0.75 and metrics["tpr_at_5_fpr"] == 1
     two_bins = cell.compute_metrics(np.array([0, 1, 1, 1]), np.array([0.2, 0.2, 0.9, 0.9]), 0.5)
     assert two_bins["ece"] == pytest.approx(0.5 * 0.3 + 0.5 * 0.1)
@@ -149,10 +139,10 @@ def test_hits_at_few_false_alarms_and_calibration_error_by_hand():
 
 def test_an_interval_is_wider_where_videos_of_a_group_agree():
     """Every video twice: as independent samples they would seem to be twice as many."""
-    labels, chances = LABELS[:60].repeat(2), CHANCES[:60].repeat(2)
-    by_group = cell.bootstrap(labels, chances, 0.5, np.arange(60).repeat(2))
-    by_video = cell.bootstrap(labels, chances, 0.5, np.arange(120))
-    single = cell.bootstrap(LABELS[:60], CHANCES[:60], 0.5, np.arange(60))
+    labels, probs = LABELS[:60].repeat(2), PROBS[:60].repeat(2)
+    by_group = cell.bootstrap(labels, probs, 0.5, np.arange(60).repeat(2))
+    by_video = cell.bootstrap(labels, probs, 0.5, np.arange(120))
+    single = cell.bootstrap(LABELS[:60], PROBS[:60], 0.5, np.arange(60))
     for metric in ("auc_roc", "balanced_accuracy", "brier"):
         widths = [
             high - low for low, high in (found[metric] for found in (by_group, by_video, single))
@@ -164,7 +154,7 @@ def test_an_interval_is_wider_where_videos_of_a_group_agree():
 
 @pytest.mark.slow
 def test_95_percent_intervals_cover_the_truth_about_95_times_in_100():
-    """Two videos a group, whose scores have half of their variance in common; the true AUC is known."""
+    """Two videos of a class per group, whose scores share most variance; the true AUC is known."""
     rng, covered = np.random.default_rng(5), {True: 0, False: 0}
     truth = 0.5 * (1 + math.erf(1.5 / math.sqrt(2) / math.sqrt(2)))
     groups, labels = np.arange(240) // 4, np.tile([0, 0, 1, 1], 60)
@@ -175,9 +165,8 @@ def test_95_percent_intervals_cover_the_truth_about_95_times_in_100():
         scores = np.sqrt(0.8) * shared + np.sqrt(0.2) * rng.normal(size=240) + 1.5 * labels
         for by_group in covered:
             units = groups if by_group else np.arange(240)
-            low, high = cell.bootstrap(labels, cell.probabilities(scores, 1.0), 0.5, units)[
-                "auc_roc"
-            ]
+            probs = cell.probabilities(scores, 1.0)
+            low, high = cell.bootstrap(labels, probs, 0.5, units, ["auc_roc"])["auc_roc"]
             covered[by_group] += low <= truth <= high
     assert 180 <= covered[True] <= 198, "about 95 %"
     assert covered[False] < covered[True], "videos of one group taken for independent: too sure"
@@ -216,14 +205,54 @@ def test_each_method_is_measured_against_all_reals(table):
     assert by_method.reals.tolist() == [3, 3] and (by_method.auc_low <= by_method.auc_roc).all()
 
 
+def test_a_single_fake_has_an_auc_but_no_interval(table):
+    alone = table.drop(index=[3])
+    by_method = cell.metrics_by("method", alone, 0.5).set_index("method")
+    assert by_method.auc_roc["x"] == 1 and np.isnan(by_method.auc_low["x"])
+    assert by_method.auc_low.notna().to_dict() == {"x": False, "y": True}
+    assert cell.format_metric(1.0, tuple(by_method.loc["x", ["auc_low", "auc_high"]])) == "1.000"
+
+
+def test_a_metric_reads_as_value_and_interval_or_undefined():
+    assert cell.format_metric(0.9444, (0.902, 0.9751)) == "0.944 [0.902, 0.975]"
+    assert cell.format_metric(None) == cell.format_metric(float("nan")) == "undefined"
+    assert cell.format_metric(0.5, (None, None)) == "0.500"
+
+
+def test_undefined_metrics_and_single_classes_cause_no_warnings(recwarn):
+    for label in (0, 1):
+        cell.bootstrap(np.full(4, label), np.array([0.1, 0.2, 0.6, 0.7]), 0.9, np.arange(4))
+        cell.fit_calibration(np.array([0.3, 0.4]), np.full(2, label))
+    cell.fit_calibration(np.zeros(6), np.array([0, 0, 0, 1, 1, 1]))
+    cell.fit_calibration(1e4 * RNG.normal(LABELS), LABELS)
+    assert not list(recwarn)
+
+
 def test_each_dataset_is_measured_by_itself(table):
     by_dataset = cell.metrics_by("dataset", table, 0.5).set_index("dataset")
     assert by_dataset.auc_roc.to_dict() == {"A": 1.0, "B": 0.5}
     assert by_dataset.reals.to_dict() == {"A": 2, "B": 1}
 
 
+def plot_scores_of(table):
+    return cell.plot_scores(table, cell.metrics_by("method", table, 0.5), 0.5)
+
+
+def test_manipulations_with_too_few_fakes_come_last_with_hollow_marks(table):
+    many = pd.concat([table.assign(method=name) for name in ("a", "b") for _ in range(2)])
+    many = pd.concat([many, table[table.method == "y"]])  # "y" has 2 fakes, the others 8
+    many.loc[many.label == 0, "method"] = "real"
+    many.loc[many.method == "a", "probability"] += 0.1
+    figure = plot_scores_of(many)
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["real (12)", "b (8)", "a (8)", "y (2)"]
+    marks = [line for line in figure.axes[1].lines if line.get_marker() == "o"]
+    assert [mark.get_markerfacecolor() == "white" for mark in marks] == [False, False, True]
+    plt.close(figure)
+
+
 def test_every_figure_is_drawn_and_written(table, clip_table, tmp_path):
-    labels, chances = table.label.to_numpy(), table.probability.to_numpy()
+    labels, probs = table.label.to_numpy(), table.probability.to_numpy()
     history = pd.DataFrame(
         {
             **{f"{s}_{q}": [0.5, 0.7] for s in ("train", "val") for q in ("loss", "auc")},
@@ -234,12 +263,14 @@ def test_every_figure_is_drawn_and_written(table, clip_table, tmp_path):
     figures = {
         "samples": cell.plot_samples(clip_table),
         "history": cell.plot_history(history),
-        "confusion": cell.plot_confusion(labels, chances, 0.5),
+        "confusion": cell.plot_confusion(labels, probs, 0.5),
         "curves": cell.plot_curves(table, 0.5, (0.7, 0.95)),
-        "scores": cell.plot_scores(table, 0.5),
-        "calibration": cell.plot_calibration(labels, chances),
+        "scores": plot_scores_of(table),
+        "calibration": cell.plot_calibration(labels, probs),
         "mistakes": cell.plot_mistakes(table.assign(correct=True), 0.5),
         "one class": cell.plot_curves(table[table.label == 1], 0.5, (None, None)),
+        "only fakes": plot_scores_of(table[table.label == 1]),
+        "only reals": plot_scores_of(table[table.label == 0]),
     }
     titles = {
         name: figure.get_suptitle() or figure.axes[0].get_title(loc="left")
@@ -250,7 +281,9 @@ def test_every_figure_is_drawn_and_written(table, clip_table, tmp_path):
     assert titles["scores"] == "2 of 7 videos on the wrong side"
     assert titles["curves"] == "AUC 0.833 [0.700, 0.950]"
     assert titles["calibration"] == "P(fake) is off by 31 points on average (ECE)"
-    assert titles["mistakes"] == "No mistake in 7 videos" and "one class" in titles["one class"]
+    assert (
+        titles["mistakes"] == "No mistakes in 7 videos" and "only one class" in titles["one class"]
+    )
     for name, figure in figures.items():
         save_figure(figure, tmp_path / "deep" / f"{name}.png")
         assert plt.imread(tmp_path / "deep" / f"{name}.png").std() > 0.01
@@ -319,20 +352,15 @@ def test_heat_is_where_the_evidence_is(network):
     )
 
 
-def test_the_heat_of_a_clip_does_not_change_the_network_and_mirrors_need_none(network):
+def test_the_heat_of_a_clip_does_not_change_the_network(network):
     clips = torch.randn(2, 4, 3, 64, 64)
     with torch.no_grad():
         before = network(clips).logit
-    heat, output = cell.heat_maps(network, clips)
+    output = cell.heat_maps(network, clips)[1]
     assert torch.allclose(output.logit, before) and all(
         weight.grad is None for weight in network.parameters()
     )
     assert not any(module._forward_hooks for module in network.modules())
-    network.mirror = True
-    try:
-        assert cell.heat_maps(network, clips)[0].shape == heat.shape
-    finally:
-        network.mirror = False
 
 
 def test_explanations_and_mistakes_show_what_was_right_and_wrong(network, clip_table):
@@ -436,7 +464,7 @@ def test_an_empty_folder_gives_an_empty_table_and_one_bad_file_its_error(tmp_pat
 
 
 def test_a_folder_streams(demo_set, monkeypatch):
-    """However many videos there are, a few clips at a time are in memory, and each is scored as soon as it is there."""
+    """However many videos there are, only a few clips are in memory at a time."""
     alive, most, made = weakref.WeakSet(), 0, cell.make_clip
 
     def watched(*arguments):
