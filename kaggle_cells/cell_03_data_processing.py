@@ -1280,15 +1280,17 @@ def make_demo_set(folder: Path, per_class: int, seed: int, workers: int) -> Path
 @styled
 def plot_demo_person(number: int = 1, seed: int = 0) -> plt.Figure:
     """The middle frame of a demo video and its face crop, for the real one and each fake."""
+    portrait = load_portrait()
     detector = load_face_detector("cpu") if CONFIG.FACE_CROP else None
     figure, axes = plt.subplots(2, 4, figsize=(WIDTH, 3.6))
     for column, method in zip(axes.T, ("real", *DEMO_METHODS), strict=True):
-        frames = demo_frames(load_portrait(), number, method, seed)
+        frames = demo_frames(portrait, number, method, seed)
         frame = to_rgb(frames[len(frames) // 2])
-        boxes, *_ = find_face([frame], detector)
-        ((left, top, side),) = crop_squares(boxes, len(frame), frame.shape[1], CONFIG.FACE_MARGIN)
+        if method == "real":  # the fakes hold their heads in the same place
+            boxes, *_ = find_face([frame], detector)
+            ((x, y, side),) = crop_squares(boxes, len(frame), frame.shape[1], CONFIG.FACE_MARGIN)
         show_row(column[:1], "", frame[None])
-        show_row(column[1:], "", frame[None, top : top + side, left : left + side])
+        show_row(column[1:], "", frame[None, y : y + side, x : x + side])
         column[0].set_title(method)
     return figure
 
