@@ -225,10 +225,7 @@ def to_float(clips: torch.Tensor) -> torch.Tensor:
 
 def normalize(clips: torch.Tensor) -> torch.Tensor:
     """Clips (B, T, 3, S, S) in 0..1, standardised with ImageNet's mean and standard deviation."""
-    mean, std = (
-        device_constant(values, clips.device).view(3, 1, 1)
-        for values in (IMAGENET_MEAN, IMAGENET_STD)
-    )
+    mean, std = device_constant((IMAGENET_MEAN, IMAGENET_STD), clips.device)[..., None, None]
     return (clips - mean) / std
 
 
@@ -498,14 +495,10 @@ def plot_self_blends(table: pd.DataFrame, seed: int, clips: int = 5) -> Figure:
     )
     real = to_float(frames)
     fake, masks = self_blend(real, landmarks, DeviceRandom(torch.device("cpu"), [seed]))
-    pictures = {
-        "real": real[:, 0].movedim(1, -1),
-        "mask": masks[:, 0],
-        "self-blend": fake[:, 0].movedim(1, -1),
-    }
     figure, axes = plt.subplots(3, len(items), figsize=(WIDTH, 3.5), squeeze=False)
-    for row, (name, images) in zip(axes, pictures.items(), strict=True):
-        show_row(row, name, images.numpy())
+    show_row(axes[0], "real", real[:, 0].movedim(1, -1).numpy())
+    show_row(axes[1], "mask", masks[:, 0].numpy())
+    show_row(axes[2], "self-blend", fake[:, 0].movedim(1, -1).numpy())
     return figure
 
 
@@ -514,10 +507,8 @@ def plot_augmentation(seed: int = 2) -> Figure:
     """Matplotlib's portrait, augmented, and the steps of its self-blend."""
     x, y = FACE_CENTRE
     crop = load_portrait()[y - 120 : y + 120, x - 120 : x + 120, ::-1].copy()
-    real, random = (
-        torch.from_numpy(crop).movedim(-1, 0)[None, None],
-        DeviceRandom(torch.device("cpu"), [seed]),
-    )
+    real = torch.from_numpy(crop).movedim(-1, 0)[None, None]
+    random = DeviceRandom(torch.device("cpu"), [seed])
     transforms = face_transforms(torch.full((1, 1, 5, 2), math.nan), real.shape[-1])
     perturbed = perturb_face(real, random)
     warped = warp_face(perturbed, transforms, random)
