@@ -89,6 +89,18 @@ class ClipDataset(Dataset):
 
 
 # %%
+def possible_partners(table: pd.DataFrame) -> list[np.ndarray]:
+    """The rows of the fakes that may be paired with each real video."""
+    reals, fakes = table[table.label == 0], table[table.label == 1]
+    rows = np.flatnonzero(table.label == 1)
+    of_original, of_group = fakes.groupby("original").indices, fakes.groupby("group").indices
+    return [
+        rows[of_original.get(original, of_group.get(group, slice(None)))]
+        for original, group in zip(reals.original, reals.group, strict=True)
+    ]
+
+
+# %%
 class PairBatches(Sampler[list[Sample]]):
     """Batches of samples: real, fake, real, fake, ... The order depends on seed and epoch alone.
 
@@ -122,18 +134,9 @@ class PairBatches(Sampler[list[Sample]]):
         if clips < processes:
             raise ValueError(f"{clips} training clips are too few for {processes} processes")
         self.share = min(batch_size, clips) // processes
-        self.partners = self.find_partners(table) if pairs else [self.fakes] * len(self.reals)
+        self.partners = possible_partners(table) if pairs else [self.fakes] * len(self.reals)
         self.seed, self.rank, self.processes = seed, rank, processes
         self.self_blend, self.clips_per_video, self.epoch = self_blend, clips_per_video, 0
-
-    def find_partners(self, table: pd.DataFrame) -> list[np.ndarray]:
-        """The fakes that may be paired with each real video."""
-        reals, fakes = table.iloc[self.reals], table.iloc[self.fakes]
-        of_original, of_group = fakes.groupby("original").indices, fakes.groupby("group").indices
-        return [
-            self.fakes[of_original.get(original, of_group.get(group, slice(None)))]
-            for original, group in zip(reals.original, reals.group, strict=True)
-        ]
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
