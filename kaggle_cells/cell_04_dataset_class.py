@@ -90,7 +90,7 @@ class ClipDataset(Dataset):
 
 # %%
 def possible_partners(table: pd.DataFrame) -> list[np.ndarray]:
-    """The rows of the fakes that may be paired with each real video."""
+    """Rows of fakes for each real video: of its `original`, else of its `group`, else any."""
     reals, fakes = table[table.label == 0], table[table.label == 1]
     rows = np.flatnonzero(table.label == 1)
     of_original, of_group = fakes.groupby("original").indices, fakes.groupby("group").indices
@@ -104,11 +104,9 @@ def possible_partners(table: pd.DataFrame) -> list[np.ndarray]:
 class PairBatches(Sampler[list[Sample]]):
     """Batches of samples: real, fake, real, fake, ... The order depends on seed and epoch alone.
 
-    A real video is paired with the fake of it (same `original`) that was used least in this epoch,
-    else with one of its `group`, else with any; `pairs=False` takes any. For a share `self_blend`
-    of the real videos, the fake is the self-blend. A pair shows the same one of the
-    `clips_per_video` clips. All batches are full, because batch normalisation needs more than a
-    clip or two; the remainder is left out. Each of the `processes` gets an equal share of a batch.
+    Each real video meets its least used partner, or for a share `self_blend` its self-blend. Both
+    show the same one of `clips_per_video` clips. Batches are full (batch normalisation needs more
+    than a clip or two) and shared equally by the `processes`.
 
     Raises ValueError if a batch cannot be shared equally or there are too few clips.
     """

@@ -402,6 +402,7 @@ def bar_figures(meter: EpochMeter) -> dict:
     return figures | ({"skipped": meter.skipped} if meter.skipped else {})
 
 
+# %%
 def train_one_epoch(
     trainer: Trainer,
     loader: DataLoader,
