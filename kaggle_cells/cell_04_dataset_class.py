@@ -89,14 +89,24 @@ class ClipDataset(Dataset):
 
 
 # %%
+def possible_partners(table: pd.DataFrame) -> list[np.ndarray]:
+    """Rows of fakes for each real video: of its `original`, else of its `group`, else any."""
+    reals, fakes = table[table.label == 0], table[table.label == 1]
+    rows = np.flatnonzero(table.label == 1)
+    of_original, of_group = fakes.groupby("original").indices, fakes.groupby("group").indices
+    return [
+        rows[of_original.get(original, of_group.get(group, slice(None)))]
+        for original, group in zip(reals.original, reals.group, strict=True)
+    ]
+
+
+# %%
 class PairBatches(Sampler[list[Sample]]):
     """Batches of samples: real, fake, real, fake, ... The order depends on seed and epoch alone.
 
-    A real video is paired with the fake of it (same `original`) that was used least in this epoch,
-    else with one of its `group`, else with any; `pairs=False` takes any. For a share `self_blend`
-    of the real videos, the fake is the self-blend. A pair shows the same one of the
-    `clips_per_video` clips. All batches are full, because batch normalisation needs more than a
-    clip or two; the remainder is left out. Each of the `processes` gets an equal share of a batch.
+    Each real video meets its least used partner, or for a share `self_blend` its self-blend. Both
+    show the same one of `clips_per_video` clips. Batches are full (batch normalisation needs more
+    than a clip or two) and shared equally by the `processes`.
 
     Raises ValueError if a batch cannot be shared equally or there are too few clips.
     """
@@ -122,18 +132,9 @@ class PairBatches(Sampler[list[Sample]]):
         if clips < processes:
             raise ValueError(f"{clips} training clips are too few for {processes} processes")
         self.share = min(batch_size, clips) // processes
-        self.partners = self.find_partners(table) if pairs else [self.fakes] * len(self.reals)
+        self.partners = possible_partners(table) if pairs else [self.fakes] * len(self.reals)
         self.seed, self.rank, self.processes = seed, rank, processes
         self.self_blend, self.clips_per_video, self.epoch = self_blend, clips_per_video, 0
-
-    def find_partners(self, table: pd.DataFrame) -> list[np.ndarray]:
-        """The fakes that may be paired with each real video."""
-        reals, fakes = table.iloc[self.reals], table.iloc[self.fakes]
-        of_original, of_group = fakes.groupby("original").indices, fakes.groupby("group").indices
-        return [
-            self.fakes[of_original.get(original, of_group.get(group, slice(None)))]
-            for original, group in zip(reals.original, reals.group, strict=True)
-        ]
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -225,10 +226,7 @@ def to_float(clips: torch.Tensor) -> torch.Tensor:
 
 def normalize(clips: torch.Tensor) -> torch.Tensor:
     """Clips (B, T, 3, S, S) in 0..1, standardised with ImageNet's mean and standard deviation."""
-    mean, std = (
-        device_constant(values, clips.device).view(3, 1, 1)
-        for values in (IMAGENET_MEAN, IMAGENET_STD)
-    )
+    mean, std = device_constant((IMAGENET_MEAN, IMAGENET_STD), clips.device)[..., None, None]
     return (clips - mean) / std
 
 
@@ -498,14 +496,10 @@ def plot_self_blends(table: pd.DataFrame, seed: int, clips: int = 5) -> Figure:
     )
     real = to_float(frames)
     fake, masks = self_blend(real, landmarks, DeviceRandom(torch.device("cpu"), [seed]))
-    pictures = {
-        "real": real[:, 0].movedim(1, -1),
-        "mask": masks[:, 0],
-        "self-blend": fake[:, 0].movedim(1, -1),
-    }
     figure, axes = plt.subplots(3, len(items), figsize=(WIDTH, 3.5), squeeze=False)
-    for row, (name, images) in zip(axes, pictures.items(), strict=True):
-        show_row(row, name, images.numpy())
+    show_row(axes[0], "real", real[:, 0].movedim(1, -1).numpy())
+    show_row(axes[1], "mask", masks[:, 0].numpy())
+    show_row(axes[2], "self-blend", fake[:, 0].movedim(1, -1).numpy())
     return figure
 
 
@@ -514,10 +508,8 @@ def plot_augmentation(seed: int = 2) -> Figure:
     """Matplotlib's portrait, augmented, and the steps of its self-blend."""
     x, y = FACE_CENTRE
     crop = load_portrait()[y - 120 : y + 120, x - 120 : x + 120, ::-1].copy()
-    real, random = (
-        torch.from_numpy(crop).movedim(-1, 0)[None, None],
-        DeviceRandom(torch.device("cpu"), [seed]),
-    )
+    real = torch.from_numpy(crop).movedim(-1, 0)[None, None]
+    random = DeviceRandom(torch.device("cpu"), [seed])
     transforms = face_transforms(torch.full((1, 1, 5, 2), math.nan), real.shape[-1])
     perturbed = perturb_face(real, random)
     warped = warp_face(perturbed, transforms, random)

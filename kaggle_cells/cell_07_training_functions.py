@@ -189,6 +189,12 @@ def halved(size: int) -> int:
     return half
 
 
+def roll_back(model: nn.Module, before: list[torch.Tensor], failed: torch.Tensor) -> None:
+    """Restore the running statistics if a step has `failed`."""
+    for buffer, value in zip(model.buffers(), before, strict=True):
+        buffer.copy_(torch.where(failed, value, buffer))
+
+
 # %%
 @dataclass
 class Trainer:
@@ -215,13 +221,13 @@ class Trainer:
         """
         before = [buffer.clone() for buffer in self.model.buffers()]
         while (result := self.accumulate(clips, labels)) is None:
-            self.roll_back(before, clips.new_ones((), dtype=torch.bool))
+            roll_back(self.model, before, clips.new_ones((), dtype=torch.bool))
             self.micro_batch = halved(self.micro_batch or len(clips))
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.roll_back(before, ~norm.isfinite())
+        roll_back(self.model, before, ~norm.isfinite())
         if self.average is not None:
             self.average.update(self.model)
         return *result, norm
@@ -245,11 +251,6 @@ class Trainer:
                 raise
             return None  # the error keeps the failed step's tensors alive, so it must end here
         return Output(*map(torch.cat, zip(*outputs, strict=True))), torch.stack(losses).sum()
-
-    def roll_back(self, before: list[torch.Tensor], failed: torch.Tensor) -> None:
-        """Restore the running statistics if a step has `failed`."""
-        for buffer, value in zip(self.model.buffers(), before, strict=True):
-            buffer.copy_(torch.where(failed, value, buffer))
 
 
 # %% [markdown]
@@ -361,7 +362,7 @@ class EpochMeter:
                 self.finite.append(scores)
         self.waiting.clear()
         if self.bar is not None and self.finite:
-            self.bar.set_postfix(self.postfix())
+            self.bar.set_postfix(bar_figures(self))
 
     def check(self, batch: Batch, loss: float, norm: float) -> None:
         trainer, scale = self.trainer, self.trainer.scaler.get_scale()
@@ -376,19 +377,6 @@ class EpochMeter:
                 f"{', '.join(self.dataset.name(*clip) for clip in clips)}. {NOT_FINITE_ADVICE}"
             )
 
-    def postfix(self) -> dict:
-        """What the bar shows: loss and AUC so far, learning rate, speed, memory."""
-        so_far, seconds = concat_scores(self.finite), time.perf_counter() - self.started
-        device = self.finite[0].logits.device
-        figures = {
-            "loss": f"{so_far.losses.mean():.3f}",
-            "AUC": f"{auc_of(so_far.labels, so_far.logits):.3f}",
-            "lr": f"{self.trainer.optimizer.param_groups[0]['lr']:.0e}",
-            "clips/s": f"{PROCESSES * len(so_far.labels) / seconds:.1f}",
-            "memory": f"{memory_in_use(device):.1f} GiB",
-        }
-        return figures | ({"skipped": self.skipped} if self.skipped else {})
-
     def scores(self) -> Scores:
         """The whole epoch. Raises FloatingPointError if no step had a finite loss."""
         if self.waiting:
@@ -397,6 +385,21 @@ class EpochMeter:
         if not self.finite:
             raise FloatingPointError(f"{title}: no step has a finite loss. {NOT_FINITE_ADVICE}")
         return scores_of(self.finite, self.started, title, self.skipped)
+
+
+# %%
+def bar_figures(meter: EpochMeter) -> dict:
+    """What the bar shows: loss and AUC so far, learning rate, speed, memory."""
+    so_far, seconds = concat_scores(meter.finite), time.perf_counter() - meter.started
+    device = meter.finite[0].logits.device
+    figures = {
+        "loss": f"{so_far.losses.mean():.3f}",
+        "AUC": f"{auc_of(so_far.labels, so_far.logits):.3f}",
+        "lr": f"{meter.trainer.optimizer.param_groups[0]['lr']:.0e}",
+        "clips/s": f"{PROCESSES * len(so_far.labels) / seconds:.1f}",
+        "memory": f"{memory_in_use(device):.1f} GiB",
+    }
+    return figures | ({"skipped": meter.skipped} if meter.skipped else {})
 
 
 # %%

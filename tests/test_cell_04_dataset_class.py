@@ -298,7 +298,7 @@ def test_some_self_blends_tremble_from_frame_to_frame_and_their_twins_never():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_but_the_blend_tells_a_twin_from_its_self_blend(kind):
-    """The same crop, colours, codec and noise: far from the face the two clips of a pair are equal."""
+    """The same crop, colours, codec and noise: far from the face, twins are equal."""
     clips = portrait(clips=40)
     landmarks = landmarks_in(clips) * 0.4  # a small face in one corner
     out = shown(clips, draws(2), [False, True] * 20, landmarks, AUGMENTATION=kind)

@@ -42,7 +42,7 @@ class Bright(Dataset):
 
 
 class Tiny(torch.nn.Module):
-    """A network without batch normalisation. `at` of its calls something happens: what `event` makes of the output."""
+    """A network without batch normalisation. `event` changes its output `at` some of its calls."""
 
     def __init__(self, at=(), event=None):
         super().__init__()
@@ -200,7 +200,7 @@ def fresh_constants():
 @pytest.mark.parametrize("precision", [None, torch.float16])
 @pytest.mark.usefixtures("fresh_constants")
 def test_nothing_in_a_training_step_needs_to_know_a_number(precision):
-    """Tensors without values take part: whoever reads one of them, for which a CPU waits for its GPU, is an error."""
+    """Tensors have no values here: reading one, for which a CPU waits for its GPU, is an error."""
 
     def step(look=lambda loss: None):
         with FakeTensorMode(allow_non_fake_inputs=True):
