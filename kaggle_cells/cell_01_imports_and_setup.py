@@ -20,12 +20,12 @@
 # | [1. Imports and environment](#section-1) | what this machine offers |
 # | [2. Parameters](#section-2) | every setting |
 # | [3. From a folder of videos to clips](#section-3) | find, split, sample, crop, cache |
-# | [4. Clips as tensors, and what happens to them on the way](#section-4) | pairs, augmentation |
+# | [4. Batches and augmentation](#section-4) | pairs, augmentation |
 # | [5. The model](#section-5) | backbone, BiLSTM, self-attention; weights |
 # | [6. Loss, early stopping, averaged weights, checkpoints](#section-6) | what guides training |
 # | [7. One epoch of training, one of validation](#section-7) | and the largest batch that fits |
 # | [8. Calibration, metrics, explanations, figures, prediction](#section-8) | what a score means |
-# | [9. The videos become clips and splits](#section-9) | **the work starts here** |
+# | [9. Videos become splits and clips](#section-9) | **the work starts here** |
 # | [10. Loaders and batch size](#section-10) | how many clips per step |
 # | [11. Model, optimizer, and where the last run stopped](#section-11) | new or resumed |
 # | [12. Training](#section-12) | the long part |
@@ -66,7 +66,7 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
 # Under torchrun, only the first process prepares data, writes files and prints.
 _launcher = dict(os.environ) if "TORCHELASTIC_RUN_ID" in os.environ else {}
 RANK, LOCAL_RANK = int(_launcher.get("RANK", 0)), int(_launcher.get("LOCAL_RANK", 0))
-PROCESSES = int(_launcher.get("WORLD_SIZE", 1))
+WORLD_SIZE = int(_launcher.get("WORLD_SIZE", 1))
 if RANK:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -202,7 +202,7 @@ def probe_gpus() -> tuple[dict[int, str], list[str]]:
     """Names of the GPUs that can compute, by number, and advice about those that cannot."""
     usable, advice = {}, []
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for index in range(count) if PROCESSES == 1 else range(count)[LOCAL_RANK : LOCAL_RANK + 1]:
+    for index in range(count) if WORLD_SIZE == 1 else range(count)[LOCAL_RANK : LOCAL_RANK + 1]:
         name = torch.cuda.get_device_name(index)
         try:
             torch.ones(8, device=f"cuda:{index}").sum().item()

@@ -82,7 +82,7 @@ import torchvision
 import yaml
 from IPython.display import display
 
-from cell_01_imports_and_setup import IN_NOTEBOOK, ON_KAGGLE, PROCESSES, SHOW_TABLES
+from cell_01_imports_and_setup import IN_NOTEBOOK, ON_KAGGLE, SHOW_TABLES, WORLD_SIZE
 
 
 # %%
@@ -214,7 +214,7 @@ def check_together(config: Config) -> None:
         f"BACKBONE = {config.BACKBONE!r} is not a torchvision classification model; "
         f"try {', '.join(near)}": config.BACKBONE not in known,
         f"ATTENTION_HEADS = {heads} does not divide 2 * LSTM_HIDDEN = {width}": width % heads,
-        f"BATCH_SIZE = {batch} is not a multiple of the {PROCESSES} processes": batch % PROCESSES,
+        f"BATCH_SIZE = {batch} is not a multiple of the {WORLD_SIZE} processes": batch % WORLD_SIZE,
         f"VAL_FRACTION + TEST_FRACTION = {shares:g} leaves too little for training: at most 0.9": (
             config.EPOCHS and shares > 0.9
         ),

@@ -208,8 +208,6 @@ class PairedGenerator(DeviceRandom):
         return pairs.repeat_interleave(2, dim=0)[self.rank * count :][:count]
 
 
-PairDraws = PairedGenerator
-
 # %%
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -33,7 +33,7 @@ from cell_01_imports_and_setup import IN_NOTEBOOK, attached_files
 from cell_02_global_config import CONFIG, Config, saved_config
 
 
-class Output(NamedTuple):
+class DetectorOutput(NamedTuple):
     """What the network returns; positive logits mean fake. `attention` sums to 1 over a clip."""
 
     logit: torch.Tensor  # (B,)
@@ -71,12 +71,12 @@ class DeepfakeDetector(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(2 * width, 1))
 
-    def forward(self, clips: torch.Tensor) -> Output:
+    def forward(self, clips: torch.Tensor) -> DetectorOutput:
         """Normalised clips (B, T, 3, S, S). In evaluation, K * T frames are K interleaved clips."""
         with torch.autocast(clips.device.type, self.precision, enabled=self.precision is not None):
             return self.score_clip(clips) if self.training else self.average_views(clips)
 
-    def score_clip(self, clips: torch.Tensor) -> Output:
+    def score_clip(self, clips: torch.Tensor) -> DetectorOutput:
         """One clip, of any length T, for each of B videos: (B, T, 3, S, S)."""
         described = self.backbone(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
         frame_logits = self.frame_head(described).squeeze(-1)
@@ -86,16 +86,18 @@ class DeepfakeDetector(nn.Module):
         seen = self.norm(in_order + attended)
         spread = (seen.var(dim=1, correction=0) + 1e-5).sqrt()
         clip_logit = self.head(torch.cat([seen.mean(dim=1), spread], dim=1)).squeeze(-1)
-        return Output(clip_logit + frame_logits.mean(dim=1), frame_logits, weights.mean(dim=1))
+        return DetectorOutput(
+            clip_logit + frame_logits.mean(dim=1), frame_logits, weights.mean(dim=1)
+        )
 
-    def average_views(self, clips: torch.Tensor) -> Output:
+    def average_views(self, clips: torch.Tensor) -> DetectorOutput:
         """The mean over K interleaved clips; frame outputs stay in the order of the frames."""
         count = clips.shape[1] // self.frames if clips.shape[1] % self.frames == 0 else 1
         views = [self.score_clip(clips[:, start::count]) for start in range(count)]
         logit = torch.stack([view.logit for view in views]).mean(dim=0)
         frame_logits = torch.stack([view.frame_logits for view in views], dim=2).flatten(1)
         attention = torch.stack([view.attention for view in views], dim=2).flatten(1) / count
-        return Output(logit, frame_logits, attention)
+        return DetectorOutput(logit, frame_logits, attention)
 
 
 # %% [markdown]

@@ -91,7 +91,7 @@ class EarlyStopping:
 
 
 # %%
-class WeightAverage(nn.Module):
+class ModelEMA(nn.Module):
     """An exponential moving average of a network's weights and statistics over the steps.
 
     It starts as the plain mean of the first steps, and unlike torch's AveragedModel never makes the
@@ -124,7 +124,7 @@ class WeightAverage(nn.Module):
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network inside of a wrapper: DataParallel, DistributedDataParallel or an average."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, WeightAverage)
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, ModelEMA)
     return unwrapped(model.module) if isinstance(model, wrappers) else model
 
 
@@ -303,9 +303,6 @@ def attached_checkpoints(inputs: Path = Path("/kaggle/input")) -> list[Path]:
     """Last checkpoints in attached outputs of earlier sessions, in both of Kaggle's layouts."""
     files = attached_files("models/*_checkpoint.pth", inputs, depths=(1, 2, 3))
     return sorted({file.with_name("last_checkpoint.pth") for file in files})
-
-
-peek, run_to_resume = read_checkpoint_metadata, find_resume_checkpoint  # aliases, until the merge
 
 
 # %% [markdown]

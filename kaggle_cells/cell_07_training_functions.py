@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from cell_01_imports_and_setup import (
     IN_NOTEBOOK,
     NO_BARS,
-    PROCESSES,
+    WORLD_SIZE,
     native_precision,
     show_figure,
     styled,
@@ -45,8 +45,8 @@ from cell_04_dataset_class import (
     to_float,
     with_self_blends,
 )
-from cell_05_model_definition import DeepfakeDetector, Output, build_model
-from cell_06_loss_and_utils import FocalLoss, WeightAverage, free_memory, unwrapped
+from cell_05_model_definition import DeepfakeDetector, DetectorOutput, build_model
+from cell_06_loss_and_utils import FocalLoss, ModelEMA, free_memory, unwrapped
 
 LOG_EVERY = 10  # steps
 BAD_STEPS = 5  # so many non-finite steps in a row end the run
@@ -168,7 +168,7 @@ def choose_batch_size(config: Config, device: torch.device, precision: torch.dty
 
 # %%
 def total_loss(
-    output: Output, labels: torch.Tensor, criterion: nn.Module, frame_weight: float
+    output: DetectorOutput, labels: torch.Tensor, criterion: nn.Module, frame_weight: float
 ) -> torch.Tensor:
     """The loss of the clips, plus that of single frames against the same labels."""
     frames = criterion(output.frame_logits.float(), labels[:, None].expand_as(output.frame_logits))
@@ -177,7 +177,7 @@ def total_loss(
 
 def halved(size: int) -> int:
     """A smaller micro-batch. Raises RuntimeError, with advice, if there can be none."""
-    if size == 1 or PROCESSES > 1:  # other processes would wait in the middle of their step
+    if size == 1 or WORLD_SIZE > 1:  # other processes would wait in the middle of their step
         raise RuntimeError(
             f"memory ran out at a micro-batch of {size}. Set GRADIENT_CHECKPOINTING=True and run "
             "again to resume after the last complete epoch. A smaller BATCH_SIZE, "
@@ -209,7 +209,7 @@ class Trainer:
     scaler: LossScaler
     frame_weight: float = 0.0
     gradient_clip: float = 0.0
-    average: WeightAverage | None = None
+    average: ModelEMA | None = None
     micro_batch: int | None = None
     interrupted: bool = False
     bad_in_a_row: int = 0
@@ -232,7 +232,9 @@ class Trainer:
             self.average.update(self.model)
         return *result, norm
 
-    def accumulate(self, clips: torch.Tensor, labels: torch.Tensor) -> tuple[Output, Any] | None:
+    def accumulate(
+        self, clips: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[DetectorOutput, Any] | None:
         """Output and loss, the gradients left in the weights; None if memory ran out."""
         self.optimizer.zero_grad(set_to_none=True)
         size, outputs, losses = self.micro_batch or len(clips), [], []
@@ -250,7 +252,9 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
             return None  # the error keeps the failed step's tensors alive, so it must end here
-        return Output(*map(torch.cat, zip(*outputs, strict=True))), torch.stack(losses).sum()
+        return DetectorOutput(*map(torch.cat, zip(*outputs, strict=True))), torch.stack(
+            losses
+        ).sum()
 
 
 # %% [markdown]
@@ -270,7 +274,7 @@ class BatchScores(NamedTuple):
     attention: Any  # (B, T)
 
     @classmethod
-    def of(cls, output: Output, loss: torch.Tensor, batch: Batch) -> "BatchScores":
+    def of(cls, output: DetectorOutput, loss: torch.Tensor, batch: Batch) -> "BatchScores":
         logits, frame_logits, attention = (value.detach().float() for value in output)
         losses = loss.detach().expand(len(logits))
         return cls(losses, logits, batch.labels, batch.rows, frame_logits, attention)
@@ -307,7 +311,9 @@ def auc_of(labels: np.ndarray, logits: np.ndarray) -> float:
 
 def scores_of(parts: list[BatchScores], started: float, title: str, skipped: int = 0) -> Scores:
     """The scores of all processes. Raises FloatingPointError if the loss is not finite."""
-    shares = [share for share in gathered(concat_scores(parts) if parts else None) if share]
+    shares = [
+        share for share in all_gather_object(concat_scores(parts) if parts else None) if share
+    ]
     whole = BatchScores(*(np.concatenate(column) for column in zip(*shares, strict=True)))
     order = np.lexsort((whole.labels, whole.rows))
     whole = BatchScores(*(column[order] for column in whole))
@@ -342,7 +348,9 @@ class EpochMeter:
         self.waiting: list[tuple[Batch, BatchScores, torch.Tensor]] = []  # nobody has read them
         self.finite: list[BatchScores] = []
 
-    def update(self, batch: Batch, output: Output, loss: torch.Tensor, norm: torch.Tensor) -> None:
+    def update(
+        self, batch: Batch, output: DetectorOutput, loss: torch.Tensor, norm: torch.Tensor
+    ) -> None:
         labelled = Batch(None, None, *batch[2:])  # the clips themselves would fill the memory
         scores = BatchScores.of(output, loss, batch)
         self.waiting.append((labelled, scores, torch.stack([loss, norm])))
@@ -396,7 +404,7 @@ def bar_figures(meter: EpochMeter) -> dict:
         "loss": f"{so_far.losses.mean():.3f}",
         "AUC": f"{auc_of(so_far.labels, so_far.logits):.3f}",
         "lr": f"{meter.trainer.optimizer.param_groups[0]['lr']:.0e}",
-        "clips/s": f"{PROCESSES * len(so_far.labels) / seconds:.1f}",
+        "clips/s": f"{WORLD_SIZE * len(so_far.labels) / seconds:.1f}",
         "memory": f"{memory_in_use(device):.1f} GiB",
     }
     return figures | ({"skipped": meter.skipped} if meter.skipped else {})
@@ -491,7 +499,7 @@ def join_processes(device: torch.device) -> None:
 
     Raises RuntimeError if some of them have a GPU and some have not.
     """
-    if PROCESSES == 1 or dist.is_initialized():
+    if WORLD_SIZE == 1 or dist.is_initialized():
         return
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -501,25 +509,25 @@ def join_processes(device: torch.device) -> None:
         timeout=datetime.timedelta(days=2),
     )
     atexit.register(dist.destroy_process_group)
-    gpus = gathered(device.type).count("cuda")
-    if gpus not in (0, PROCESSES):
+    gpus = all_gather_object(device.type).count("cuda")
+    if gpus not in (0, WORLD_SIZE):
         raise RuntimeError(
-            f"{PROCESSES} processes, but only {gpus} of them have their own usable GPU"
+            f"{WORLD_SIZE} processes, but only {gpus} of them have their own usable GPU"
         )
 
 
-def gathered(value: Any) -> list:
+def all_gather_object(value: Any) -> list:
     """The values of all processes, in the order of their ranks."""
-    if PROCESSES == 1:
+    if WORLD_SIZE == 1:
         return [value]
-    values: list[Any] = [None] * PROCESSES
+    values: list[Any] = [None] * WORLD_SIZE
     dist.all_gather_object(values, value)
     return values
 
 
-def from_first(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """The first process's value, in all of them."""
-    return gathered(value)[0]
+    return all_gather_object(value)[0]
 
 
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:

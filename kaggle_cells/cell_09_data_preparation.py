@@ -37,14 +37,14 @@ from cell_03_data_processing import (
     sample_per_class,
     split_videos,
 )
-from cell_06_loss_and_utils import run_settings, run_to_resume
+from cell_06_loss_and_utils import find_resume_checkpoint, run_settings
 from cell_08_evaluation_functions import plot_samples
 
 if RANK:
     raise RuntimeError("torchrun is for cell_12_training_loop.py; run later cells with python")
 preparation_started = time.perf_counter()
 if CONFIG.RESUME and CONFIG.EPOCHS:  # refuses a checkpoint of other settings before any work
-    run_to_resume(CONFIG.last_checkpoint, dataclasses.asdict(CONFIG))
+    find_resume_checkpoint(CONFIG.last_checkpoint, dataclasses.asdict(CONFIG))
 require_own_tables(CONFIG.work_dir / "data")
 for _name in ("data", "models", "results"):
     remove_partial_files(CONFIG.work_dir / _name)
@@ -180,7 +180,7 @@ if len(videos_in_splits):
     VIDEOS, SKIPPED = prepare_clips(SKIPPED)
 SPLIT_TABLES = {s: VIDEOS[VIDEOS.split == s].reset_index(drop=True) for s in EVERY_CLASS}
 if CONFIG.RESUME and CONFIG.EPOCHS:  # refuses a checkpoint of other videos
-    run_to_resume(CONFIG.last_checkpoint, run_settings(CONFIG, VIDEOS))
+    find_resume_checkpoint(CONFIG.last_checkpoint, run_settings(CONFIG, VIDEOS))
 for _name, _table in {**SPLIT_TABLES, "skipped": SKIPPED}.items():
     if CONFIG.EPOCHS or _name in ("test", "skipped"):
         save_csv(_table, CONFIG.work_dir / "data" / f"{_name}.csv")

@@ -14,21 +14,21 @@ import torch
 from IPython.display import display
 from torch.utils.data import DataLoader
 
-from cell_01_imports_and_setup import ENVIRONMENT, PROCESSES, RANK, save_figure
+from cell_01_imports_and_setup import ENVIRONMENT, RANK, WORLD_SIZE, save_figure
 from cell_02_global_config import CONFIG
 from cell_04_dataset_class import ClipDataset, PairBatches, Sample, plot_self_blends
 from cell_06_loss_and_utils import (
     attached_checkpoints,
+    find_resume_checkpoint,
     free_memory,
-    peek,
+    read_checkpoint_metadata,
     run_settings,
-    run_to_resume,
 )
 from cell_07_training_functions import (
+    all_gather_object,
     amp_dtype,
+    broadcast_object,
     choose_batch_size,
-    from_first,
-    gathered,
     join_processes,
 )
 
@@ -37,7 +37,7 @@ PRECISION = amp_dtype(CONFIG.AMP, DEVICE)
 if RANK == 0:  # the first process prepares the data; others wait in `join_processes`
     from cell_09_data_preparation import SPLIT_TABLES
 join_processes(DEVICE)
-SPLIT_TABLES = from_first(SPLIT_TABLES if RANK == 0 else None)
+SPLIT_TABLES = broadcast_object(SPLIT_TABLES if RANK == 0 else None)
 RUN_SETTINGS = run_settings(CONFIG, pd.concat(SPLIT_TABLES.values()))
 
 
@@ -46,18 +46,18 @@ def checkpoint_to_resume() -> Path | None:
     """The checkpoint this run resumes from, if any: the same in all processes."""
     resumes = CONFIG.RESUME and CONFIG.EPOCHS and RANK == 0
     places = CONFIG.last_checkpoint, RUN_SETTINGS, attached_checkpoints()
-    return from_first(run_to_resume(*places) if resumes else None)
+    return broadcast_object(find_resume_checkpoint(*places) if resumes else None)
 
 
 def batch_size_to_use() -> int:
     """Clips in a step of all devices together; 0 without training."""
     if interrupted_run := checkpoint_to_resume():
-        return peek(interrupted_run)["batch_size"]
+        return read_checkpoint_metadata(interrupted_run)["batch_size"]
     if CONFIG.BATCH_SIZE or not CONFIG.EPOCHS:
         return CONFIG.BATCH_SIZE
     fits = choose_batch_size(CONFIG, DEVICE, PRECISION) if DEVICE.type == "cuda" else 8
     free_memory()
-    return min(gathered(fits)) * max(PROCESSES, len(ENVIRONMENT.gpus))
+    return min(all_gather_object(fits)) * max(WORLD_SIZE, len(ENVIRONMENT.gpus))
 
 
 def scored_samples(name: str) -> list[Sample]:
@@ -83,16 +83,16 @@ scored_at_once = 8 * max(1, len(ENVIRONMENT.gpus))
 if CONFIG.EPOCHS:
     drawn: Any = {"pairs": CONFIG.PAIRS, "self_blend": CONFIG.SELF_BLEND}
     drawn["clips_per_video"] = CONFIG.CLIPS_PER_VIDEO
-    share = BATCH_SIZE_USED, CONFIG.SEED, RANK, PROCESSES
+    share = BATCH_SIZE_USED, CONFIG.SEED, RANK, WORLD_SIZE
     TRAIN_BATCHES = PairBatches(SPLIT_TABLES["train"], *share, **drawn)
     TRAIN_LOADER = make_loader("train", batch_sampler=TRAIN_BATCHES)
     scored_at_once = min(scored_at_once, TRAIN_BATCHES.share)
 VAL_LOADER, TEST_LOADER = (  # process 1 of 3 scores the clips 1, 4, 7, ...
-    make_loader(name, batch_size=scored_at_once, sampler=scored_samples(name)[RANK::PROCESSES])
+    make_loader(name, batch_size=scored_at_once, sampler=scored_samples(name)[RANK::WORLD_SIZE])
     for name in ("val", "test")
 )
 if len(TEST_LOADER):
-    shared = f", shared by {PROCESSES} processes" if PROCESSES > 1 else ""
+    shared = f", shared by {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
     dtype = str(PRECISION or torch.float32).removeprefix("torch.")
     print(f"Batches of {BATCH_SIZE_USED or scored_at_once} clips{shared} on {DEVICE} in {dtype}:")
     lengths = [len(loader) for loader in (TRAIN_LOADER, VAL_LOADER, TEST_LOADER)]

@@ -11,11 +11,11 @@ from IPython.display import display
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from cell_01_imports_and_setup import ENVIRONMENT, PROCESSES, RANK
+from cell_01_imports_and_setup import ENVIRONMENT, RANK, WORLD_SIZE
 from cell_02_global_config import CONFIG, seed_everything
 from cell_05_model_definition import build_model, load_backbone_weights, shape_table
-from cell_06_loss_and_utils import EarlyStopping, RunState, WeightAverage, build_loss
-from cell_07_training_functions import LossScaler, Trainer, from_first, synchronise_batch_norm
+from cell_06_loss_and_utils import EarlyStopping, ModelEMA, RunState, build_loss
+from cell_07_training_functions import LossScaler, Trainer, broadcast_object, synchronise_batch_norm
 from cell_10_data_loaders import (
     BATCH_SIZE_USED,
     DEVICE,
@@ -40,7 +40,7 @@ def load_initial_weights(model: nn.Module) -> tuple[str, set[str]]:
 
 def parallelise(model: nn.Module) -> nn.Module:
     """The model as it is trained: on one device, on several, or in several processes."""
-    if PROCESSES > 1:
+    if WORLD_SIZE > 1:
         devices = [DEVICE] if DEVICE.type == "cuda" else None
         model = synchronise_batch_norm(model, DEVICE)
         return nn.parallel.DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
@@ -60,7 +60,7 @@ if CONFIG.CHECKPOINT or (RANK == 0 and not resume_from):
 MODEL.to(DEVICE)
 MODEL.precision = PRECISION
 PARALLEL_MODEL = parallelise(MODEL)
-AVERAGE = WeightAverage(MODEL, CONFIG.EMA_DECAY) if CONFIG.EMA_DECAY else None
+AVERAGE = ModelEMA(MODEL, CONFIG.EMA_DECAY) if CONFIG.EMA_DECAY else None
 
 CRITERION = build_loss(CONFIG)
 rate, decay, patience = CONFIG.LEARNING_RATE, CONFIG.WEIGHT_DECAY, CONFIG.LR_PATIENCE
@@ -88,7 +88,7 @@ RUN_STATE = RunState(
     settings=RUN_SETTINGS,
     batch_size=BATCH_SIZE_USED,
     precision=str(PRECISION),
-    initial_weights=from_first(initial_weights),
+    initial_weights=broadcast_object(initial_weights),
 )
 if resume_from:
     RUN_STATE.load(resume_from, write=RANK == 0)

@@ -14,11 +14,11 @@ import time
 import pandas as pd
 from IPython.display import DisplayHandle
 
-from cell_01_imports_and_setup import PROCESSES, RANK, STARTED, duration, save_csv, save_figure
+from cell_01_imports_and_setup import RANK, STARTED, WORLD_SIZE, duration, save_csv, save_figure
 from cell_02_global_config import CONFIG, seed_everything
-from cell_04_dataset_class import PairDraws
+from cell_04_dataset_class import PairedGenerator
 from cell_06_loss_and_utils import free_memory, model_file, unwrapped
-from cell_07_training_functions import Scores, from_first, progress, train_one_epoch, validate
+from cell_07_training_functions import Scores, broadcast_object, progress, train_one_epoch, validate
 from cell_08_evaluation_functions import (
     DEGRADED_PASSES,
     fit_calibration,
@@ -84,14 +84,14 @@ def is_out_of_time(epoch_seconds: float, test_seconds: float) -> bool:
     degraded = min(1, CONFIG.ROBUSTNESS / max(1, len(SPLIT_TABLES["test"]))) * DEGRADED_PASSES
     needed = 1.1 * epoch_seconds + (2 + degraded) * test_seconds
     passed = time.time() - STARTED + needed > CONFIG.time_budget
-    return from_first(epoch_seconds > 0 and passed)
+    return broadcast_object(epoch_seconds > 0 and passed)
 
 
 # %%
 if TRAINER.interrupted:  # its weights are those of no epoch
     raise RuntimeError("Training was interrupted within an epoch: run section 11, then this one")
 # No process waits for another in validation.
-trained_model = unwrapped(TRAINER.model) if PROCESSES > 1 else TRAINER.model
+trained_model = unwrapped(TRAINER.model) if WORLD_SIZE > 1 else TRAINER.model
 scored_model = TRAINER.average or trained_model
 curves = show_history() if HISTORY and RANK == 0 else None  # of earlier sessions
 slowest_epoch, test_seconds = HISTORY[-1]["seconds"] if HISTORY else 0.0, 0.0
@@ -107,7 +107,7 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
     epoch, epoch_started = len(HISTORY) + 1, time.time()
     # The draws of an epoch depend on its number alone, so that a resumed run repeats them.
     seed_everything(CONFIG.SEED, epoch, RANK)
-    draws = PairDraws(DEVICE, [CONFIG.SEED, epoch], RANK, PROCESSES)
+    draws = PairedGenerator(DEVICE, [CONFIG.SEED, epoch], RANK, WORLD_SIZE)
     TRAIN_LOADER.batch_sampler.set_epoch(epoch)
     with progress(f"epoch {epoch}", TRAIN_LOADER, VAL_LOADER) as bar:
         trained = train_one_epoch(TRAINER, TRAIN_LOADER, DEVICE, draws, epoch, CONFIG, bar)
@@ -132,5 +132,5 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
 free_memory()
 if STOPPER.should_stop:
     print(f"Stopped: {STOPPER.patience} epochs in a row were not better than {STOPPER.best_epoch}.")
-if PROCESSES > 1:
+if WORLD_SIZE > 1:
     print("Evaluate with the same variables set: python kaggle_cells/cell_14_results_summary.py")

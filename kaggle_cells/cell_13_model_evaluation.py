@@ -22,7 +22,7 @@ from cell_08_evaluation_functions import (
     Predictor,
     bootstrap,
     compute_metrics,
-    in_words,
+    format_metric,
     measure_robustness,
     metric_name,
     metrics_by,
@@ -69,7 +69,7 @@ if len(PREDICTIONS):
         METRICS[name] = compute_metrics(labels, chances, threshold)
         INTERVALS[name] = bootstrap(labels, chances, threshold, PREDICTIONS.group.to_numpy())
         IN_WORDS[name] = {
-            m: in_words(value, INTERVALS[name][m]) for m, value in METRICS[name].items()
+            m: format_metric(value, INTERVALS[name][m]) for m, value in METRICS[name].items()
         }
     fitted, plain = IN_WORDS.values()
     both = pd.DataFrame(

@@ -23,7 +23,7 @@ from cell_01_imports_and_setup import (
     replacing,
 )
 from cell_02_global_config import CONFIG
-from cell_08_evaluation_functions import DECISIONS, in_words, metric_name
+from cell_08_evaluation_functions import DECISIONS, format_metric, metric_name
 from cell_09_data_preparation import DATA_ORIGIN, LEAKING, PREPARATION_SECONDS, SKIPPED, VIDEOS
 from cell_10_data_loaders import BATCH_SIZE_USED, PRECISION
 from cell_11_model_setup import HISTORY, TRAINED_ON, WEIGHTS_ORIGIN
@@ -111,7 +111,7 @@ def count(number: int, name: str) -> str:
 
 
 def with_interval(row: dict) -> str:
-    return in_words(row["auc_roc"], (row["auc_low"], row["auc_high"]))
+    return format_metric(row["auc_roc"], (row["auc_low"], row["auc_high"]))
 
 
 def lowest(rows: list[dict]) -> list[dict]:

@@ -51,7 +51,7 @@ def test_early_stopping_survives_a_checkpoint(tmp_path):
 
 def test_the_average_is_the_mean_of_few_steps_and_exponential_after_many():
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.BatchNorm1d(1))
-    average = cell.WeightAverage(model, 0.75)
+    average = cell.ModelEMA(model, 0.75)
     expected = 0.0
     for step, value in enumerate((4.0, 8.0, 3.0, 7.0, 1.0, 9.0), 1):
         torch.nn.init.constant_(model[0].weight, value)

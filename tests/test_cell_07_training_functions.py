@@ -20,8 +20,8 @@ import cell_04_dataset_class
 import cell_07_training_functions as cell
 from cell_02_global_config import CONFIG
 from cell_04_dataset_class import Batch, PairedGenerator, Sample
-from cell_05_model_definition import Output
-from cell_06_loss_and_utils import FocalLoss, WeightAverage
+from cell_05_model_definition import DetectorOutput
+from cell_06_loss_and_utils import FocalLoss, ModelEMA
 
 CPU = torch.device("cpu")
 TWO_FRAMES = dataclasses.replace(CONFIG, FRAMES_PER_VIDEO=2)
@@ -57,7 +57,9 @@ class Tiny(torch.nn.Module):
             frame_logits = self.event(frame_logits)
         if self.training:
             self.mean.lerp_(frame_logits.detach().mean(), 0.1)
-        return Output(frame_logits.mean(dim=1), frame_logits, torch.full_like(frame_logits, 0.5))
+        return DetectorOutput(
+            frame_logits.mean(dim=1), frame_logits, torch.full_like(frame_logits, 0.5)
+        )
 
 
 def not_a_number(logits):
@@ -103,7 +105,7 @@ def test_gradients_are_clipped():
 def test_a_batch_that_is_not_finite_is_skipped_and_counted_and_changes_nothing():
     torch.manual_seed(0)
     model = Tiny(at=[3], event=not_a_number)
-    trainer = trainer_of(model, average=WeightAverage(model, 0.5))
+    trainer = trainer_of(model, average=ModelEMA(model, 0.5))
     states = []
     take_step = trainer.step
 
@@ -205,9 +207,7 @@ def test_nothing_in_a_training_step_needs_to_know_a_number(precision):
     def step(look=lambda loss: None):
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = Tiny()
-            trainer = trainer_of(
-                model, precision, gradient_clip=1.0, average=WeightAverage(model, 0.5)
-            )
+            trainer = trainer_of(model, precision, gradient_clip=1.0, average=ModelEMA(model, 0.5))
             clips, labels = torch.zeros(4, 2, 8, 8, 3, dtype=torch.uint8), torch.zeros(4)
             batch = Batch(clips, torch.zeros(4, 2, 5, 2), labels, None, blend)
             shown = cell.augment(batch, PairedGenerator(CPU, [0]), TWO_FRAMES)
@@ -329,7 +329,11 @@ def test_what_is_too_large_for_half_precision_is_validated_in_full(capsys):
 
         def forward(self, clips):
             output = super().forward(clips)
-            return Output(*(value * math.nan for value in output)) if self.precision else output
+            return (
+                DetectorOutput(*(value * math.nan for value in output))
+                if self.precision
+                else output
+            )
 
     model = Large()
     scores = cell.validate(model, DataLoader(Bright(), 4), FocalLoss(2.0), CPU)
@@ -381,7 +385,9 @@ def test_an_error_while_reading_a_batch_reaches_the_caller(device):
 
 
 def test_the_frame_loss_uses_the_clips_label():
-    output = Output(torch.zeros(2), torch.tensor([[9.0, 9.0], [-9.0, -9.0]]), torch.zeros(2, 2))
+    output = DetectorOutput(
+        torch.zeros(2), torch.tensor([[9.0, 9.0], [-9.0, -9.0]]), torch.zeros(2, 2)
+    )
     criterion, labels = FocalLoss(0.0), torch.tensor([1.0, 0.0])
     assert cell.total_loss(output, labels, criterion, 1.0).item() == pytest.approx(
         math.log(2), abs=1e-3
@@ -440,7 +446,7 @@ def test_self_blends_in_validation_are_fakes_and_the_same_each_time():
     class Variance(torch.nn.Module):
         def forward(self, clips):
             logits = clips.var(dim=(2, 3, 4))
-            return Output(logits.mean(dim=1), logits, torch.full_like(logits, 0.5))
+            return DetectorOutput(logits.mean(dim=1), logits, torch.full_like(logits, 0.5))
 
     samples = [Sample(row, blend) for row in range(6) for blend in (False, True)]
     first, second, plain = (

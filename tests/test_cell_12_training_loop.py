@@ -446,7 +446,7 @@ print("validated", cell.validated.rows.tolist(), BATCH_SIZE_USED)
 def test_a_batch_that_processes_cannot_share_ends_all_of_them_with_the_reason(shared, tmp_path):
     output = together(2, SECTION_12, tmp_path, expect=1, **{**shared, "BATCH_SIZE": 3})
     assert (
-        "BATCH_SIZE = 3 is no multiple of 2, the number of processes" in output
+        "BATCH_SIZE = 3 is not a multiple of the 2 processes" in output
         and "videos taken" not in output
     )
 

@@ -183,8 +183,8 @@ def test_the_readmes_python_works_as_it_stands(finished_run, tmp_path):
         (tmp_path / "readme.py").write_text(code, encoding="utf-8")
         printed.append(processes.run([tmp_path / "readme.py"], tmp_path))
     auc = finished_run.results["metrics"]["at_fitted_threshold"]["auc_roc"]
-    assert "resnet18" in printed[0] and f"{auc:.3f}" in printed[0] and len(printed) == 2
-    assert "True" in printed[1] and re.search("fake|real", printed[1])
+    assert "True" in printed[0] and re.search("fake|real", printed[0]) and len(printed) == 2
+    assert "resnet18" in printed[1] and f"{auc:.3f}" in printed[1]
 
 
 # Pasted, and as scripts
@@ -242,7 +242,7 @@ def test_a_name_that_papermill_was_given_and_that_is_no_parameter_stops_the_note
     first, second = (FILES[index].read_text(encoding="utf-8") for index in (0, 1))
     parameters, rest = second.split("\n# %%\n", 1)
     printed = pasted([first, parameters, "# Parameters\nEPOCH = 3\n", rest], tmp_path, expect=1)
-    assert "EPOCH is no parameter; is it EPOCHS?" in printed
+    assert "EPOCH is not a parameter; did you mean EPOCHS?" in printed
 
 
 # Interruption, holding out, and the finished model

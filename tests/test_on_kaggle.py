@@ -155,7 +155,7 @@ def test_a_later_session_in_the_older_layout_goes_on_from_the_attached_output(
     before = kaggle.contents()
     run = kaggle.run_all(0, EPOCHS=3, ROBUSTNESS=0)
     text = shown(run)
-    assert "Going on after epoch 1 of " in text and "my-notebook/models/last_checkpoint.pth" in text
+    assert "Resuming after epoch 1 of " in text and "my-notebook/models/last_checkpoint.pth" in text
     assert run.table("results/training_history.csv").epoch.tolist() == [1, 2, 3]
     assert run.results["data"]["videos"] == earlier.results["data"]["videos"]
     assert kaggle.contents() == before

@@ -59,11 +59,7 @@ PLAIN = {  # what the user asked for: focal loss, plateau scheduler, early stopp
     "SELF_BLEND": 0.0,
     "AUGMENTATION": "plain",
     "EMA_DECAY": 0.0,
-    "WARMUP_EPOCHS": 0,
-    "LABEL_SMOOTHING": 0.0,
-    "BACKBONE_LR": 1.0,
     "CLIPS_PER_VIDEO": 1,
-    "MIRROR_TEST": False,
 }
 STEPS: dict[str, dict] = {  # each adds to the one before
     "plain": {},
