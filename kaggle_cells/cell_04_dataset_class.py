@@ -157,8 +157,7 @@ class PairBatches(Sampler[list[Sample]]):
             clip = slice(int(rng.integers(self.clips_per_video)), None, self.clips_per_video)
             real = fake = int(self.reals[place])
             if not blend:
-                candidates = self.partners[place]
-                fake = int(candidates[uses[candidates].argmin()])
+                fake = int(min(self.partners[place], key=uses.__getitem__))
                 uses[fake] += 1
             samples += Sample(real, False, clip), Sample(fake, bool(blend), clip)
         return samples

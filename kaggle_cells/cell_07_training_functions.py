@@ -55,6 +55,7 @@ NOT_FINITE_ADVICE = (
 )
 
 
+# %%
 def device_batches(loader: DataLoader, device: torch.device) -> Iterator[Batch]:
     """The loader's batches with clips, landmarks and labels on the device, loaded one ahead."""
     if device.type == "cpu":  # nothing would overlap
