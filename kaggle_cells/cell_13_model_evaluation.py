@@ -2,8 +2,9 @@
 # <a id="section-13"></a>
 # ## 13. The test set, and your own videos
 #
-# The best model meets recordings that it has not seen in any form. Everything below is computed from the file
-# that you would take away, in full precision, with the calibration and threshold stored in it.
+# The best model now meets recordings that it has not seen in any form. Everything below is computed
+# from the model file that you would take away, in full precision, with the calibration and the
+# threshold stored in it.
 
 # %%
 import time
@@ -18,11 +19,11 @@ from cell_02_global_config import CONFIG
 from cell_05_model_definition import load_detector
 from cell_07_training_functions import progress, validate
 from cell_08_evaluation_functions import (
-    DECISIONS,
+    VERDICT_METRICS,
     Predictor,
     bootstrap,
     compute_metrics,
-    format_metric,
+    format_metrics,
     measure_robustness,
     metric_name,
     metrics_by,
@@ -48,45 +49,46 @@ MODEL_FILE = Path(CONFIG.CHECKPOINT) if CONFIG.EPOCHS == 0 else BEST_MODEL
 DETECTOR, MODEL_INFO = load_detector(MODEL_FILE, DEVICE)
 TEMPERATURE, THRESHOLD = MODEL_INFO["temperature"], MODEL_INFO["threshold"]
 PREDICTIONS = SPLIT_TABLES["test"].drop(columns="split")
-METRICS, INTERVALS, IN_WORDS = {}, {}, {}  # by threshold
+METRICS, INTERVALS, FORMATTED_METRICS = {}, {}, {}  # by threshold
 BY_METHOD, BY_DATASET, ROBUSTNESS_TABLE = 3 * [pd.DataFrame()]
-
-if len(PREDICTIONS):
-    with progress("test", TEST_LOADER) as bar:
-        tested = validate(DETECTOR, TEST_LOADER, CRITERION, DEVICE, title="test", bar=bar)
-    PREDICTIONS["logit"] = tested.logits
-    PREDICTIONS["probability"] = probabilities(tested.logits, TEMPERATURE)
-    PREDICTIONS["verdict"] = np.where(PREDICTIONS.probability >= THRESHOLD, "fake", "real")
-    PREDICTIONS["frame_scores"] = [
-        " ".join(f"{score:.3f}" for score in scores)
-        for scores in probabilities(tested.frame_logits, TEMPERATURE)
-    ]
-    PREDICTIONS["correct"] = (PREDICTIONS.verdict == "fake") == (PREDICTIONS.label == 1)
-    save_csv(PREDICTIONS.drop(columns="clip_file"), RESULTS / "test_predictions.csv")
-
-    labels, chances = PREDICTIONS.label.to_numpy(), PREDICTIONS.probability.to_numpy()
-    for name, threshold in {"at_fitted_threshold": THRESHOLD, "at_0.5": 0.5}.items():
-        METRICS[name] = compute_metrics(labels, chances, threshold)
-        INTERVALS[name] = bootstrap(labels, chances, threshold, PREDICTIONS.group.to_numpy())
-        IN_WORDS[name] = {
-            m: format_metric(value, INTERVALS[name][m]) for m, value in METRICS[name].items()
-        }
-    fitted, plain = IN_WORDS.values()
-    both = pd.DataFrame(
-        {f"threshold {THRESHOLD:.3f}": pd.Series(fitted), "threshold 0.5": pd.Series(plain)}
-    )
-    undecided = (
-        both.iloc[:, :1].drop(index=[*DECISIONS]).set_axis(["test set [95 % interval]"], axis=1)
-    )
-    display(undecided.rename(index=metric_name), both.loc[[*DECISIONS]].rename(index=metric_name))
-
-# %% [markdown]
-# Each manipulation against all real videos of the test set, and each dataset by itself if there are several:
 
 # %%
 if len(PREDICTIONS):
-    unseen = {*PREDICTIONS.method} - TRAINED_ON
-    BY_METHOD = metrics_by("method", PREDICTIONS, THRESHOLD, unseen)
+    with progress("test", TEST_LOADER) as bar:
+        test_scores = validate(DETECTOR, TEST_LOADER, CRITERION, DEVICE, title="test", bar=bar)
+    PREDICTIONS["logit"] = test_scores.logits
+    PREDICTIONS["probability"] = probabilities(test_scores.logits, TEMPERATURE)
+    PREDICTIONS["verdict"] = np.where(PREDICTIONS.probability >= THRESHOLD, "fake", "real")
+    frame_probs = probabilities(test_scores.frame_logits, TEMPERATURE)
+    PREDICTIONS["frame_scores"] = [" ".join(f"{prob:.3f}" for prob in row) for row in frame_probs]
+    PREDICTIONS["correct"] = (PREDICTIONS.verdict == "fake") == (PREDICTIONS.label == 1)
+    save_csv(PREDICTIONS.drop(columns="clip_file"), RESULTS / "test_predictions.csv")
+    display(PREDICTIONS[["method", "group", "probability", "verdict", "correct"]].head())
+
+# %% [markdown]
+# All metrics, with 95 % intervals. Only some of them depend on the threshold.
+
+# %%
+if len(PREDICTIONS):
+    test_labels, test_probs = PREDICTIONS.label.to_numpy(), PREDICTIONS.probability.to_numpy()
+    test_groups = PREDICTIONS.group.to_numpy()
+    for name, threshold in {"at_fitted_threshold": THRESHOLD, "at_0.5": 0.5}.items():
+        METRICS[name] = compute_metrics(test_labels, test_probs, threshold)
+        INTERVALS[name] = bootstrap(test_labels, test_probs, threshold, test_groups)
+        FORMATTED_METRICS[name] = format_metrics(METRICS[name], INTERVALS[name])
+    metrics_table = pd.DataFrame(FORMATTED_METRICS).rename(index=metric_name)
+    by_threshold = metrics_table.index.isin([metric_name(metric) for metric in VERDICT_METRICS])
+    display(metrics_table.iloc[:, :1][~by_threshold].set_axis(["test set"], axis=1))
+    display(metrics_table[by_threshold].set_axis([f"at {THRESHOLD:.3f}", "at 0.5"], axis=1))
+
+# %% [markdown]
+# Each manipulation against all real videos of the test set, and each dataset by itself if there are
+# several:
+
+# %%
+if len(PREDICTIONS):
+    never_trained_on = {*PREDICTIONS.method} - TRAINED_ON
+    BY_METHOD = metrics_by("method", PREDICTIONS, THRESHOLD, never_trained_on)
     save_csv(BY_METHOD, RESULTS / "metrics_by_method.csv")
     display(BY_METHOD.round(3))
     if PREDICTIONS.dataset.nunique() > 1:
@@ -96,14 +98,21 @@ if len(PREDICTIONS):
 
 # %%
 if len(PREDICTIONS):
+    save_figure(plot_scores(PREDICTIONS, BY_METHOD, THRESHOLD), FIGURES / "score_distribution.png")
     auc_interval = INTERVALS["at_fitted_threshold"]["auc_roc"]
     save_figure(plot_curves(PREDICTIONS, THRESHOLD, auc_interval), FIGURES / "roc_pr_curves.png")
-    save_figure(plot_scores(PREDICTIONS, THRESHOLD), FIGURES / "score_distribution.png")
-    save_figure(plot_confusion(labels, chances, THRESHOLD), FIGURES / "confusion_matrix.png")
-    save_figure(plot_calibration(labels, chances), FIGURES / "calibration.png")
 
 # %% [markdown]
-# How much of this survives what happens to videos on their way through the internet?
+# What the verdicts got right, and whether P(fake) can be taken at its word:
+
+# %%
+if len(PREDICTIONS):
+    confusion = plot_confusion(test_labels, test_probs, THRESHOLD)
+    save_figure(confusion, FIGURES / "confusion_matrix.png")
+    save_figure(plot_calibration(test_labels, test_probs), FIGURES / "calibration.png")
+
+# %% [markdown]
+# How much of this survives what happens to videos on the internet?
 
 # %%
 if len(PREDICTIONS) and CONFIG.ROBUSTNESS:
@@ -111,8 +120,8 @@ if len(PREDICTIONS) and CONFIG.ROBUSTNESS:
     save_figure(plot_robustness(ROBUSTNESS_TABLE), FIGURES / "robustness.png")
 
 # %% [markdown]
-# What do verdicts rest on? The most confident right and wrong ones, for real and fake videos: frames in order, signs
-# of a fake in them, and each frame's own score over how much attention it got. Then the surest of all mistakes.
+# What do the verdicts rest on? The most confident right and wrong ones: frames in order, where the
+# network sees signs of a fake, and each frame's score and attention. Then the worst mistakes.
 
 # %%
 if len(PREDICTIONS):
@@ -122,30 +131,24 @@ if len(PREDICTIONS):
 EVALUATION_SECONDS = time.perf_counter() - evaluation_started
 
 # %% [markdown]
-# **Your own videos.** `predict_video("my_video.mp4")` scores one, right here. With `PREDICT_DIR`, all videos below a
-# folder are scored; no labels are needed. A verdict on a face that was not found (`face_share` 0) means little, as does
-# any on videos that are unlike those in training.
+# **Your own videos.** `predict_video("my_video.mp4")` scores one, right here. `PREDICT_DIR` scores
+# all videos below a folder; no labels are needed. A verdict means little where no face was found
+# (`face_share` 0), or on videos that are unlike the training videos.
 
 # %%
 PREDICTOR = Predictor(DETECTOR, CLIP_SETTINGS, FACE_DETECTOR, TEMPERATURE, THRESHOLD)
 predict_video = PREDICTOR.predict_video
-SCORED = pd.DataFrame()
+SCORED = pd.DataFrame(columns=["verdict", "error", "face_share"])
 if CONFIG.PREDICT_DIR:
-    prediction_started = time.perf_counter()
+    prediction_started, predictions_file = time.perf_counter(), RESULTS / "predictions.csv"
     SCORED = PREDICTOR.predict_folder(
-        Path(CONFIG.PREDICT_DIR), CONFIG.NUM_WORKERS, RESULTS / "predictions.csv"
+        Path(CONFIG.PREDICT_DIR), CONFIG.NUM_WORKERS, predictions_file
     )
-    seconds = time.perf_counter() - prediction_started
-    verdicts, unread, faceless = (
-        SCORED.verdict.value_counts(),
-        (SCORED.error != "").sum(),
-        SCORED.face_share.eq(0).sum(),
-    )
+    seconds, verdicts = time.perf_counter() - prediction_started, SCORED.verdict.value_counts()
+    print(f"{len(SCORED)} videos below {CONFIG.PREDICT_DIR} in {duration(seconds)}:")
+    print(f"{verdicts.get('fake', 0)} called fake, {verdicts.get('real', 0)} real,")
     print(
-        f"{len(SCORED)} videos below {CONFIG.PREDICT_DIR} in {duration(seconds)}: {verdicts.get('fake', 0)} called "
-        f"fake, {verdicts.get('real', 0)} real"
-        + (f"; {unread} could not be read" if unread else "")
-        + (f"; in {faceless} no face was found" if faceless else "")
-        + f". All are in {RESULTS / 'predictions.csv'}"
+        f"{(SCORED.error != '').sum()} unreadable, {SCORED.face_share.eq(0).sum()} without a face."
     )
+    print(f"All are in {predictions_file}")
     display(SCORED.sort_values("probability", ascending=False).head(20))

@@ -23,7 +23,7 @@ from cell_01_imports_and_setup import (
     replacing,
 )
 from cell_02_global_config import CONFIG
-from cell_08_evaluation_functions import DECISIONS, format_metric, metric_name
+from cell_08_evaluation_functions import VERDICT_METRICS, format_metric, metric_name
 from cell_09_data_preparation import DATA_ORIGIN, LEAKING, PREPARATION_SECONDS, SKIPPED, VIDEOS
 from cell_10_data_loaders import BATCH_SIZE_USED, PRECISION
 from cell_11_model_setup import HISTORY, TRAINED_ON, WEIGHTS_ORIGIN
@@ -31,7 +31,7 @@ from cell_13_model_evaluation import (
     BY_DATASET,
     BY_METHOD,
     EVALUATION_SECONDS,
-    IN_WORDS,
+    FORMATTED_METRICS,
     INTERVALS,
     METRICS,
     MODEL_FILE,
@@ -178,7 +178,7 @@ report = [
     f"evaluation {duration(EVALUATION_SECONDS)}, on {', '.join(ENVIRONMENT.gpus) or 'the CPU'}",
 ]
 if METRICS:
-    fitted, plain = IN_WORDS.values()
+    fitted, plain = FORMATTED_METRICS.values()
     unseen = (
         ", recordings never trained on" if HISTORY and not LEAKING and not CONFIG.CHECKPOINT else ""
     )
@@ -186,10 +186,14 @@ if METRICS:
         "",
         f"Result: test set of {tested_videos}{unseen}",
         "  Fake is the positive class; in brackets 95 % intervals, from resampled groups.",
-        *(f"  {metric_name(name):20}{fitted[name]}" for name in fitted if name not in DECISIONS),
+        *(
+            f"  {metric_name(name):20}{fitted[name]}"
+            for name in fitted
+            if name not in VERDICT_METRICS
+        ),
         "",
         f"  {'':20}{f'threshold {THRESHOLD:.3f}':26}threshold 0.5",
-        *(f"  {metric_name(name):20}{fitted[name]:26}{plain[name]}" for name in DECISIONS),
+        *(f"  {metric_name(name):20}{fitted[name]:26}{plain[name]}" for name in VERDICT_METRICS),
         *(
             f"  undefined, for the test set has no {kind} videos: the metrics that need both"
             for kind in ("real", "fake")
