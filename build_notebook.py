@@ -1,16 +1,17 @@
-"""Assemble the notebook from kaggle_cells/, check that it is up to date, run it, or take edits back from it.
+"""Build the notebook from kaggle_cells/, check that it is current, run it, or import edits from it.
 
     python build_notebook.py                 build notebooks/deepfake_detection.ipynb
     python build_notebook.py check           exit 1 and show the difference if it is stale
     python build_notebook.py run demo        run it on the demo set, in minutes on a laptop's CPU
     python build_notebook.py run t4x2 -p DATA_DIR /data/ff-c23 -p SEED 1 --output runs/seed1
-    python build_notebook.py import EDITED.ipynb --dry-run    show what edits made on Kaggle would change here
-    python build_notebook.py import EDITED.ipynb              change it
+    python build_notebook.py import EDITED.ipynb --dry-run    show what its edits would change here
+    python build_notebook.py import EDITED.ipynb              apply them to the scripts
 
-`run` takes the name of a set in notebooks/params/ or any YAML file of parameters. The executed notebook and
-everything that it wrote are left in one folder.
+`run` takes the name of a set in notebooks/params/ or any YAML file of parameters. The executed
+notebook and everything it wrote are left in one folder.
 
-`import` takes changed, new and deleted cells; outputs, magics and parameters that papermill injected are left out.
+`import` takes changed, new and deleted cells from a notebook edited on Kaggle or in Jupyter;
+outputs, magics and parameters that papermill injected are left out.
 """
 
 import argparse
@@ -21,8 +22,10 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbformat
@@ -32,26 +35,24 @@ ROOT = Path(__file__).resolve().parent
 CELLS = ROOT / "kaggle_cells"
 NOTEBOOK = ROOT / "notebooks" / "deepfake_detection.ipynb"
 PARAMETER_SETS = ROOT / "notebooks" / "params"
-FORMAT = {
-    "extension": ".py",
-    "format_name": "percent",
-    "comment_magics": False,
-}  # a comment stays one: # %matplotlib
-SOURCE_KEY = "deepfake_source"  # metadata of a notebook cell: the file that it came from
-BASE_KEY = "deepfake_base"  # metadata of a notebook: a digest of the scripts that it was built from
+# comment_magics: a comment such as "# %matplotlib inline" stays a comment
+FORMAT = {"extension": ".py", "format_name": "percent", "comment_magics": False}
+SOURCE_KEY = "deepfake_source"  # notebook cell metadata: the file the cell came from
+BASE_KEY = "deepfake_base"  # notebook metadata: a digest of the scripts it was built from
+Cell = nbformat.NotebookNode
 
 
 class Failure(Exception):
-    """Ends the command with exit status 1 and this message."""
+    """Ends the command with this message and exit status 1."""
 
 
 def script_texts() -> dict[str, str]:
-    """The scripts, in order, by the name of their file."""
+    """The scripts in order, by file name."""
     return {file.name: file.read_text(encoding="utf-8") for file in sorted(CELLS.glob("cell_*.py"))}
 
 
 def assemble() -> nbformat.NotebookNode:
-    """The notebook of the fourteen scripts: no outputs, and the same bytes for the same sources."""
+    """The notebook without outputs; the same scripts always give the same bytes."""
     texts, notebook = script_texts(), nbformat.v4.new_notebook()
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -82,7 +83,7 @@ def build() -> None:
 
 
 def check() -> None:
-    """Raises Failure with a diff if the committed notebook is not what the scripts give."""
+    """Raises Failure with a diff if the committed notebook differs from the scripts."""
     if not NOTEBOOK.exists():
         raise Failure(f"{NOTEBOOK} is missing: run python build_notebook.py")
     committed, fresh = NOTEBOOK.read_text(encoding="utf-8"), as_text(assemble())
@@ -103,12 +104,12 @@ def check() -> None:
     )
 
 
-# Edits come back
+# Importing edits
 
 
 def without_magics(source: str) -> str:
-    """Python alone: no lines for IPython or the shell (`%`, `!`, `?`), nothing of a cell in another language."""
-    if not why_no_python(source):
+    """Python only: no lines for IPython or the shell (`%`, `!`, `?`), no other languages."""
+    if not python_error(source):
         return source
     cell_magic = re.match(r"\s*%%(\w*)", source)
     if cell_magic and cell_magic[1] not in ("time", "timeit", "capture", "prun"):
@@ -116,8 +117,8 @@ def without_magics(source: str) -> str:
     return re.sub(r"^\s*(?:[%!?](?:.*\\\n)*.*|[\w.]+\?{1,2}\s*)(?:\n|\Z)", "", source, flags=re.M)
 
 
-def why_no_python(source: str) -> str:
-    """What a script may not hold of this, empty if nothing; `await` outside functions is for notebooks alone."""
+def python_error(source: str) -> str:
+    """Why this cannot be part of a script, or ""; top-level `await` only works in notebooks."""
     try:
         compile(source, "cell", "exec")
     except SyntaxError as error:
@@ -125,37 +126,35 @@ def why_no_python(source: str) -> str:
     return ""
 
 
-def is_injected(cell: nbformat.NotebookNode, known: dict[str, str]) -> bool:
+def is_injected(cell: Cell, known: dict[str, str]) -> bool:
     """Whether papermill added this cell: parameters, or the notice of an error."""
     if {"injected-parameters", "papermill-error-cell-tag"} & {*(cell.metadata.get("tags") or [])}:
         return True
-    if not cell.source.startswith("# Parameters\n") or why_no_python(cell.source):
+    if not cell.source.startswith("# Parameters\n") or python_error(cell.source):
         return False
-    lines = ast.parse(cell.source).body
     return all(
         isinstance(line, ast.Assign) and getattr(line.targets[0], "id", "") in known
-        for line in lines
+        for line in ast.parse(cell.source).body
     )
 
 
-def in_short(number: int, cell: nbformat.NotebookNode) -> str:
-    """How a person finds this cell of a notebook."""
-    return f"notebook cell {number} ({cell.source.strip().splitlines()[0][:60]!r})"
+def describe(cell: Cell) -> str:
+    """A notebook cell by its number and first line."""
+    first_line = cell.source.strip().splitlines()[0][:60]
+    return f"notebook cell {cell.metadata['number']} ({first_line!r})"
 
 
-def read_edited(
-    path: Path, known: dict[str, str]
-) -> tuple[list[nbformat.NotebookNode], list[str], str]:
-    """The cells of a notebook that belong into scripts, what was left out, and the digest of what it was built from.
+def read_notebook(path: Path) -> tuple[list[Cell], str]:
+    """The cells of a notebook, numbered, and the digest of the scripts it was built from.
 
-    A file that was pasted into one cell becomes its cells again. Raises Failure for what is no notebook or no Python.
+    A file pasted into one cell becomes its cells again. Raises Failure if it is not a notebook.
     """
     try:
         notebook = nbformat.convert(nbformat.reader.reads(path.read_text(encoding="utf-8")), 4)
         found = list(notebook.cells)
     except (OSError, ValueError, AttributeError, nbformat.ValidationError) as error:
         raise Failure(f"{path} cannot be read as a notebook: {error}") from error
-    cells, left_out = [], []
+    cells = []
     for number, cell in enumerate(found, 1):
         cell.source = cell.source.replace("\r\n", "\n").rstrip()
         parts = [cell]
@@ -163,230 +162,235 @@ def read_edited(
             parts = jupytext.reads(cell.source, fmt=FORMAT).cells
         for part in parts:
             part.metadata = {**part.metadata, **cell.metadata, "number": number}
-            if not part.source.strip():
-                continue
-            if is_injected(part, known):
-                left_out.append(f"{in_short(number, part)}: as papermill adds them")
-                continue
-            if part.get("attachments"):
-                raise Failure(
-                    f"{in_short(number, part)} holds pictures, which scripts cannot: link to them instead"
-                )
-            python = (
-                without_magics(part.source).rstrip() if part.cell_type == "code" else part.source
-            )
-            if part.cell_type == "code" and (reason := why_no_python(python)):
-                raise Failure(
-                    f"{in_short(number, part)} is no Python, even without magics: {reason}. Mend it there"
-                )
-            if python != part.source:
-                left_out.append(
-                    f"{in_short(number, part)}: {'all of it' if not python else 'lines'} for IPython"
-                )
-                part.source = python
-            if part.source.strip():
-                cells.append(part)
-    return cells, left_out, notebook.metadata.get(BASE_KEY, "")
+            cells.append(part)
+    return cells, notebook.metadata.get(BASE_KEY, "")
 
 
-def likeness(first: str, second: str) -> float:
-    """From 0, no word in common, to 1."""
+def script_cells(cells: list[Cell], known: dict[str, str]) -> tuple[list[Cell], list[str]]:
+    """The cells that belong in scripts, and descriptions of what was left out.
+
+    Raises Failure for pictures and for code that is not Python.
+    """
+    kept, left_out = [], []
+    for cell in (cell for cell in cells if cell.source.strip()):
+        if is_injected(cell, known):
+            left_out.append(f"{describe(cell)}: added by papermill")
+            continue
+        if cell.get("attachments"):
+            raise Failure(f"{describe(cell)} contains pictures, which scripts cannot: link to them")
+        if cell.cell_type == "code":
+            python = without_magics(cell.source).rstrip()
+            if error := python_error(python):
+                name = describe(cell)
+                raise Failure(
+                    f"{name} is not valid Python, even without magics: {error}. Fix it there"
+                )
+            if python != cell.source:
+                lines = "some lines are" if python else "everything is"
+                left_out.append(f"{describe(cell)}: {lines} for IPython")
+                cell.source = python
+        if cell.source.strip():
+            kept.append(cell)
+    return kept, left_out
+
+
+def similarity(first: str, second: str) -> float:
+    """How many words two texts share, from 0 to 1; 0 if fewer than 60 %."""
     matcher = difflib.SequenceMatcher(None, first.split(), second.split(), autojunk=False)
-    return (
-        matcher.ratio() if matcher.real_quick_ratio() > 0.6 and matcher.quick_ratio() > 0.6 else 0.0
-    )
+    is_close = matcher.real_quick_ratio() > 0.6 and matcher.quick_ratio() > 0.6
+    return matcher.ratio() if is_close else 0.0
 
 
-def match(
-    cells: list[nbformat.NotebookNode], originals: list[nbformat.NotebookNode]
-) -> dict[int, int]:
-    """Which original each cell is, by their places in the lists: by text, by id, else the most alike; each only once.
+def match_similar(
+    cells: list[Cell], originals: list[Cell], free: Callable[[Cell], list[int]]
+) -> list[tuple[float, int, int]]:
+    """(similarity, cell, original), best first, if the similar originals are all in one file."""
+    found = []
+    for number, cell in enumerate(cells):
+        scores = {place: similarity(cell.source, originals[place].source) for place in free(cell)}
+        best = max(scores.values(), default=0)
+        rivals = [place for place, score in scores.items() if score > max(0.6, best - 0.1)]
+        if len({originals[place].metadata[SOURCE_KEY] for place in rivals}) == 1:
+            found += [(scores[place], number, place) for place in rivals]
+    return sorted(found, reverse=True)
 
-    A cell that names its file is matched within that file; without, the original must be the only one or stand out.
+
+def match(cells: list[Cell], originals: list[Cell]) -> dict[int, int]:
+    """Index of the original of each cell: the same text, else the same id, else the most similar.
+
+    Cells that name their file are matched within it. Others need an original that stands out.
     """
     of: dict[int, int] = {}
 
-    def free(cell: nbformat.NotebookNode) -> list[int]:
-        file = cell.metadata.get(SOURCE_KEY)
+    def free(cell: Cell) -> list[int]:
+        file, taken = cell.metadata.get(SOURCE_KEY), set(of.values())
         return [
             place
             for place, original in enumerate(originals)
-            if place not in of.values()
+            if place not in taken
             and original.cell_type == cell.cell_type
             and file in (None, original.metadata[SOURCE_KEY])
         ]
 
-    def files(places: list[int]) -> set[str]:
-        return {originals[place].metadata[SOURCE_KEY] for place in places}
-
     for number, cell in enumerate(cells):
         same = [place for place in free(cell) if originals[place].source == cell.source]
-        if len(files(same)) == 1:
+        if len({originals[place].metadata[SOURCE_KEY] for place in same}) == 1:
             of[number] = same[0]
     for number, cell in enumerate(cells):
         if number not in of and SOURCE_KEY in cell.metadata:
             by_id = [place for place in free(cell) if originals[place].id == cell.get("id")]
             of |= {number: by_id[0]} if by_id else {}
-    alike = []
-    for number, cell in enumerate(cells):
-        if number not in of:
-            scores = {place: likeness(cell.source, originals[place].source) for place in free(cell)}
-            best = max(scores.values(), default=0)
-            rivals = [place for place, score in scores.items() if score > max(0.6, best - 0.1)]
-            if len(files(rivals)) == 1:
-                alike += [(scores[place], number, place) for place in rivals]
-    for _, number, place in sorted(alike, reverse=True):
-        if number not in of and place not in of.values():
-            of[number] = place
+    unmatched = [number for number in range(len(cells)) if number not in of]
+    for _, index, place in match_similar([cells[n] for n in unmatched], originals, free):
+        if unmatched[index] not in of and place not in of.values():
+            of[unmatched[index]] = place
     return of
 
 
 def in_order(numbers: list[int]) -> set[int]:
-    """The places of as many numbers as can stay so that none is smaller than one before it."""
+    """Positions of the longest subsequence that never decreases."""
     longest: set[int] = set()
     runs: list[list[int]] = [[]]
     for place, number in enumerate(numbers):
-        runs.append(
-            [*max((run for run in runs if not run or numbers[run[-1]] <= number), key=len), place]
-        )
+        earlier = [run for run in runs if not run or numbers[run[-1]] <= number]
+        runs.append([*max(earlier, key=len), place])
         longest = max(longest, {*runs[-1]}, key=len)
     return longest
 
 
-def place_cells(
-    cells: list[nbformat.NotebookNode], originals: list[nbformat.NotebookNode], of: dict[int, int]
-) -> list[str]:
-    """The file of each cell: the one it comes from, or for new and moved cells that of the cell before.
+def known_files(cells: list[Cell], originals: list[Cell], of: dict[int, int]) -> list[str | None]:
+    """The file each cell comes from, where known. Raises Failure if it is none of the scripts."""
+    files = {original.metadata[SOURCE_KEY] for original in originals}
+    found: list[str | None] = []
+    for number, cell in enumerate(cells):
+        original = originals[of[number]].metadata[SOURCE_KEY] if number in of else None
+        file = cell.metadata.get(SOURCE_KEY) or original
+        if file and file not in files:
+            raise Failure(f"{describe(cell)} comes from {file}, which does not exist here")
+        found.append(file)
+    return found
 
-    Raises Failure where that is not clear, or where a file would be left without cells.
+
+def place_cells(cells: list[Cell], originals: list[Cell], of: dict[int, int]) -> list[str]:
+    """The file each cell goes to: its own, or for new and moved cells that of the cell before.
+
+    Raises Failure where that is ambiguous, or where a file would be left without cells.
     """
     files = list(dict.fromkeys(original.metadata[SOURCE_KEY] for original in originals))
-    home: list[str | None] = []
-    for number, cell in enumerate(cells):
-        file = cell.metadata.get(SOURCE_KEY) or (
-            originals[of[number]].metadata[SOURCE_KEY] if number in of else None
-        )
-        if file and file not in files:
-            raise Failure(
-                f"{in_short(cell.metadata['number'], cell)} comes from {file}, which is not here"
-            )
-        home.append(file)
-    known = [number for number, file in enumerate(home) if file]
+    origins = known_files(cells, originals, of)
+    known = [number for number, file in enumerate(origins) if file]
     if not known:
-        raise Failure("No cell of this notebook is known here: it was not made from these scripts")
-    steady = {known[place] for place in in_order([files.index(home[number]) for number in known])}
+        raise Failure("No cell of this notebook is known here: it was built from other scripts")
+    steady = {known[place] for place in in_order([files.index(origins[n] or "") for n in known])}
     homes: list[str] = []
-    file = home[min(steady)] or ""
+    file = origins[min(steady)] or ""
     for number, cell in enumerate(cells):
         if number in steady:
-            file = home[number] or ""
-        elif home[number] is None:
+            file = origins[number] or ""
+        elif origins[number] is None:
             after = min((other for other in steady if other > number), default=number)
-            started = (
-                after in of
-                and of[after]
-                and originals[of[after] - 1].metadata[SOURCE_KEY] == home[after]
-            )
-            if SOURCE_KEY not in cells[after].metadata and home[after] != file and started:
+            place = of.get(after, 0)
+            is_late = place and originals[place - 1].metadata[SOURCE_KEY] == origins[after]
+            if SOURCE_KEY not in cells[after].metadata and origins[after] != file and is_late:
                 raise Failure(
-                    f"{in_short(cell.metadata['number'], cell)} may be new at the end of {file}, or stand for the "
-                    f"beginning of {home[after]}, which is gone: put that beginning back, or edit the scripts"
+                    f"{describe(cell)} may be new at the end of {file}, or replace the start of "
+                    f"{origins[after]}, which is gone: restore that start, or edit the scripts"
                 )
         homes.append(file)
     if lost := [file for file in files if file not in homes]:
-        raise Failure(
-            f"Nothing is left of {', '.join(lost)}: each script needs a cell. Import the whole notebook"
-        )
+        raise Failure(f"Nothing is left of {', '.join(lost)}: import the whole notebook")
     return homes
 
 
+def script_text(before: str, cells: list[Cell], own: dict[int, Cell]) -> str:
+    """The script `before` with these cells instead; `own` are its cells that some of them replace.
+
+    Raises Failure for a cell that would not survive a build.
+    """
+    script = jupytext.reads(before, fmt=FORMAT)
+    script.cells = []
+    for number, cell in enumerate(cells):
+        tags = cell.metadata.get("tags")
+        metadata = own[number].metadata if number in own else {"tags": tags} if tags else {}
+        create = getattr(nbformat.v4, f"new_{cell.cell_type}_cell")
+        script.cells.append(create(cell.source, metadata=metadata))
+    text = jupytext.writes(script, fmt=FORMAT)
+    built = jupytext.reads(text, fmt=FORMAT).cells
+    for cell, kept in zip_longest(cells, built):
+        if not cell or not kept or (cell.cell_type, cell.source) != (kept.cell_type, kept.source):
+            raise Failure(f"{describe(cell or cells[-1])} would not be the same after a build")
+    return text
+
+
+def summarize(
+    name: str, cells: list[Cell], homes: list[str], originals: list[Cell], of: dict[int, int]
+) -> str:
+    """One line that counts the changes to one script."""
+    here = [number for number, home in enumerate(homes) if home == name]
+    mine = {n for n, original in enumerate(originals) if original.metadata[SOURCE_KEY] == name}
+    kept = [number for number in here if of.get(number) in mine]
+    counts = {
+        "changed": sum(cells[n].source != originals[of[n]].source for n in kept),
+        "new": sum(number not in of for number in here),
+        "moved here": sum(number in of for number in here) - len(kept),
+        "moved away": sum(place in mine and homes[n] != name for n, place in of.items()),
+        "deleted": len(mine - set(of.values())),
+    }
+    words = [f"{count} {what}" for what, count in counts.items() if count]
+    return f"{name}: {', '.join(words) or 'in another order'}"
+
+
+def edited_scripts(
+    before: dict[str, str], cells: list[Cell], originals: list[Cell]
+) -> tuple[dict[str, str], list[str]]:
+    """The scripts after the edits, and a summary of the changes to each."""
+    of = match(cells, originals)
+    homes = place_cells(cells, originals, of)
+    if not any("parameters" in originals[place].metadata.get("tags", []) for place in of.values()):
+        raise Failure("The parameters cell of section 2 is missing or unrecognisable")
+    texts, summary = {}, []
+    for name, text in before.items():
+        file = f"kaggle_cells/{name}"
+        here = [number for number, home in enumerate(homes) if home == file]
+        mine = [n for n, cell in enumerate(originals) if cell.metadata[SOURCE_KEY] == file]
+        script = dict(zip(mine, jupytext.reads(text, fmt=FORMAT).cells, strict=True))
+        own = {n: script[of[number]] for n, number in enumerate(here) if of.get(number) in script}
+        texts[name] = script_text(text, [cells[number] for number in here], own)
+        if texts[name] != text:
+            summary.append(summarize(file, cells, homes, originals, of))
+    return texts, summary
+
+
 def import_edits(path: Path, dry_run: bool) -> None:
-    """Make the scripts those of an edited notebook, and show what changes. Raises Failure, or writes all of it."""
+    """Make the scripts match an edited notebook; show what changes. Writes all or nothing."""
     before, base = script_texts(), assemble()
-    cells, left_out, built_from = read_edited(path, known_parameters(base))
-    of = match(cells, base.cells)
-    homes = place_cells(cells, base.cells, of)
-    if not any("parameters" in base.cells[place].metadata.get("tags", []) for place in of.values()):
-        raise Failure(
-            "The cell of parameters, in section 2, is gone or not to be recognised: papermill needs it"
-        )
-    texts: dict[str, str] = {}
-    difference: list[str] = []
-    summary: list[str] = []
-    for name in before:
-        script = jupytext.reads(before[name], fmt=FORMAT)
-        here = [number for number, home in enumerate(homes) if home == f"kaggle_cells/{name}"]
-        mine = [
-            place
-            for place, cell in enumerate(base.cells)
-            if cell.metadata[SOURCE_KEY] == f"kaggle_cells/{name}"
-        ]
-        own, script.cells = dict(zip(mine, script.cells, strict=True)), []
-        for number in here:
-            tags = cells[number].metadata.get("tags")
-            metadata = (
-                own[of[number]].metadata
-                if of.get(number) in own
-                else {"tags": tags}
-                if tags
-                else {}
-            )
-            create = getattr(nbformat.v4, f"new_{cells[number].cell_type}_cell")
-            script.cells.append(create(cells[number].source, metadata=metadata))
-        texts[name] = jupytext.writes(script, fmt=FORMAT)
-        wanted = [(cells[number].cell_type, cells[number].source) for number in here]
-        kept = [
-            (cell.cell_type, cell.source) for cell in jupytext.reads(texts[name], fmt=FORMAT).cells
-        ]
-        if wanted != kept:
-            odd = next(
-                n
-                for n, pair in zip(here, zip_longest(wanted, kept), strict=False)
-                if pair[0] != pair[1]
-            )
-            raise Failure(
-                f"{in_short(cells[odd].metadata['number'], cells[odd])} would not be the same after a build"
-            )
-        if texts[name] == before[name]:
-            continue
-        counts = {
-            "changed": sum(
-                of.get(n) in own and cells[n].source != base.cells[of[n]].source for n in here
-            ),
-            "new": sum(n not in of for n in here),
-            "moved here": sum(n in of and of[n] not in own for n in here),
-            "moved away": sum(place in mine and n not in here for n, place in of.items()),
-            "deleted": sum(place not in of.values() for place in mine),
-        }
-        words = [f"{count} {what}" for what, count in counts.items() if count] or [
-            "in another order"
-        ]
-        summary.append(f"kaggle_cells/{name}: {', '.join(words)}")
-        old, new = f"a/kaggle_cells/{name}", f"b/kaggle_cells/{name}"
-        difference += difflib.unified_diff(
-            before[name].splitlines(), texts[name].splitlines(), old, new, lineterm=""
-        )
-    for line in [*difference, *(f"Left out: {line}" for line in left_out), *summary]:
+    found, built_from = read_notebook(path)
+    cells, left_out = script_cells(found, known_parameters(base))
+    texts, summary = edited_scripts(before, cells, base.cells)
+    for name, text in texts.items():
+        lines = (before[name].splitlines(), text.splitlines())
+        names = (f"a/kaggle_cells/{name}", f"b/kaggle_cells/{name}")
+        for line in difflib.unified_diff(*lines, *names, lineterm=""):
+            print(line)
+    for line in [*(f"Left out: {line}" for line in left_out), *summary]:
         print(line)
     if not summary:
-        print(f"Nothing to do: the scripts are those of {path}")
+        print(f"Nothing to do: the scripts already match {path}")
         return
     if built_from != base.metadata[BASE_KEY]:
-        made_from = "other scripts than these" if built_from else "scripts that it does not name"
+        source = "a different version of the scripts" if built_from else "unknown scripts"
         print(
-            f"Note: the notebook was made from {made_from}. What the diff takes away may be newer work: look at it."
+            f"Note: the notebook was built from {source}. Removed lines may be newer: check them."
         )
     if dry_run:
-        print("A dry run: nothing was written.")
+        print("Dry run: nothing was written.")
         return
     for name, text in texts.items():
         (CELLS / name).write_text(text, encoding="utf-8", newline="\n")
-    print(
-        "Written. Now: ruff check . && ruff format . && python build_notebook.py && python -m pytest"
-    )
+    print("Written. Next: ruff check . && ruff format . && python build_notebook.py && pytest")
 
 
-# Runs
+# Running
 
 
 def known_parameters(notebook: nbformat.NotebookNode) -> dict[str, str]:
@@ -396,7 +400,7 @@ def known_parameters(notebook: nbformat.NotebookNode) -> dict[str, str]:
 
 
 def read_parameters(source: str, overrides: list[list[str]], known: dict[str, str]) -> dict:
-    """The parameters of a set or file, with overrides as (NAME, VALUE) texts. Raises Failure for unknown names."""
+    """Parameters of a set or file, with (NAME, VALUE) overrides; Failure for unknown names."""
     file = PARAMETER_SETS / f"{source}.yaml"
     if not file.exists():
         file = Path(source)
@@ -406,78 +410,81 @@ def read_parameters(source: str, overrides: list[list[str]], known: dict[str, st
     try:
         parameters = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         parameters |= {
-            name: v if known.get(name) == "str" else yaml.safe_load(v) for name, v in overrides
+            name: text if known.get(name) == "str" else yaml.safe_load(text)
+            for name, text in overrides
         }
     except (yaml.YAMLError, TypeError) as error:
         raise Failure(f"{file} and -p must give NAME: VALUE pairs: {error}") from error
     for name in parameters:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            guess = f"is it {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise Failure(f"{name} is no parameter; {guess}")
+            advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise Failure(f"{name} is not a parameter; {advice}")
     return parameters
 
 
-def run(source: str, overrides: list[list[str]], output: Path | None) -> None:
-    """Execute the notebook with papermill in one run folder. Raises Failure with the failing cell's file."""
-    os.environ.setdefault(
-        "PYDEVD_DISABLE_FILE_VALIDATION", "1"
-    )  # a warning about frozen modules, in every kernel
+def execute(notebook: Path, executed: Path, parameters: dict, resume: str) -> None:
+    """Run a notebook with papermill. Raises Failure with the failing cell's file and `resume`."""
+    # a warning about frozen modules, in every kernel
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     import papermill
     from nbclient.exceptions import DeadKernelError
 
-    notebook = assemble()
-    parameters = read_parameters(source, overrides, known_parameters(notebook))
-    if output and parameters.get("WORK_DIR"):
-        raise Failure(
-            f"--output {output} and WORK_DIR {parameters['WORK_DIR']} both name the run's folder: give one"
-        )
-    name = f"{Path(source).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = (output or Path(parameters.get("WORK_DIR") or ROOT / "runs" / name)).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    parameters["WORK_DIR"] = str(folder)
-    assembled, executed = folder / ".assembled.ipynb", folder / NOTEBOOK.name
-    written = (
-        executed.with_suffix(".unfinished.ipynb") if executed.exists() else executed
-    )  # the old one is kept so far
-    again = f"To go on, with what was wrong put right, run the same again with --output {folder}"
-    assembled.write_text(as_text(notebook), encoding="utf-8")
-    print(f"Running {len(notebook.cells)} cells in {folder}", flush=True)
-    started = time.time()
     try:
         papermill.execute_notebook(
-            str(assembled),
-            str(written),
+            str(notebook),
+            str(executed),
             parameters,
             kernel_name="python3",
             stdout_file=sys.stdout,
             progress_bar=sys.stderr.isatty(),
-            extra_arguments=[
-                "--IPKernelApp.log_level=ERROR"
-            ],  # it warns that its own loopback traffic is plain
+            # it warns that its loopback traffic is not encrypted
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
     except papermill.PapermillExecutionError as error:
-        failed = nbformat.read(written, as_version=4)
-        cell = next(
-            c for c in failed.cells if any(o.output_type == "error" for o in c.get("outputs", []))
+        cells = nbformat.read(executed, as_version=4).cells
+        failed = next(
+            c for c in cells if any(o.output_type == "error" for o in c.get("outputs", []))
         )
+        file = failed.metadata.get(SOURCE_KEY, "the parameters given")
         raise Failure(
-            f"{error.ename}: {error.evalue}\n\nThe cell that failed is in "
-            f"{cell.metadata.get(SOURCE_KEY, 'the parameters given')}. "
-            f"The notebook up to it, with the whole traceback: {written}\n{again}"
+            f"{error.ename}: {error.evalue}\n\nThe cell that failed is in {file}. "
+            f"The notebook so far, with the full traceback: {executed}\n{resume}"
         ) from error
     except KeyboardInterrupt as error:
-        raise Failure(f"\nStopped. {again}") from error
+        raise Failure(f"\nStopped. {resume}") from error
     except DeadKernelError as error:
+        message = f"The kernel died, probably out of memory. The notebook so far: {executed}"
+        raise Failure(f"{message}\n{resume}") from error
+
+
+def run(source: str, overrides: list[list[str]], output: Path | None) -> None:
+    """Execute the notebook in one run folder. Raises Failure with advice on how to resume."""
+    notebook = assemble()
+    parameters = read_parameters(source, overrides, known_parameters(notebook))
+    work_dir = parameters.get("WORK_DIR")
+    if output and work_dir:
         raise Failure(
-            f"The notebook's process died, most likely for lack of memory. As far as it came: {written}\n{again}"
-        ) from error
+            f"--output {output} and WORK_DIR {work_dir} both name the run's folder: give one"
+        )
+    name = f"{Path(source).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = (output or Path(work_dir or ROOT / "runs" / name)).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters["WORK_DIR"] = str(folder)
+    assembled, executed = folder / ".assembled.ipynb", folder / NOTEBOOK.name
+    # the notebook of an earlier run is kept until this one has finished
+    written = executed.with_suffix(".unfinished.ipynb") if executed.exists() else executed
+    assembled.write_text(as_text(notebook), encoding="utf-8")
+    print(f"Running {len(notebook.cells)} cells in {folder}", flush=True)
+    started = time.time()
+    resume = f"To resume after fixing the cause, run the same command with --output {folder}"
+    try:
+        execute(assembled, written, parameters, resume)
     finally:
         assembled.unlink(missing_ok=True)
     os.replace(written, executed)
-    print(
-        f"\nFinished in {time.time() - started:.0f} s. Look at\n  {executed}  (the notebook with all figures)"
-    )
+    print(f"\nFinished in {time.time() - started:.0f} s. Look at")
+    print(f"  {executed}  (the notebook with all figures)")
     for name in (
         "results/experiment_report.txt",
         "results/predictions.csv",
@@ -487,36 +494,28 @@ def run(source: str, overrides: list[list[str]], output: Path | None) -> None:
             print(f"  {folder / name}")
 
 
-def main() -> int:
+def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", metavar="build | check | run | import")
-    commands.add_parser("build", help="assemble the notebook (the default)")
+    commands.add_parser("build", help="build the notebook (the default)")
     commands.add_parser("check", help="fail if the committed notebook is stale")
     runner = commands.add_parser("run", help="execute the notebook")
     runner.add_argument("parameters", help="a set in notebooks/params/, or a YAML file")
-    runner.add_argument(
-        "-p",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="set a parameter",
-    )
+    pair: Any = dict(nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    runner.add_argument("-p", **pair, help="set a parameter")
     runner.add_argument("--output", type=Path, help="the run's folder (default: runs/NAME-TIME)")
-    importer = commands.add_parser(
-        "import", help="take the edits in a notebook back into the scripts"
-    )
+    importer = commands.add_parser("import", help="apply the edits in a notebook to the scripts")
     importer.add_argument(
-        "notebook",
-        type=Path,
-        help="the edited notebook, as downloaded from Kaggle or saved by Jupyter",
+        "notebook", type=Path, help="as downloaded from Kaggle or saved by Jupyter"
     )
-    importer.add_argument(
-        "--dry-run", action="store_true", help="show what would change, and write nothing"
-    )
-    arguments = parser.parse_args()
+    importer.add_argument("--dry-run", action="store_true", help="only show what would change")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = read_arguments()
     try:
         if arguments.command == "check":
             check()

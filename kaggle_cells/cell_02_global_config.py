@@ -2,108 +2,75 @@
 # <a id="section-2"></a>
 # ## 2. Parameters
 #
-# One screen holds everything you can change. The defaults are meant for Kaggle's two T4 GPUs and a dataset such
-# as FaceForensics++. A value that cannot work stops the run here, with a message that says what is allowed.
+# Every setting, on one screen. The defaults suit Kaggle's two T4 GPUs and a dataset such as
+# FaceForensics++. A value that cannot work stops the run here, with a message that says what can.
 #
-# Papermill sets them with `-p NAME VALUE` or `-f FILE.yaml`, the scripts read `DEEPFAKE_<NAME>` from the
-# environment. A name that is no parameter is an error, too.
+# Edit them here, or set them with papermill's `-p NAME VALUE` and `-f FILE.yaml`; the scripts read
+# `DEEPFAKE_<NAME>` from the environment. Misspelt names are errors.
 
 # %% tags=["parameters"]
-# Where things are
-DATA_DIR: str = "auto"  # dataset folder or CSV manifest; auto: below /kaggle/input, ./data, or demo: made here; or none
-WORK_DIR: str = "."  # models/, results/ and data/ are written below it
+# Paths
+DATA_DIR: str = "auto"  # folder or CSV manifest; auto: /kaggle/input, ./data, else demo; or none
+WORK_DIR: str = "."  # where models/, results/ and data/ are written
 CACHE_DIR: str = ""  # clip cache; empty: /tmp/clip_cache on Kaggle, WORK_DIR/cache elsewhere
-CHECKPOINT: str = ""  # start from this best_model.pth; with EPOCHS 0 it is only evaluated and used
-PREDICT_DIR: str = (
-    ""  # score every video below this folder into results/predictions.csv; needs no DATA_DIR
-)
-# Which videos, and what becomes of them
-MAX_VIDEOS_PER_CLASS: int = 120  # sampled evenly over manipulations; 0: all
-METHODS: list = []  # manipulations to use; empty: all, except DeepFakeDetection, which has no originals
-HOLDOUT_METHODS: list = []  # manipulations kept out of training and validation, and part of the test set
-VAL_FRACTION: float = (
-    0.15  # share of the videos for validation, where the dataset has no split of its own
-)
-TEST_FRACTION: float = (
-    0.2  # share of the videos for the test, likewise; with EPOCHS 0 up to 1, all of them
-)
-FRAMES_PER_VIDEO: int = 16  # frames of a clip; more cost memory and time in proportion
-CLIPS_PER_VIDEO: int = (
-    3  # clips of a video, each with other frames; training draws one, the verdict averages all
-)
-CLIP_SECONDS: float = 8.0  # they are spread over this much of the middle of the video
-IMAGE_SIZE: int = 160  # side of the square crops, in pixels
-FACE_CROP: bool = True  # follow the face; False: take the middle of the frame
-FACE_MARGIN: float = 0.25  # share of the face box added on each side
-# The model
-BACKBONE: str = "resnet50"  # any classification model of torchvision, by name
-PRETRAINED: bool = True  # start from ImageNet weights: cached, attached on Kaggle, or downloaded
+CHECKPOINT: str = ""  # start from this best_model.pth; with EPOCHS 0, only evaluate and use it
+PREDICT_DIR: str = ""  # score all videos in this folder into results/predictions.csv
+# Videos and clips
+MAX_VIDEOS_PER_CLASS: int = 120  # fakes are sampled evenly over manipulations; 0: all videos
+METHODS: list = []  # manipulations to use; empty: all, except DeepFakeDetection (no originals)
+HOLDOUT_METHODS: list = []  # manipulations kept out of training and validation, only tested
+VAL_FRACTION: float = 0.15  # share of videos for validation, unless the dataset has a split
+TEST_FRACTION: float = 0.2  # same for the test set; with EPOCHS 0 it may be 1: test all videos
+FRAMES_PER_VIDEO: int = 16  # frames per clip; memory and time grow in proportion
+CLIPS_PER_VIDEO: int = 3  # clips per video, with different frames; a video's score averages them
+CLIP_SECONDS: float = 8.0  # clips cover this much of the middle of the video
+IMAGE_SIZE: int = 160  # side of the square face crops, in pixels
+FACE_CROP: bool = True  # crop the face; False: crop the middle of the frame
+FACE_MARGIN: float = 0.25  # added on each side of the face box, as a share of its size
+# Model
+BACKBONE: str = "resnet50"  # any torchvision classification model, by name
+PRETRAINED: bool = True  # start from ImageNet weights: cached, attached or downloaded
 WEIGHTS_PATH: str = ""  # a .pth file with other weights for the backbone
-LSTM_HIDDEN: int = 256  # units of the LSTM in each direction
-LSTM_LAYERS: int = 1  # layers of the LSTM
-ATTENTION_HEADS: int = 8  # heads of the self-attention; must divide 2 * LSTM_HIDDEN
+LSTM_HIDDEN: int = 256  # LSTM units in each direction
+LSTM_LAYERS: int = 1  # number of LSTM layers
+ATTENTION_HEADS: int = 8  # self-attention heads; must divide 2 * LSTM_HIDDEN
 DROPOUT: float = 0.5  # before the classifier
-TRAINABLE: str = "all"  # what of the backbone learns: all, norms (its normalisation layers) or head (nothing of it)
-MIRROR_TEST: bool = False  # score each clip and its mirror image, and average: twice the time
-GRADIENT_CHECKPOINTING: bool = False  # compute the backbone's blocks twice: less memory, more time
-COMPILE: bool = (
-    False  # torch.compile the backbone: slow at the start, then perhaps faster; see the benchmark
-)
-# What training shows
-PAIRS: bool = True  # beside each real clip a fake made of it, in the same light; False: any fake
-SELF_BLEND: float = (
-    0.5  # share of the fakes that are made on the spot from real clips; 1: real videos are enough
-)
-AUGMENTATION: str = (
-    "codec"  # none; plain: crop, mirror, colour; codec: and noise, compression; robust: and more
-)
+GRADIENT_CHECKPOINTING: bool = False  # recompute activations: less memory, more time
+# What training sees
+PAIRS: bool = True  # put each real clip and a fake of it in one batch, augmented alike
+SELF_BLEND: float = 0.5  # share of fakes made from real clips during training; 1: no others
+AUGMENTATION: str = "codec"  # none; plain: crop, flip, colour; codec: + compression; robust: + blur
 # Training
 EPOCHS: int = 25  # upper bound; early stopping usually ends sooner
-BATCH_SIZE: int = (
-    0  # clips a step, of all devices together; 0: up to 8 for each GPU, fewer where memory is short
-)
-LEARNING_RATE: float = 1e-4  # of AdamW; 3e-4 suits training without pretrained weights
-BACKBONE_LR: float = (
-    1.0  # learning rate of a backbone with trained weights, as a multiple of LEARNING_RATE
-)
-WARMUP_EPOCHS: int = 0  # epochs in which the learning rate rises from 0
-WEIGHT_DECAY: float = 1e-2  # of AdamW, on all weights
-LOSS: str = "focal"  # focal or bce
-FOCAL_GAMMA: float = 2.0  # how much the focal loss favours hard clips; 0 is bce
-LABEL_SMOOTHING: float = (
-    0.0  # the loss asks for probabilities this much nearer to 0.5, half of it on each side
-)
-FRAME_LOSS_WEIGHT: float = 0.5  # weight of the same loss on single frames
-GRADIENT_CLIP: float = 1.0  # largest gradient norm; 0: no limit
-LR_PATIENCE: int = 3  # epochs without a better validation loss before the learning rate is halved
-PATIENCE: int = 8  # epochs without a better validation AUC before training stops
-EMA_DECAY: float = (
-    0.98  # average the weights over the steps, the more of them the nearer to 1; 0: off
-)
-AMP: str = "auto"  # auto: bf16 or fp16, as the GPU likes, fp32 on the CPU; or off, fp16, bf16
-# The test
-ROBUSTNESS: int = 500  # test videos scored again after each kind of compression, blur, ...; 0: none
-# The run
-TIME_BUDGET_HOURS: float = (
-    0.0  # training stops in time for results within this; 0: 11 on Kaggle, no limit elsewhere
-)
-RESUME: bool = (
-    True  # go on from models/last_checkpoint.pth, or on Kaggle from that of an attached output
-)
-NUM_WORKERS: int = 2  # threads that prepare videos and read clips
-SEED: int = 42  # of splits, weights, sampling and augmentation
+BATCH_SIZE: int = 0  # clips per step on all devices; 0: up to 8 per GPU, as memory allows
+LEARNING_RATE: float = 1e-4  # for AdamW; without pretrained weights, try 3e-4
+WEIGHT_DECAY: float = 1e-2  # for AdamW, on all weights
+LOSS: str = "focal"  # focal or bce (binary cross-entropy)
+FOCAL_GAMMA: float = 2.0  # focal loss: how strongly to focus on hard clips; 0 equals bce
+FRAME_LOSS_WEIGHT: float = 0.5  # weight of the same loss applied to single frames
+GRADIENT_CLIP: float = 1.0  # maximum gradient norm; 0: no clipping
+LR_PATIENCE: int = 3  # halve the learning rate after this many epochs without a better val loss
+PATIENCE: int = 8  # stop after this many epochs without a better validation AUC
+EMA_DECAY: float = 0.98  # EMA decay; closer to 1 averages over more steps; 0 disables it
+AMP: str = "auto"  # auto: bf16 or fp16, whichever the GPU prefers, fp32 on CPU; or off, fp16, bf16
+# Evaluation and run
+ROBUSTNESS: int = 500  # test videos to score again under compression, blur, ...; 0: none
+TIME_BUDGET_HOURS: float = 0.0  # stop training in time for results; 0: 11 on Kaggle, else no limit
+RESUME: bool = True  # resume from models/last_checkpoint.pth, on Kaggle also an attached one
+NUM_WORKERS: int = 2  # threads that decode videos and load clips
+SEED: int = 42  # for splits, weights, sampling and augmentation
 
 # %% [markdown]
-# The parameters become one frozen object, `CONFIG`, which checks them first.
+# The parameters become one frozen object, `CONFIG`. `Parameters` states what each may be.
 
 # %%
-import ast
-import contextlib
 import dataclasses
 import difflib
 import math
 import os
 import random
+import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,132 +82,104 @@ import torchvision
 import yaml
 from IPython.display import display
 
-from cell_01_imports_and_setup import IN_NOTEBOOK, ON_KAGGLE, PROCESSES, SHOW_TABLES
+from cell_01_imports_and_setup import IN_NOTEBOOK, ON_KAGGLE, SHOW_TABLES, WORLD_SIZE
 
 
-def between(low: float, high: float) -> Any:
-    """A parameter with a number from `low` to `high`, both allowed."""
-    return field(metadata={"low": low, "high": high})
-
-
-def one_of(*choices: str) -> Any:
-    """A parameter with one of these values."""
-    return field(metadata={"choices": choices})
+# %%
+def allow(*values: Any) -> Any:
+    """A field that allows numbers from the first to the second value, or these texts."""
+    return field(metadata={"allowed": values})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Every parameter of a run, checked: TypeError and ValueError name the parameter and what is allowed."""
+class Parameters:
+    """The fields of Config."""
 
     DATA_DIR: str
     WORK_DIR: str
     CACHE_DIR: str
     CHECKPOINT: str
     PREDICT_DIR: str
-    MAX_VIDEOS_PER_CLASS: int = between(0, 10**6)
+    MAX_VIDEOS_PER_CLASS: int = allow(0, 10**6)
     METHODS: list
     HOLDOUT_METHODS: list
-    VAL_FRACTION: float = between(0.01, 0.9)
-    TEST_FRACTION: float = between(0.01, 1)
-    FRAMES_PER_VIDEO: int = between(1, 256)
-    CLIPS_PER_VIDEO: int = between(1, 16)
-    CLIP_SECONDS: float = between(0.1, 3600)
-    IMAGE_SIZE: int = between(32, 1024)
+    VAL_FRACTION: float = allow(0.01, 0.9)
+    TEST_FRACTION: float = allow(0.01, 1)
+    FRAMES_PER_VIDEO: int = allow(1, 256)
+    CLIPS_PER_VIDEO: int = allow(1, 16)
+    CLIP_SECONDS: float = allow(0.1, 3600)
+    IMAGE_SIZE: int = allow(32, 1024)
     FACE_CROP: bool
-    FACE_MARGIN: float = between(0, 2)
+    FACE_MARGIN: float = allow(0, 2)
     BACKBONE: str
     PRETRAINED: bool
     WEIGHTS_PATH: str
-    LSTM_HIDDEN: int = between(1, 4096)
-    LSTM_LAYERS: int = between(1, 8)
-    ATTENTION_HEADS: int = between(1, 64)
-    DROPOUT: float = between(0, 0.95)
-    TRAINABLE: str = one_of("all", "norms", "head")
-    MIRROR_TEST: bool
+    LSTM_HIDDEN: int = allow(1, 4096)
+    LSTM_LAYERS: int = allow(1, 8)
+    ATTENTION_HEADS: int = allow(1, 64)
+    DROPOUT: float = allow(0, 0.95)
     GRADIENT_CHECKPOINTING: bool
-    COMPILE: bool
     PAIRS: bool
-    SELF_BLEND: float = between(0, 1)
-    AUGMENTATION: str = one_of("none", "plain", "codec", "robust")
-    EPOCHS: int = between(0, 10**4)
-    BATCH_SIZE: int = between(0, 4096)
-    LEARNING_RATE: float = between(1e-8, 1)
-    BACKBONE_LR: float = between(0, 100)
-    WARMUP_EPOCHS: int = between(0, 10**4)
-    WEIGHT_DECAY: float = between(0, 1)
-    LOSS: str = one_of("focal", "bce")
-    FOCAL_GAMMA: float = between(0, 10)
-    LABEL_SMOOTHING: float = between(0, 0.5)
-    FRAME_LOSS_WEIGHT: float = between(0, 10)
-    GRADIENT_CLIP: float = between(0, 10**3)
-    LR_PATIENCE: int = between(0, 10**4)
-    PATIENCE: int = between(1, 10**4)
-    EMA_DECAY: float = between(0, 0.99999)
-    AMP: str = one_of("auto", "off", "fp16", "bf16")
-    ROBUSTNESS: int = between(0, 10**6)
-    TIME_BUDGET_HOURS: float = between(0, 10**4)
+    SELF_BLEND: float = allow(0, 1)
+    AUGMENTATION: str = allow("none", "plain", "codec", "robust")
+    EPOCHS: int = allow(0, 10**4)
+    BATCH_SIZE: int = allow(0, 4096)
+    LEARNING_RATE: float = allow(1e-8, 1)
+    WEIGHT_DECAY: float = allow(0, 1)
+    LOSS: str = allow("focal", "bce")
+    FOCAL_GAMMA: float = allow(0, 10)
+    FRAME_LOSS_WEIGHT: float = allow(0, 10)
+    GRADIENT_CLIP: float = allow(0, 10**3)
+    LR_PATIENCE: int = allow(0, 10**4)
+    PATIENCE: int = allow(1, 10**4)
+    EMA_DECAY: float = allow(0, 0.99999)
+    AMP: str = allow("auto", "off", "fp16", "bf16")
+    ROBUSTNESS: int = allow(0, 10**6)
+    TIME_BUDGET_HOURS: float = allow(0, 10**4)
     RESUME: bool
-    NUM_WORKERS: int = between(1, 64)
-    SEED: int = between(0, 2**31 - 1)
+    NUM_WORKERS: int = allow(1, 64)
+    SEED: int = allow(0, 2**31 - 1)
+
+
+PARAMETERS = [item.name for item in dataclasses.fields(Parameters)]
+
+# %% [markdown]
+# Types and ranges come first, then what only works together.
+
+
+# %%
+def checked_value(name: str, kind: type, value: Any, allowed: Any) -> Any:
+    """The value as `kind`. Raises TypeError, or ValueError if it is not in `allowed`.
+
+    `allowed` is (low, high) for numbers, a tuple of choices for text, or empty.
+    """
+    if kind is float and type(value) in (int, str):  # YAML reads 1e-4 as text
+        with suppress(ValueError):
+            value = float(value)
+    if kind is list and type(value) is str:  # -p METHODS FaceSwap
+        value = [value]
+    items = value if isinstance(value, list) else []
+    if type(value) is not kind or any(type(item) is not str for item in items):
+        wanted = "list of str" if kind is list else kind.__name__
+        raise TypeError(f"{name} = {value!r} is {type(value).__name__}, not {wanted}")
+    if kind is str and allowed and value not in allowed:
+        raise ValueError(f"{name} = {value!r} is unknown: use one of {', '.join(allowed)}")
+    if kind is not str and allowed and not allowed[0] <= value <= allowed[1]:
+        raise ValueError(f"{name} = {value!r} is out of range: from {allowed[0]} to {allowed[1]}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Parameters):
+    """Checked parameters; TypeError and ValueError name the parameter and what is allowed."""
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            self._check(item, getattr(self, item.name))
-        if self.EPOCHS and self.VAL_FRACTION + self.TEST_FRACTION > 0.9:
-            raise ValueError(
-                f"VAL_FRACTION {self.VAL_FRACTION} and TEST_FRACTION {self.TEST_FRACTION} leave too little for "
-                "training: together at most 0.9"
-            )
-        if 2 * self.LSTM_HIDDEN % self.ATTENTION_HEADS:
-            raise ValueError(
-                f"ATTENTION_HEADS = {self.ATTENTION_HEADS} does not divide 2 * LSTM_HIDDEN = {2 * self.LSTM_HIDDEN}"
-            )
-        for name in ("CHECKPOINT", "WEIGHTS_PATH", "PREDICT_DIR"):
-            if getattr(self, name) and not Path(getattr(self, name)).exists():
-                raise ValueError(
-                    f"{name} = {getattr(self, name)!r} does not exist (seen from {Path.cwd()})"
-                )
-        known = torchvision.models.list_models(module=torchvision.models)
-        if self.BACKBONE not in known:
-            near = [name for name in known if name[:4] == self.BACKBONE[:4]]
-            raise ValueError(
-                f"BACKBONE = {self.BACKBONE!r} is no torchvision classification model; try {', '.join(near or known)}"
-            )
-        if self.COMPILE and self.GRADIENT_CHECKPOINTING:
-            raise ValueError(
-                "COMPILE and GRADIENT_CHECKPOINTING do not go together: turn one of them off"
-            )
-        if self.BATCH_SIZE % PROCESSES:
-            raise ValueError(
-                f"BATCH_SIZE = {self.BATCH_SIZE} is no multiple of {PROCESSES}, the number of processes"
-            )
-        if self.DATA_DIR == "none" and (self.EPOCHS or not self.PREDICT_DIR):
-            raise ValueError(
-                "DATA_DIR = 'none' is for scoring PREDICT_DIR with a CHECKPOINT and EPOCHS = 0"
-            )
-        if self.EPOCHS == 0 and not self.CHECKPOINT:
-            raise ValueError(
-                "EPOCHS = 0 trains nothing: name a trained model with CHECKPOINT, or train"
-            )
-
-    def _check(self, item: dataclasses.Field, value: Any) -> None:
-        if item.type is float and type(value) in (int, str):  # YAML reads 1e-4 as text
-            with contextlib.suppress(ValueError):
-                value = float(value)
-        if item.type is list and type(value) is str:  # -p METHODS FaceSwap
-            value = [value]
-        if type(value) is not item.type or (
-            item.type is list and not all(isinstance(part, str) for part in value)
-        ):
-            wanted = "list of str" if item.type is list else getattr(item.type, "__name__", "")
-            raise TypeError(f"{item.name} = {value!r} is {type(value).__name__}, not {wanted}")
-        object.__setattr__(self, item.name, value)
-        low, high = item.metadata.get("low"), item.metadata.get("high")
-        if low is not None and not low <= value <= high:
-            raise ValueError(f"{item.name} = {value!r} is out of range: from {low} to {high}")
-        choices = item.metadata.get("choices")
-        if choices and value not in choices:
-            raise ValueError(f"{item.name} = {value!r} is unknown: one of {', '.join(choices)}")
+            kind: Any = item.type
+            allowed = item.metadata.get("allowed", ())
+            value = checked_value(item.name, kind, getattr(self, item.name), allowed)
+            object.__setattr__(self, item.name, value)
+        check_together(self)
 
     @property
     def work_dir(self) -> Path:
@@ -260,127 +199,130 @@ class Config:
         return Path(self.CACHE_DIR or ("/tmp/clip_cache" if ON_KAGGLE else self.work_dir / "cache"))
 
 
-PARAMETERS = [item.name for item in dataclasses.fields(Config)]
+# %%
+def check_together(config: Config) -> None:
+    """Raises ValueError for values that do not work together or on this machine."""
+    for name in ("CHECKPOINT", "WEIGHTS_PATH", "PREDICT_DIR"):
+        if (path := getattr(config, name)) and not Path(path).exists():
+            raise ValueError(f"{name} = {path!r} does not exist (current folder: {Path.cwd()})")
+    known = torchvision.models.list_models(module=torchvision.models)
+    near = difflib.get_close_matches(config.BACKBONE, known) or known
+    width, heads, batch = 2 * config.LSTM_HIDDEN, config.ATTENTION_HEADS, config.BATCH_SIZE
+    shares = config.VAL_FRACTION + config.TEST_FRACTION
+    unlabelled = config.DATA_DIR == "none" and (config.EPOCHS or not config.PREDICT_DIR)
+    problems = {
+        f"BACKBONE = {config.BACKBONE!r} is not a torchvision classification model; "
+        f"try {', '.join(near)}": config.BACKBONE not in known,
+        f"ATTENTION_HEADS = {heads} does not divide 2 * LSTM_HIDDEN = {width}": width % heads,
+        f"BATCH_SIZE = {batch} is not a multiple of the {WORLD_SIZE} processes": batch % WORLD_SIZE,
+        f"VAL_FRACTION + TEST_FRACTION = {shares:g} leaves too little for training: at most 0.9": (
+            config.EPOCHS and shares > 0.9
+        ),
+        "DATA_DIR = 'none' is for scoring PREDICT_DIR with a CHECKPOINT and EPOCHS = 0": unlabelled,
+        "EPOCHS = 0 does not train: set CHECKPOINT to a trained model": (
+            not config.EPOCHS and not config.CHECKPOINT
+        ),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise ValueError(problem)
 
 
-def meant(name: str, question: str) -> str:
-    """The question with the parameter that is most like a name that is none, if there is one like it."""
-    near = difflib.get_close_matches(name.upper(), PARAMETERS, n=1)
-    return question.format(near[0]) if near else ""
+# %% [markdown]
+# Misspelt names stop the run with a suggestion.
+
+
+# %%
+def check_name(name: str, origin: str = "") -> None:
+    """Raises ValueError with the closest parameter if there is none of this name."""
+    if name not in PARAMETERS:
+        near = difflib.get_close_matches(name.upper(), PARAMETERS, n=1)
+        advice = f"; did you mean {near[0]}?" if near else ". Section 2 lists them."
+        raise ValueError(f"{origin}{name} is not a parameter{advice}")
 
 
 def check_injected(history: list[str]) -> None:
-    """Raises ValueError for a parameter of papermill's that does not exist: it warns and defines the name anyway.
-
-    `history` holds the cells run so far. Papermill's assignments are a cell of its own, which begins in one way.
-    """
-    injected = [cell for cell in history if cell.startswith("# Parameters\n")]
-    targets = [
-        target
-        for line in ast.parse("\n".join(injected)).body
-        for target in getattr(line, "targets", [])
-    ]
-    for name in (target.id for target in targets if isinstance(target, ast.Name)):
-        if name not in PARAMETERS:
-            raise ValueError(
-                f"{name} is no parameter"
-                + (meant(name, "; is it {}?") or ". Section 2 lists them.")
-            )
+    """Check the names in papermill's cell among the cells run so far; papermill only warns."""
+    for cell in history:
+        if cell.startswith("# Parameters\n"):
+            for name in re.findall(r"^(\w+) = ", cell, flags=re.M):
+                check_name(name)
 
 
 def parameters_from_environment(environ: dict[str, str]) -> dict[str, object]:
-    """The parameters that DEEPFAKE_<NAME> variables set, read as YAML values (`25`, `false`, `[FaceSwap]`).
-
-    Raises ValueError for a name that is no parameter, with the nearest one.
-    """
+    """Parameters from DEEPFAKE_<NAME> variables as YAML values (`25`, `false`, `[FaceSwap]`)."""
     found = {}
     for variable, text in environ.items():
-        if not variable.startswith("DEEPFAKE_"):
-            continue
-        name = variable.removeprefix("DEEPFAKE_")
-        if name not in PARAMETERS:
-            raise ValueError(f"{variable} sets no parameter" + meant(name, "; is it DEEPFAKE_{}?"))
-        is_text = Config.__dataclass_fields__[name].type is str
-        found[name] = text if is_text else yaml.safe_load(text)
+        if variable.startswith("DEEPFAKE_"):
+            check_name(name := variable.removeprefix("DEEPFAKE_"), f"{variable}: ")
+            is_text = Config.__dataclass_fields__[name].type is str
+            found[name] = text if is_text else yaml.safe_load(text)
     return found
 
 
 # %% [markdown]
-# A trained model must see new videos as it saw its training videos. So with CHECKPOINT, whatever shapes clips
-# and network comes from that file.
+# A trained model must see new videos the way it saw its training videos. With CHECKPOINT, the
+# settings that shape clips and network are therefore read from that file.
 
 # %%
-TRAVELS_WITH_MODEL = (
-    *(
-        "FRAMES_PER_VIDEO",
-        "CLIPS_PER_VIDEO",
-        "CLIP_SECONDS",
-        "IMAGE_SIZE",
-        "FACE_CROP",
-        "FACE_MARGIN",
-        "MIRROR_TEST",
-    ),
-    *("BACKBONE", "LSTM_HIDDEN", "LSTM_LAYERS", "ATTENTION_HEADS"),
-)
+MODEL_SETTINGS = [
+    *("FRAMES_PER_VIDEO", "CLIPS_PER_VIDEO", "CLIP_SECONDS", "IMAGE_SIZE", "FACE_CROP"),
+    *("FACE_MARGIN", "BACKBONE", "LSTM_HIDDEN", "LSTM_LAYERS", "ATTENTION_HEADS"),
+]
 
 
 def saved_config(content: dict) -> dict:
-    """The configuration in a model file, with what older files do not know of as it was then."""
-    return {"CLIPS_PER_VIDEO": 1, "MIRROR_TEST": False, **content["config"]}
+    """The parameters in a model file; older files may lack some and have others."""
+    saved = {"CLIPS_PER_VIDEO": 1, **content["config"]}
+    return {name: value for name, value in saved.items() if name in PARAMETERS}
 
 
 def adopt_checkpoint(config: Config) -> Config:
-    """`config` with the settings of its CHECKPOINT for everything that shapes clips and network."""
+    """`config` with its CHECKPOINT's settings for clips and network."""
     if not config.CHECKPOINT:
         return config
-    saved = saved_config(
-        torch.load(config.CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)
-    )
-    changed = {
-        name: saved[name] for name in TRAVELS_WITH_MODEL if saved[name] != getattr(config, name)
-    }
+    content = torch.load(config.CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)
+    saved, current = saved_config(content), dataclasses.asdict(config)
+    changed = {name: saved[name] for name in MODEL_SETTINGS if saved[name] != current[name]}
     if changed:
-        print(
-            f"From {config.CHECKPOINT}:",
-            ", ".join(f"{name} = {value}" for name, value in changed.items()),
-        )
+        settings = ", ".join(f"{name} = {value}" for name, value in changed.items())
+        print(f"From {config.CHECKPOINT}: {settings}")
     return dataclasses.replace(config, **changed)
 
 
 def mixed_seed(*numbers: int) -> int:
-    """One 32-bit seed of several numbers: SEED, epoch, ..."""
+    """One 32-bit seed from several numbers: SEED, epoch, ..."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def seed_everything(*numbers: int) -> None:
-    """Seed Python, NumPy and PyTorch, on every device, with one number or several."""
+    """Seed Python, NumPy and PyTorch (all devices) from one or more numbers."""
     seed = mixed_seed(*numbers)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
+# %%
 _given = {name: globals()[name] for name in PARAMETERS}
-check_injected(globals().get("In", []))  # IPython keeps there what was run
+check_injected(globals().get("In", []))  # IPython's list of the cells run so far
 if not IN_NOTEBOOK:
     _given |= parameters_from_environment(dict(os.environ))
 CONFIG = adopt_checkpoint(Config(**_given))
 seed_everything(CONFIG.SEED)
 
-# %% [markdown]
-# What this run is going to do:
-
-# %%
-_steps = {
-    "data": f"{CONFIG.DATA_DIR}; up to {CONFIG.MAX_VIDEOS_PER_CLASS or 'all'} videos a class",
-    "clips": f"{CONFIG.CLIPS_PER_VIDEO} a video, of {CONFIG.FRAMES_PER_VIDEO} frames, {CONFIG.IMAGE_SIZE} pixels",
-    "network": f"{CONFIG.BACKBONE}, BiLSTM 2 x {CONFIG.LSTM_HIDDEN}, attention with {CONFIG.ATTENTION_HEADS} heads",
-    "training": f"up to {CONFIG.EPOCHS} epochs"
-    if CONFIG.EPOCHS
-    else f"none; the model is {CONFIG.CHECKPOINT}",
-    "held out": ", ".join(CONFIG.HOLDOUT_METHODS) or "no manipulation, only recordings",
-    "results": f"below {CONFIG.work_dir.resolve()}",
-}
 if SHOW_TABLES:
+    _summary = {
+        "data": f"{CONFIG.DATA_DIR}; up to {CONFIG.MAX_VIDEOS_PER_CLASS or 'all'} videos per class",
+        "clips": f"{CONFIG.CLIPS_PER_VIDEO} per video, {CONFIG.FRAMES_PER_VIDEO} frames each, "
+        f"{CONFIG.IMAGE_SIZE} x {CONFIG.IMAGE_SIZE} pixels",
+        "network": f"{CONFIG.BACKBONE}, BiLSTM with 2 x {CONFIG.LSTM_HIDDEN} units, "
+        f"self-attention with {CONFIG.ATTENTION_HEADS} heads",
+        "training": f"up to {CONFIG.EPOCHS} epochs"
+        if CONFIG.EPOCHS
+        else f"none; evaluate {CONFIG.CHECKPOINT}",
+        "held out": ", ".join(CONFIG.HOLDOUT_METHODS) or "recordings only, no manipulation",
+        "results": f"in {CONFIG.work_dir.resolve()}",
+    }
     with pd.option_context("display.max_colwidth", None):
-        display(pd.Series(_steps, name="this run").to_frame())
+        display(pd.Series(_summary, name="this run").to_frame())

@@ -2,14 +2,15 @@
 # <a id="section-3"></a>
 # ## 3. From a folder of videos to clips
 #
-# A video is decoded once, in one sequential pass, and what the network will see of it is kept as a small
-# `uint8` file: 16 face crops of 160 x 160 pixels are 1.2 MB. From then on an epoch costs no decoding.
+# Each video is decoded once. What the network sees of it is cached as a small `uint8` file: 16 face
+# crops of 160 x 160 pixels take 1.2 MB. From then on, an epoch decodes nothing.
 #
-# First the **finding**. Each known layout is one function that looks at a folder and returns a row a video, or
-# nothing; a new layout is one more function. A row says what the video shows (`label`, `method`) and, as `sources`,
-# what it was made from: the face swap `004_982.mp4` has the pictures of recording 004 and the face of 982.
+# **Finding videos.** Each known layout is one function that takes a folder and returns a row per
+# video, or nothing. A row gives the `label` and `method` and, as `sources`, what the video was made
+# from: the face swap `004_982.mp4` shows recording 004 with the face of 982.
 
 # %%
+import csv
 import hashlib
 import json
 import os
@@ -18,448 +19,442 @@ import shutil
 import unicodedata
 import warnings
 import zipfile
-from collections import Counter, defaultdict
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import matplotlib
+import matplotlib.pyplot as plt
+import networkx as nx
 import numpy as np
 import pandas as pd
 import psutil
 import torch
+from torchvision.ops import box_iou
 from tqdm.auto import tqdm
 
-from cell_01_imports_and_setup import NO_BARS, ensure_packages, replacing
-from cell_02_global_config import Config
+from cell_01_imports_and_setup import (
+    IN_NOTEBOOK,
+    NO_BARS,
+    WIDTH,
+    ensure_packages,
+    replacing,
+    show_figure,
+    show_row,
+    styled,
+)
+from cell_02_global_config import CONFIG, Config
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
-SPLITS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(
-    ("test", "testing"), "test"
-)  # folder: split
-SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
-VIDEO_COLUMNS = (
-    "path",
-    "label",
-    "method",
-    "split",
-    "dataset",
-    "original",
-    "group",
-)  # of the table of videos
-CLIP_COLUMNS = ("clip_file", "face_share", "distinct_frames")  # and of what the cache adds to it
+SPLITS = {name: name[:5] for name in ("train", "training")}  # the names of folders and their splits
+SPLITS |= {"test": "test", "testing": "test", "val": "val", "valid": "val", "validation": "val"}
 CLASSES = {"real": 0, "0": 0, "fake": 1, "1": 1}
-# what a run needs: in each split, which labels
+VIDEO_COLUMNS = ("path", "label", "method", "split", "dataset", "original", "group")
+CLIP_COLUMNS = ("clip_file", "face_share", "distinct_frames")  # what the cache adds
+# The labels that each split needs.
 EVERY_CLASS: dict[str, tuple[int, ...]] = dict.fromkeys(("train", "val", "test"), (0, 1))
-FF_METHODS = (
-    "Deepfakes",
-    "Face2Face",
-    "FaceShifter",
-    "FaceSwap",
-    "NeuralTextures",
-    "DeepFakeDetection",
-)
-FF_REAL = dict.fromkeys(("original", "youtube", "actors"), "real")
+
+
+# %%
+class Folder(NamedTuple):
+    """A folder with its subfolders by name and the names of its files, without hidden entries."""
+
+    path: Path
+    folders: dict[str, Path]
+    files: list[str]
+
+
+def list_folder(path: Path) -> Folder:
+    """Look into a folder; only links cost a request to the disk of their own."""
+    with os.scandir(path) as entries:
+        visible = sorted((e for e in entries if e.name[0] != "."), key=lambda entry: entry.name)
+    folders = {
+        entry.name: path / entry.name
+        for entry in visible
+        if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry))
+    }
+    return Folder(path, folders, [entry.name for entry in visible if entry.name not in folders])
 
 
 def videos_below(folder: Path) -> list[Path]:
-    """Every video below `folder`, sorted; hidden entries are left out, linked folders are entered once.
+    """Every video below `folder`, sorted, without hidden ones; linked folders are entered once.
 
-    A folder that cannot be read, or is named like a video and holds none, is listed too: a loss to be reported.
+    Includes folders that cannot be read, or are named like a video but hold none: `check_files`
+    reports them.
     """
     found: list[Path] = []
-    closed: list[OSError] = []
+    unreadable: list[OSError] = []
     entered = set()
-    for where, folders, names in os.walk(folder, followlinks=True, onerror=closed.append):
+    for where, folders, files in os.walk(folder, followlinks=True, onerror=unreadable.append):
         folders[:] = sorted(name for name in folders if name[0] != ".")
-        if (place := os.path.realpath(where)) in entered:
+        if (real_path := os.path.realpath(where)) in entered:
             folders.clear()
             continue
-        entered.add(place)
-        videos = [
-            Path(where, name)
-            for name in names
-            if name.lower().endswith(VIDEO_SUFFIXES) and name[0] != "."
-        ]
-        found += videos or [Path(where)] * where.lower().endswith(VIDEO_SUFFIXES)
-    return sorted([*found, *(Path(error.filename) for error in closed)])
+        entered.add(real_path)
+        names = [n for n in files if n.lower().endswith(VIDEO_SUFFIXES) and n[0] != "."]
+        is_named_like_video = where.lower().endswith(VIDEO_SUFFIXES)
+        found += [Path(where, name) for name in names] or [Path(where)] * is_named_like_video
+    return sorted([*found, *(Path(error.filename) for error in unreadable)])
 
 
-def rows_below(folder: Path, method: str) -> list[dict]:
+def rows_below(folder: Path, method: str, label: int | None = None) -> list[dict]:
     """A row for each video below `folder`, all of one method; `real` is the method of real ones."""
-    label = int(method != "real")
-    return [
-        dict(path=p, label=label, method=method, split="", sources=[]) for p in videos_below(folder)
-    ]
+    row = dict(label=int(method != "real") if label is None else label, method=method, split="")
+    return [dict(path=path, **row, sources=[]) for path in videos_below(folder)]
 
 
-Contents = tuple[
-    dict[str, Path], list[str]
-]  # the subfolders of a folder by name, and the names of its files
+# %% [markdown]
+# **Layouts**: a CSV manifest, FaceForensics++, Celeb-DF, DFDC, and plain `real/` and `fake/`
+# folders. To add one, write a function like these and list it in `LAYOUTS`.
 
 
-def contents(folder: Path) -> Contents:
-    """What lies in a folder, but for hidden entries, sorted. One request to the disk, however many files."""
-    with os.scandir(folder) as entries:
-        visible = sorted(
-            (entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name
-        )
-    is_folder = [
-        os.path.isdir(entry) if entry.is_symlink() else entry.is_dir() for entry in visible
-    ]
-    folders = {
-        entry.name: folder / entry.name
-        for entry, yes in zip(visible, is_folder, strict=True)
-        if yes
-    }
-    return folders, [entry.name for entry in visible if entry.name not in folders]
+# %%
+def read_manifest(file: Path) -> pd.DataFrame | None:
+    """A CSV file with columns path and label as text; None for any other table."""
+    form: dict[str, Any] = dict(sep=None, engine="python", dtype=str, encoding="utf-8-sig")
+    form |= dict(index_col=False, keep_default_na=False, skip_blank_lines=False)
+    try:
+        header = pd.read_csv(file, nrows=0, encoding_errors="replace", **form)
+    except (ValueError, csv.Error):
+        return None
+    columns = {name.strip().lower() for name in header}
+    if not {"path", "label"} <= columns or {"clip_file", "reason", "logit"} & columns:
+        return None  # another table, perhaps one that this notebook wrote
+    try:
+        table = pd.read_csv(file, **form).fillna("")
+    except ValueError as error:
+        raise ValueError(f"{file} is not a CSV file in UTF-8: {error}") from error
+    table.columns = [name.strip().lower() for name in table]
+    table = table.apply(lambda column: column.str.strip())
+    return table if table.path.str.lower().str.endswith(VIDEO_SUFFIXES).any() else None
 
 
-def find_manifest(folder: Path, inside: Contents) -> list[dict]:
-    """CSV files with the columns path and label (0, 1, real, fake), and perhaps method, group and split.
+def find_manifest(folder: Folder) -> list[dict]:
+    """CSV files with the columns path and label, and optionally method, group and split.
 
-    Paths are absolute or relative to the file. Where it has no splits, its own name may be one: `train.csv`.
+    Paths are absolute or relative to the file. Without a split column the file's own name may be
+    the split: `train.csv`. Raises ValueError with the line of a wrong label or split.
     """
     rows = []
-    for file in (folder / name for name in inside[1] if name.lower().endswith(".csv")):
-        with file.open(encoding="utf-8-sig", errors="replace") as stream:
-            header = stream.readline().strip().lower()
-        separator = next((mark for mark in ",;\t" if mark in header), ",")
-        columns = [
-            name.strip(' "') or f"column {place}"
-            for place, name in enumerate(header.split(separator))
-        ]
-        if not {"path", "label"} <= set(columns) or {"clip_file", "reason", "logit"} & set(columns):
-            continue  # some other table, or one that this notebook wrote
-        form = dict(
-            sep=separator, names=columns, header=0, index_col=False, dtype=str, encoding="utf-8-sig"
-        )
-        try:
-            table = pd.read_csv(file, keep_default_na=False, skip_blank_lines=False, **form).fillna(
-                ""
-            )
-        except ValueError as error:
-            raise ValueError(f"{file} is no CSV in UTF-8: {error}") from error
-        table = table.apply(lambda column: column.str.strip())
-        if not table.path.str.lower().str.endswith(VIDEO_SUFFIXES).any():
-            continue
-        for number, row in enumerate(table.to_dict("records"), start=2):
-            if not any(row.values()):
+    for file in (folder.path / name for name in folder.files if name.lower().endswith(".csv")):
+        table = read_manifest(file)
+        entries = [] if table is None else table.to_dict("records")
+        for line, entry in enumerate(entries, start=2):
+            if not any(entry.values()):
                 continue
-            label, split = CLASSES.get(row["label"].lower()), row.get("split", "").lower()
+            label, split = CLASSES.get(entry["label"].lower()), entry.get("split", "").lower()
             if label is None or (split and split not in SPLITS):
                 raise ValueError(
-                    f"{file}, line {number}: label {row['label']!r}, split {split!r}. A label is 0 or real, 1 or fake; "
-                    "a split is train, val, test or empty"
+                    f"{file}, line {line}: label {entry['label']!r}, split {split!r}. A label is "
+                    "0 or real, 1 or fake; a split is train, val, test or empty"
                 )
-            method = row.get("method", "") if label else "real"
-            method = "fake" if label and method.lower() in ("", "real") else method
-            sources = [row["group"]] if row.get("group") else []
-            path, split = (
-                folder / row["path"].replace("\\", "/"),
-                SPLITS.get(split or file.stem.lower(), ""),
-            )
+            named = entry.get("method", "")
+            method = "real" if label == 0 else "fake" if named.lower() in ("", "real") else named
+            path = folder.path / entry["path"].replace("\\", "/")
+            split = SPLITS.get(split or file.stem.lower(), "")
+            sources = [entry["group"]] if entry.get("group") else []
             rows.append(dict(path=path, label=label, method=method, split=split, sources=sources))
     return rows
 
 
-def find_faceforensics(folder: Path, inside: Contents) -> list[dict]:
-    """Kaggle's `FaceForensics++_C23`, `original/` beside the methods; or the official tree, without its masks."""
-    if "original" in inside[0] and (methods := [name for name in FF_METHODS if name in inside[0]]):
-        return [
-            row
-            for name in ("original", *methods)
-            for row in rows_below(folder / name, FF_REAL.get(name, name))
-        ]
-    kinds = [
-        inside[0][name]
-        for name in ("original_sequences", "manipulated_sequences")
-        if name in inside[0]
-    ]
-    parts = [part for kind in kinds for part in contents(kind)[0].values()]
-    qualities = [
-        quality for part in parts for name, quality in contents(part)[0].items() if name != "masks"
-    ]
-    places = [place for quality in qualities if (place := quality / "videos").is_dir()]
-    return [
-        row
-        for place in places
-        for row in rows_below(place, FF_REAL.get(place.parts[-3], place.parts[-3]))
-    ]
+# %% [markdown]
+# DeepFakeDetection is part of FaceForensics++, but Kaggle's copy lacks its originals, videos of
+# actors. A class that differs in resolution would teach the resolution, so these videos are used
+# only if `METHODS` names them. Until then the actors' real videos carry the method's name, too.
+
+# %%
+FF_METHODS = ("Deepfakes", "Face2Face", "FaceShifter", "FaceSwap", "NeuralTextures")
+ONLY_IF_NAMED = "DeepFakeDetection"
 
 
-def find_celeb_df(folder: Path, inside: Contents) -> list[dict]:
-    """Celeb-DF v1 and v2. Their list of test videos writes 1 for real: labels come from the folders instead."""
+def find_faceforensics(folder: Folder) -> list[dict]:
+    """Kaggle's `FaceForensics++_C23`, `original/` beside the methods; or the official tree."""
+    methods = [name for name in (*FF_METHODS, ONLY_IF_NAMED) if name in folder.folders]
+    if "original" in folder.folders and methods:
+        places = {folder.path / name: name for name in ("original", *methods)}
+    else:  # KIND/METHOD/COMPRESSION/videos; masks lie in a folder beside the compressions
+        kinds = [folder.path / kind for kind in ("original_sequences", "manipulated_sequences")]
+        parts = [part for kind in kinds if kind.is_dir() for part in sorted(kind.iterdir())]
+        found = [place for part in parts for place in sorted(part.glob("*/videos"))]
+        places = {place: place.parts[-3] for place in found if place.parts[-2] != "masks"}
+    reals = {"original": "real", "youtube": "real", "actors": ONLY_IF_NAMED}
+    rows = [rows_below(p, reals.get(n, n), int(n not in reals)) for p, n in places.items()]
+    return [row for part in rows for row in part]
+
+
+def find_celeb_df(folder: Folder) -> list[dict]:
+    """Celeb-DF v1 and v2. In their list of test videos 1 is real: the folders give the labels."""
     parts = {"Celeb-real": "real", "YouTube-real": "real", "Celeb-synthesis": "Celeb-DF"}
-    if not {"Celeb-real", "Celeb-synthesis"} <= set(inside[0]):
+    if not {"Celeb-real", "Celeb-synthesis"} <= set(folder.folders):
         return []
-    rows = [
-        row
-        for name, method in parts.items()
-        if name in inside[0]
-        for row in rows_below(folder / name, method)
-    ]
-    if "List_of_testing_videos.txt" in inside[1]:
-        listed = folder / "List_of_testing_videos.txt"
-        lines = listed.read_text(encoding="utf-8-sig").replace("\\", "/").splitlines()
-        tested = {folder / re.split(r"[,\s]+", line.strip())[-1] for line in lines}
-        if not tested & {row["path"] for row in rows}:
-            warnings.warn(
-                f"{listed} names none of the videos: there is no test set of the dataset's own",
-                stacklevel=2,
-            )
-            return rows
-        rows = [dict(row, split="test" if row["path"] in tested else "train") for row in rows]
-    return rows
+    rows = []
+    for name in sorted(parts.keys() & folder.folders.keys()):
+        rows += rows_below(folder.path / name, parts[name])
+    if "List_of_testing_videos.txt" not in folder.files:
+        return rows
+    file = folder.path / "List_of_testing_videos.txt"
+    lines = file.read_text(encoding="utf-8-sig").replace("\\", "/").splitlines()
+    in_test = {folder.path / re.split(r"[,\s]+", line.strip())[-1] for line in lines}
+    if not in_test & {row["path"] for row in rows}:
+        warnings.warn(f"{file} names none of the videos: its test set is not used", stacklevel=2)
+        return rows
+    return [dict(row, split="test" if row["path"] in in_test else "train") for row in rows]
 
 
-def find_dfdc(folder: Path, inside: Contents) -> list[dict]:
-    """A part of the Deepfake Detection Challenge: `metadata.json` tells label, split and original of each video."""
-    if "metadata.json" not in inside[1]:
+# %% [markdown]
+# DFDC describes its videos in a file beside them; in your own folders, names do.
+
+
+# %%
+def find_dfdc(folder: Folder) -> list[dict]:
+    """A part of the DFDC: `metadata.json` gives label, split and original of each video."""
+    if "metadata.json" not in folder.files:
         return []
     try:
-        entries = json.loads((folder / "metadata.json").read_text(encoding="utf-8-sig"))
+        entries = json.loads((folder.path / "metadata.json").read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        warnings.warn(f"{folder / 'metadata.json'} is not used: {error}", stacklevel=2)
+        warnings.warn(f"{folder.path / 'metadata.json'} is not used: {error}", stacklevel=2)
         return []
     rows = []
     for name, entry in entries.items() if isinstance(entries, dict) else ():
         if isinstance(entry, dict) and entry.get("label") in ("REAL", "FAKE"):
             label, method = (0, "real") if entry["label"] == "REAL" else (1, "DFDC")
-            sources = [Path(str(entry.get("original") or name)).stem]
             split = SPLITS.get(str(entry.get("split")).lower(), "")
-            rows.append(
-                dict(path=folder / name, label=label, method=method, split=split, sources=sources)
-            )
+            row = dict(path=folder.path / name, label=label, method=method, split=split)
+            rows.append(dict(row, sources=[Path(str(entry.get("original") or name)).stem]))
     return rows
 
 
-def find_real_fake(folder: Path, inside: Contents) -> list[dict]:
-    """`real/` and `fake/`, the user's layout. A folder below `fake`, or what follows `__` in a name, is the method.
+def find_real_fake(folder: Folder) -> list[dict]:
+    """`real/` and `fake/`; a subfolder of `fake`, or what follows `__` in a name, is the method.
 
-    Folders of splits may lie above (the search sees to that) or below.
+    Folders named like splits may lie above these (the search handles that) or below.
     """
     rows = []
-    for part in (part for name, part in inside[0].items() if name.lower() in ("real", "fake")):
+    for part in (path for name, path in folder.folders.items() if name.lower() in ("real", "fake")):
         for row in rows_below(part, part.name.lower()):
             *below, _ = row["path"].relative_to(part).parts
             split = SPLITS[below.pop(0).lower()] if below and below[0].lower() in SPLITS else ""
-            method = (
-                [*row["path"].stem.split("__")[1:], *below, "fake"][0] if row["label"] else "real"
-            )
-            rows.append(dict(row, method=method, split=split))
+            named = [*row["path"].stem.split("__")[1:], *below, "fake"]
+            rows.append(dict(row, method=named[0] if row["label"] else "real", split=split))
     return rows
 
 
-LAYOUTS: dict[str, Callable[[Path, Contents], list[dict]]] = {
+# %% [markdown]
+# **The search** goes through folders breadth first and asks each layout in turn. What was found
+# then loses duplicates and methods that are not wanted, and gets its groups.
+
+# %%
+LAYOUTS: dict[str, Callable[[Folder], list[dict]]] = {
     "CSV manifest": find_manifest,
     "FaceForensics++": find_faceforensics,
     "Celeb-DF": find_celeb_df,
     "DFDC": find_dfdc,
     "real/fake folders": find_real_fake,
 }
-ONE_NAMESPACE = (
-    "FaceForensics++",
-    "Celeb-DF",
-    "DFDC",
-)  # here a name means the same recording in every copy and part
+# In these a name means the same recording in every copy and part of the dataset.
+SHARED_NAMES = ("FaceForensics++", "Celeb-DF", "DFDC")
+SEARCH_DEPTH = 7  # folders
 
 
-def recognise(folder: Path, inside: Contents) -> tuple[str, list[dict]]:
-    """The first layout that a folder has, and its rows; neither if it has none."""
+def recognise(folder: Folder) -> tuple[str, list[dict]]:
+    """The first layout that a folder has, and its rows; empty if it has none."""
     for layout, find in LAYOUTS.items():
         try:
-            if rows := find(folder, inside):
+            if rows := find(folder):
                 return layout, rows
         except OSError as error:
             warnings.warn(f"{error.filename} is not read: {error.strerror}", stacklevel=4)
     return "", []
 
 
-def search(root: Path) -> list[dict]:
-    """The rows of every dataset at or below `root`, breadth first, with their `dataset` and `split`."""
-    rows, level, entered = [], [(root, "")], set()
-    for _ in range(8):
-        deeper = []
-        for folder, split in level:
-            if (place := os.path.realpath(folder)) in entered:
-                continue
-            entered.add(place)
-            try:
-                inside = contents(folder)
-            except OSError as error:
-                warnings.warn(f"{error.filename} is not searched: {error.strerror}", stacklevel=3)
-                continue
-            layout, here = recognise(folder, inside)
-            names = [part for part in folder.relative_to(root).parts if part.lower() not in SPLITS]
-            dataset = layout if layout in ONE_NAMESPACE else "/".join(names) or root.resolve().name
-            rows += [dict(row, dataset=dataset, split=row["split"] or split) for row in here]
-            used = {parent for row in here for parent in row["path"].parents}
-            deeper += [
-                (sub, SPLITS.get(name.lower(), split))
-                for name, sub in inside[0].items()
-                if sub not in used
-            ]
-        level = deeper
+def search_folders(root: Path) -> list[dict]:
+    """The rows of every dataset at or below `root`, with their `dataset` and `split`."""
+    rows, entered, queue = [], set(), deque([(root, "", 0)])
+    while queue:
+        path, split, depth = queue.popleft()
+        if (real_path := os.path.realpath(path)) in entered:
+            continue
+        entered.add(real_path)
+        try:
+            folder = list_folder(path)
+        except OSError as error:
+            warnings.warn(f"{error.filename} is not searched: {error.strerror}", stacklevel=3)
+            continue
+        layout, found = recognise(folder)
+        names = [part for part in path.relative_to(root).parts if part.lower() not in SPLITS]
+        dataset = layout if layout in SHARED_NAMES else "/".join(names) or root.resolve().name
+        rows += [dict(row, dataset=dataset, split=row["split"] or split) for row in found]
+        used = {parent for row in found for parent in row["path"].parents}
+        for name, sub in folder.folders.items() if depth < SEARCH_DEPTH else ():
+            if sub not in used:
+                queue.append((sub, SPLITS.get(name.lower(), split), depth + 1))
     return rows
 
 
-def find_videos(root: Path, methods: Iterable[str] = ()) -> pd.DataFrame:
-    """Every labelled video at or below `root`, in whichever known layouts, up to seven folders deep.
-
-    Args:
-        root: a dataset, a folder that holds some, or a CSV manifest.
-        methods: the manipulations wanted; none means all but DeepFakeDetection. Kaggle's FaceForensics++ lacks the
-            originals of that one, and a class that differs in resolution would teach the resolution.
-
-    Returns:
-        A row a video: path, label (0 real, 1 fake), method, split ("" if not given), dataset, original (the recording
-        whose pictures it shows) and group (the same for all that share a source, directly or through others).
-
-    Raises:
-        FileNotFoundError: `root` does not exist, or holds no known layout; says what it holds.
-        ValueError: a wanted method is not there, and names those that are; or a manifest holds a wrong value.
-    """
-    root = Path(root)
+# %%
+def search_root(root: Path) -> list[dict]:
+    """The rows of DATA_DIR: a folder or a manifest. Raises FileNotFoundError or ValueError."""
     if not root.exists():
         raise FileNotFoundError(f"DATA_DIR: {root} does not exist (seen from {Path.cwd()})")
-    if root.is_dir():
-        rows = search(root)
-    else:
-        rows = [
-            dict(row, dataset=root.name) for row in find_manifest(root.parent, ({}, [root.name]))
-        ]
-        if not rows:
-            raise ValueError(
-                f"DATA_DIR: {root} is no CSV with the columns path and label and a video in each line"
-            )
-    if not rows:
-        names = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
-        raise FileNotFoundError(
-            f"DATA_DIR: no known dataset in {root.resolve()}, which holds {len(names)} entries "
-            f"({', '.join(names[:8]) or 'it is empty'}) and {len(videos_below(root))} videos. "
-            f"Known are {', '.join(LAYOUTS)}; the README shows them."
-        )
-    rows.sort(
-        key=lambda row: row["split"] == ""
-    )  # a file listed twice: the row that tells its split counts
-    videos = pd.DataFrame(rows).assign(place=[os.path.realpath(row["path"]) for row in rows])
-    told_already = videos.duplicated(["place", "label"]) & (videos.split == "")
-    videos = videos[~told_already & ~videos.duplicated(["place", "label", "split"])].drop(
-        columns="place"
-    )
-    if unknown := set(methods) - set(videos.method):
-        known = sorted(set(videos.method) - {"real"})
+    if root.is_file():
+        if rows := find_manifest(Folder(root.parent, {}, [root.name])):
+            return [dict(row, dataset=root.name) for row in rows]
         raise ValueError(
-            f"METHODS: {', '.join(sorted(unknown))} not found below {root}; there are {', '.join(known)}"
+            f"DATA_DIR: {root} is not a CSV file with columns path and label and a video per line"
         )
-    wanted = set(methods) or set(videos.method) - {"DeepFakeDetection"}
-    of_actors = (videos.dataset == "FaceForensics++") & videos.path.map(
-        lambda path: "__" in path.stem
+    if rows := search_folders(root):
+        return rows
+    names = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
+    raise FileNotFoundError(
+        f"DATA_DIR: no known dataset in {root.resolve()}, which holds {len(names)} entries "
+        f"({', '.join(names[:8]) or 'it is empty'}) and {len(videos_below(root))} videos. "
+        f"Known layouts: {', '.join(LAYOUTS)}; the README shows them."
     )
-    if not methods and of_actors.any():
+
+
+# %%
+def resolve_duplicates(videos: pd.DataFrame) -> pd.DataFrame:
+    """Keep one row per file, label and split; a row without a split yields to one that gives it."""
+    keys = [videos.path.map(os.path.realpath), videos.label]
+    has_split = (videos.split != "").groupby(keys).transform("any")
+    repeated = pd.concat([*keys, videos.split], axis=1).duplicated()
+    return videos[~repeated & ((videos.split != "") | ~has_split)]
+
+
+def choose_methods(videos: pd.DataFrame, methods: Iterable[str], root: Path) -> pd.DataFrame:
+    """Real videos and the fakes of the methods wanted; none named means all but ONLY_IF_NAMED."""
+    known = set(videos.method) - {"real"}
+    if unknown := set(methods) - known:
+        raise ValueError(
+            f"METHODS: {', '.join(sorted(unknown))} not found below {root}; "
+            f"available: {', '.join(sorted(known))}"
+        )
+    left_out = (videos.method == ONLY_IF_NAMED).sum()
+    if left_out and not methods:
         warnings.warn(
-            f"{of_actors.sum()} DeepFakeDetection videos are left out; METHODS can name them",
-            stacklevel=2,
+            f"{left_out} {ONLY_IF_NAMED} videos are left out; METHODS can name them", stacklevel=3
         )
-    keep = (videos.label == 0) | videos.method.isin(wanted)
-    videos = videos[keep & (~of_actors | ("DeepFakeDetection" in wanted))]
+    wanted = {"real", *(methods or known - {ONLY_IF_NAMED})}
+    videos = videos[videos.method.isin(wanted)]
     if videos.empty:
-        raise ValueError(
-            f"below {root} is nothing but DeepFakeDetection: name it in METHODS to use it"
-        )
+        raise ValueError(f"below {root} is only {ONLY_IF_NAMED}: name it in METHODS to use it")
+    return videos.assign(method=videos.method.where(videos.label == 1, "real"))
+
+
+def group_videos(videos: pd.DataFrame) -> pd.DataFrame:
+    """Replace `sources` by `original`, the recording a video shows, and `group`."""
     named = pd.concat([sources_by_name(part) for _, part in videos.groupby("dataset")])
     sources = [
         [f"{row.dataset}/{name}" for name in row.sources or named[row.Index]]
         for row in videos.itertuples()
     ]
-    videos = videos.assign(
-        original=[names[0] for names in sources], group=connected_groups(sources)
-    )
-    return videos.drop(columns="sources").reset_index(drop=True)
+    original, group = [names[0] for names in sources], connected_groups(sources)
+    return videos.drop(columns="sources").assign(original=original, group=group)
+
+
+def find_videos(root: Path, methods: Iterable[str] = ()) -> pd.DataFrame:
+    """Every labelled video in a known layout at or below `root`, up to SEARCH_DEPTH folders deep.
+
+    Args:
+        root: a dataset, a folder that holds some, or a CSV manifest.
+        methods: the manipulations to use; empty means all but DeepFakeDetection.
+
+    Returns:
+        A row per video: path, label (0 real, 1 fake), method, split ("" if not given), dataset,
+        original (the recording it shows) and group (shared by all videos linked through sources).
+
+    Raises:
+        FileNotFoundError: `root` does not exist, or has no known layout; lists what it holds.
+        ValueError: a wrong manifest, or a method that is not there.
+    """
+    videos = resolve_duplicates(pd.DataFrame(search_root(root)))
+    return group_videos(choose_methods(videos, methods, root)).reset_index(drop=True)
 
 
 # %% [markdown]
-# **Sources** that no list gives are read from file names. Videos that share one, directly or through others, form a
-# **group**, and a group never crosses a split: if a person's original is in training and a fake of the same recording
-# in the test set, the test measures memory.
-
+# **Sources** that no list gives are read from file names. Videos that share a source, directly or
+# through others, form a **group**, and a group never crosses a split: with a person's original in
+# training and a fake of the same recording in the test set, the test would measure memory.
 
 # %%
-def named_sources(stem: str, reals: set[str]) -> list[str]:
-    """The recordings and people that a file name tells of; first the recording whose pictures the video shows.
+# A pattern for the whole name, the recording it shows, and which parts are other sources.
+NAME_PATTERNS = (
+    (r".*?(?<![a-z0-9])(\d{3})_(\d{3})(?![a-z0-9]).*", r"\1", (2,)),  # FaceForensics++: 004_982
+    (r"(id\d+)(?:_(id\d+))?_(\d{4})", r"\1_\3", (1, 2)),  # Celeb-DF: id0_id1_0003
+    (r"(\d\d)(?:_(\d\d))?__(.+?)(?:__[a-z0-9]{8})?", r"\1__\3", (1, 2)),  # DeepFakeDetection
+)
 
-    `004_982` is of FaceForensics++, `id0_id1_0003` of Celeb-DF, where identities count too, and
-    `01_02__walking__yvgy8lok` of DeepFakeDetection, with its actors. Any other name tells of the real videos (`reals`)
-    whose names it contains, and of what stands before a double underscore; if there is no such thing, of itself. Names
-    are expected in lower case.
+
+def names_pattern(reals: Iterable[str]) -> re.Pattern:
+    """Finds the names of real videos as whole words within other names, longer names first."""
+    names = "|".join(re.escape(name) for name in sorted(reals, key=len, reverse=True))
+    return re.compile(rf"(?<![^\W_])(?:{names})(?![^\W_])" if names else "(?!)")
+
+
+def named_sources(stem: str, reals: re.Pattern) -> list[str]:
+    """The sources that a lower-case file name gives, first the recording that the video shows.
+
+    For names of no known dataset these are the `reals` it contains and what stands before `__`;
+    without either, the name itself.
     """
-    if match := re.search(r"(?<![a-z0-9])(\d{3})_(\d{3})(?![a-z0-9])", stem):
-        return [*match.groups()]
-    if match := re.fullmatch(r"(id\d+)(?:_(id\d+))?_(\d{4})", stem):
-        return [f"{match[1]}_{match[3]}", *filter(None, match.groups()[:2])]
-    if match := re.fullmatch(r"(\d\d)(?:_(\d\d))?__(.+?)(?:__[a-z0-9]{8})?", stem):
-        return [f"{match[1]}__{match[3]}", *filter(None, match.groups()[:2])]
-    words, sources, first = list(re.finditer(r"[^\W_]+", stem)), [], 0
-    while first < len(words):
-        runs = {
-            end: stem[words[first].start() : words[end - 1].end()]
-            for end in range(len(words), first, -1)
-        }
-        longest = next((end for end, run in runs.items() if run in reals), None)
-        sources += [runs[longest]] if longest else []
-        first = longest or first + 1
-    head = stem.split("__")[0] or stem
-    return [*dict.fromkeys([*sources, head] if head != stem else sources or [stem])]
+    for pattern, recording, people in NAME_PATTERNS:
+        if match := re.fullmatch(pattern, stem):
+            return [match.expand(recording), *(match[i] for i in people if match[i])]
+    head, mark, _ = stem.partition("__")
+    sources = reals.findall(stem) + [head] * bool(head and mark)
+    return list(dict.fromkeys(sources)) or [stem]
 
 
 def sources_by_name(videos: pd.DataFrame) -> pd.Series:
-    """The sources that the names of one dataset's videos tell, a list for each.
-
-    Where no name tells of another, a name with nothing but a number (`video1`) starts anew in each given split.
-    """
+    """The sources that the names of one dataset's videos give, a list for each."""
     stems = videos.path.map(lambda path: unicodedata.normalize("NFC", path.stem).lower())
-    reals = {0: set(), 1: set(stems[videos.label == 0])}
+    patterns = names_pattern(set(stems[videos.label == 0])), names_pattern([])
     sources = [
-        named_sources(stem, reals[label]) for stem, label in zip(stems, videos.label, strict=True)
+        named_sources(stem, patterns[0 if label else 1])
+        for stem, label in zip(stems, videos.label, strict=True)
     ]
+    # real_004 is the recording 004 if a fake is called fake_004_982.
     paired = {name for names in sources if len(names) > 1 for name in names}
-    number = stems.str.extract(r"[\W_](\d{3})$")[0]  # real_004 beside fake_004_982
+    numbers = stems.str.extract(r"[\W_](\d{3})$")[0]
     sources = [
-        [own, *names] if own in paired and len(names) == 1 else names
-        for own, names in zip(number, sources, strict=True)
+        [number, *names] if number in paired and len(names) == 1 else names
+        for number, names in zip(numbers, sources, strict=True)
     ]
-    sources = pd.Series(sources, index=videos.index)
     if all(names == [stem] for names, stem in zip(sources, stems, strict=True)):
+        # If no name refers to another, video1 of train and video1 of test are two recordings.
         counted = stems.str.fullmatch(r"[^\W\d_]*[-_ ]?\d+") & (videos.split != "")
-        sources = (videos.split + "/" + stems).where(counted, stems).map(lambda name: [name])
-    return sources
+        sources = [[name] for name in (videos.split + "/" + stems).where(counted, stems)]
+    return pd.Series(sources, index=videos.index)
 
 
 def connected_groups(sources: list[list[str]]) -> list[str]:
-    """The group of each video: the connected component of its sources, named by its first one in sorted order."""
-    parent: dict[str, str] = {}
-
-    def root_of(node: str) -> str:
-        while parent.setdefault(node, node) != node:
-            parent[node] = node = parent[parent[node]]
-        return node
-
+    """The group of each video: the connected component of its sources, named by its first one."""
+    graph = nx.Graph()
     for names in sources:
-        for name in names:
-            low, high = sorted((root_of(names[0]), root_of(name)))
-            parent[high] = low
-    return [root_of(names[0]) for names in sources]
+        nx.add_path(graph, names)
+    rank = {source: place for place, source in enumerate(graph)}
+    group: dict[str, str] = {}
+    for component in nx.connected_components(graph):
+        group |= dict.fromkeys(component, min(component, key=rank.__getitem__))
+    return [group[names[0]] for names in sources]
 
 
+# %% [markdown]
+# **Checking files** before anything is decoded finds what cannot be a video, and copies. The same
+# content labelled both real and fake is contradictory: neither copy is used.
+
+
+# %%
 def file_problem(path: Path) -> str:
     """Why a file cannot be a video, as far as its directory entry tells; empty if it may be one."""
     try:
-        str(path).encode()  # OpenCV crashes on other names
+        str(path).encode()  # OpenCV crashes on names that are not UTF-8
         if not os.access(path, os.R_OK):
             return "cannot be read: no permission" if path.exists() else "does not exist"
         return "is a folder" if path.is_dir() else "" if path.stat().st_size else "is empty"
@@ -469,60 +464,77 @@ def file_problem(path: Path) -> str:
         return f"cannot be read: {error.strerror}"
 
 
+def content_digest(path: Path) -> str:
+    """A hash of a file's content, or its path if it can't be read: decoding will say why."""
+    content = hashlib.blake2b(digest_size=16)
+    try:
+        with path.open("rb") as stream:
+            while chunk := stream.read(2**20):
+                content.update(chunk)
+    except OSError:
+        return str(path)
+    return content.hexdigest()
+
+
+def contradictions(videos: pd.DataFrame, digests: pd.Series) -> dict[int, str]:
+    """By row, the reason why a video whose content is labelled both real and fake is not used."""
+    reasons = {}
+    for _, copies in videos.groupby(digests):
+        for row in copies.itertuples() if copies.label.nunique() > 1 else ():
+            other = copies[copies.label != row.label].iloc[0]
+            place, kind = "/".join(other.path.parts[-3:]), ("real", "fake")[other.label]
+            reasons[row.Index] = f"contradictory: same content as {place}, which is labelled {kind}"
+    return reasons
+
+
+# %%
 def check_files(videos: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Tell apart, before anything is decoded, the files that can be videos and those that cannot.
+    """Separate files that can be videos from those that cannot, before anything is decoded.
 
-    The same content under both labels is contradictory: neither is used. Copies under one label form one group.
-
-    Returns the good rows, and the others with a `reason`.
+    Copies, files of the same content, are put in one group. Returns the good rows, and the others
+    with a `reason`.
     """
-
-    def digest(path: Path) -> str:
-        content = hashlib.blake2b(digest_size=16)
-        try:
-            with path.open("rb") as stream:
-                while chunk := stream.read(2**20):
-                    content.update(chunk)
-        except OSError:
-            return str(path)  # like no other; decoding will tell what is wrong with it
-        return content.hexdigest()
-
     with ThreadPoolExecutor(workers) as pool:
-        reasons = pd.Series(
-            list(pool.map(file_problem, videos.path)), index=videos.index, dtype=object
-        )
+        problems = list(pool.map(file_problem, videos.path))
+        reasons = pd.Series(problems, index=videos.index, dtype=object)
         readable = videos[reasons == ""]
         sizes = pd.Series(list(pool.map(os.path.getsize, readable.path)), index=readable.index)
-        alike = readable[sizes.duplicated(keep=False)]
-        alike = alike.assign(content=list(pool.map(digest, alike.path)))
-    same = alike[alike.content.duplicated(keep=False)]
-    for _, copies in same.groupby("content"):
-        if copies.label.nunique() > 1:
-            for row in copies.itertuples():
-                other = copies[copies.label != row.label].iloc[0]
-                place, kind = "/".join(other.path.parts[-3:]), ("real", "fake")[other.label]
-                reasons[row.Index] = (
-                    f"contradictory: the same content as {place}, which is called {kind}"
-                )
-    content = same.content.reindex(videos.index)
-    links = [
-        [g] if pd.isna(c) else [g, f"\U0010ffff{c}"]
-        for g, c in zip(videos.group, content, strict=True)
+        suspects = readable[sizes.duplicated(keep=False)]
+        digests = pd.Series(list(pool.map(content_digest, suspects.path)), index=suspects.index)
+    for row, reason in contradictions(suspects, digests).items():
+        reasons[row] = reason
+    contents = digests.to_dict()
+    sources = [
+        [group, *([contents[row]] if row in contents else [])]
+        for row, group in videos.group.items()
     ]
-    videos, good = videos.assign(group=connected_groups(links)), reasons == ""
+    videos, good = videos.assign(group=connected_groups(sources)), reasons == ""
     refused = videos.assign(reason=reasons)[~good]
-    refused["path"] = [
-        Path(str(path).encode(errors="backslashreplace").decode()) for path in refused.path
-    ]
+    printable = [str(path).encode(errors="backslashreplace").decode() for path in refused.path]
+    refused["path"] = list(map(Path, printable))
     return videos[good].reset_index(drop=True), refused.reset_index(drop=True)
 
 
 # %% [markdown]
-# **Splitting and limiting.** Splits come first, so that a larger sample never moves a video from the test set into
-# training. Groups are dealt out so that every split gets its share of each class and manipulation.
-
+# **Splitting** comes before sampling, so that a larger sample never moves a video from the test set
+# into training. Every split gets its share of each class and manipulation.
 
 # %%
+CLASS_NAMES = ("real", "fake")
+
+
+def split_shares(videos: pd.DataFrame, val: float, test: float) -> dict[str, dict[str, float]]:
+    """By dataset, the share of each split in the videos that can be assigned freely.
+
+    A val or test split that the dataset gives gets nothing more.
+    """
+    wanted = {"train": 1 - val - test, "val": val, "test": test}
+    return {
+        dataset: {s: share * (s == "train" or s not in given) for s, share in wanted.items()}
+        for dataset, given in videos.groupby("dataset").split.agg(set).items()
+    }
+
+
 def split_videos(
     videos: pd.DataFrame,
     val: float,
@@ -531,101 +543,60 @@ def split_videos(
     holdout: Iterable[str] = (),
     needed: dict[str, tuple[int, ...]] = EVERY_CLASS,
 ) -> pd.DataFrame:
-    """Fill in `split`, so that no group crosses a split and each split has its share of each class and method.
+    """Fill in `split` so that no group crosses a split; each gets its share of class and method.
 
-    A split that a dataset gives is kept; one that it does not give is taken from its training videos. Fakes of
-    `holdout` methods are in the test set only: those whose group is in training or validation are dropped.
-
-    Raises ValueError when a split would lack a class that is `needed`, with the counts.
+    Splits that a dataset gives are kept; a missing one is taken from its training videos. Fakes of
+    `holdout` methods are in the test set only: those whose group is elsewhere are dropped. Raises
+    ValueError, with the counts, if a split lacks a class that is `needed`.
     """
     known = set(videos.method[videos.label == 1])
     if unknown := set(holdout) - known:
-        raise ValueError(
-            f"HOLDOUT_METHODS: {', '.join(sorted(unknown))} not among {', '.join(sorted(known))}"
-        )
-    held = videos.method.isin(list(holdout))
-    shares = {}
-    for dataset, given in videos.groupby("dataset").split.agg(set).items():
-        wanted = {"train": 1 - val - test, "val": val, "test": test}
-        shares[dataset] = {
-            name: share * (name == "train" or name not in given) for name, share in wanted.items()
-        }
+        names, others = (", ".join(sorted(methods)) for methods in (unknown, known))
+        raise ValueError(f"HOLDOUT_METHODS: {names} not among {others}")
+    held, shares = videos.method.isin(list(holdout)), split_shares(videos, val, test)
     complete = videos.dataset.map(lambda name: sum(map(bool, shares[name].values())) == 1)
     fixed = videos.split.isin(["val", "test"]) | ((videos.split == "train") & complete)
     split = videos.split.where(fixed, "")
     split[held.groupby(videos.group).transform("all") & ~fixed] = "test"
-    for given, allowed in (
-        ("", ("test", "train", "val")),
-        ("train", ("train", "val")),
-    ):  # copies in other datasets
-        of_copy = videos[fixed & videos.split.isin(allowed)].groupby("group").split.min().to_dict()
-        follows = (split == "") & (videos.split == given)
-        split = split.where(
-            ~follows, videos.group.map(lambda name, of_copy=of_copy: of_copy.get(name, ""))
-        )
+    # Copies of videos whose split another dataset gives follow them.
+    for own_split, allowed in (("", ("test", "train", "val")), ("train", ("train", "val"))):
+        of_group = videos[fixed & videos.split.isin(allowed)].groupby("group").split.min().to_dict()
+        follows = (split == "") & (videos.split == own_split)
+        split[follows] = [of_group.get(group, "") for group in videos.group[follows]]
     pool = videos[split == ""]
-    split = split.where(split != "", pool.group.map(deal_out(pool, shares, seed)))
+    split[pool.index] = pool.group.map(assign_groups(pool, shares, seed))
     videos = videos.assign(split=split)
     videos = videos[~held | (videos.split == "test")].reset_index(drop=True)
     require_classes(videos, needed)
     return videos
 
 
-def require_classes(videos: pd.DataFrame, needed: dict[str, tuple[int, ...]] = EVERY_CLASS) -> None:
-    """Raise ValueError, with the counts, if a split lacks a class that is `needed` there, or has no videos at all."""
-    wanted = {label for labels in needed.values() for label in labels}
-    if missing := wanted - {*videos.label}:
-        kind = ("real", "fake")[min(missing)]
-        raise ValueError(f"no {kind} videos among {len(videos)} that can be used")
-    table = pd.crosstab(videos.split, videos.label)
-    table = table.reindex(index=["train", "val", "test"], columns=[0, 1], fill_value=0)
-    if not all(
-        table.loc[split].any() and table.loc[split, list(labels)].all()
-        for split, labels in needed.items()
-    ):
-        raise ValueError(
-            f"a split lacks a class: {len(videos)} usable videos in {videos.group.nunique()} groups became\n"
-            f"{table.rename(columns={0: 'real', 1: 'fake'})}\n"
-            "More recordings help, a larger MAX_VIDEOS_PER_CLASS, or other VAL_FRACTION, TEST_FRACTION and "
-            "HOLDOUT_METHODS. With SELF_BLEND = 1 only the test set needs fakes. data/skipped.csv lists what cannot be "
-            "used."
-        )
+# %% [markdown]
+# Groups are assigned one by one, large ones first, each to the split where it helps most. With 40
+# to 80 groups this comes much nearer to every share than scikit-learn's StratifiedGroupKFold.
 
 
-def deal_out(
+# %%
+def assign_groups(
     videos: pd.DataFrame, shares: dict[str, dict[str, float]], seed: int
 ) -> dict[str, str]:
-    """A split for each group, so that each dataset's classes and methods come near that dataset's `shares`.
+    """A split for each group, so that each dataset's classes and methods come near its `shares`.
 
-    The distance is chi-square: the sum of (count - goal)^2 / goal. Groups are dealt out one by one, each to where it
-    lessens the distance most: large ones first, then again in random orders, as often as time allows. The best counts.
+    The distance to them is chi-square: the sum of (count - goal)^2 / goal.
     """
-    kinds = pd.concat(
-        [videos.assign(kind=videos.label.astype(str)), videos.assign(kind=videos.method)]
-    )
-    table = (
-        kinds.groupby(["group", "dataset", "kind"])
-        .size()
-        .unstack(["dataset", "kind"], fill_value=0)
-    )
+    kinds = pd.concat([videos.assign(kind=kind) for kind in (videos.label.map(str), videos.method)])
+    table = pd.crosstab(kinds.group, [kinds.dataset, kinds.kind])
     counts, splits = table.to_numpy(float), ["train", "val", "test"]
-    share = np.array([[shares[dataset][name] for dataset, _ in table] for name in splits])
+    share = np.array([[shares[dataset][split] for dataset, _ in table] for split in splits])
     goal = np.maximum(share / share.sum(axis=0) * counts.sum(axis=0), 1e-9)
-    rng, best, shortest = np.random.default_rng(seed), np.zeros(len(counts), int), np.inf
-    for attempt in range(1 + 20_000 // (len(counts) + 1)):
-        order = rng.permutation(len(counts))
-        if attempt == 0:
-            order = order[np.argsort(-counts.sum(axis=1)[order], kind="stable")]
-        now, place = np.zeros_like(goal), np.zeros(len(counts), int)
-        for row in order:
-            place[row] = (
-                (counts[row] * (2 * (now - goal) + counts[row]) / goal).sum(axis=1).argmin()
-            )
-            now[place[row]] += counts[row]
-        distance = ((now - goal) ** 2 / goal).sum()
-        if distance < shortest - 1e-6:
-            best, shortest = place, distance
-    return {group: splits[index] for group, index in zip(table.index, best, strict=True)}
+    assigned, split_of = np.zeros_like(goal), {}
+    order = np.random.default_rng(seed).permutation(len(counts))
+    for row in order[np.argsort(-counts.sum(axis=1)[order], kind="stable")]:
+        change = counts[row] * (2 * (assigned - goal) + counts[row]) / goal
+        best = change.sum(axis=1).argmin()
+        assigned[best] += counts[row]
+        split_of[table.index[row]] = splits[best]
+    return split_of
 
 
 def crossing_groups(videos: pd.DataFrame) -> list[str]:
@@ -634,90 +605,101 @@ def crossing_groups(videos: pd.DataFrame) -> list[str]:
     return list(splits.index[splits > 1])
 
 
-def limit_videos(videos: pd.DataFrame, per_class: int, seed: int) -> pd.DataFrame:
-    """At most `per_class` real and fake videos (0 = all), each split keeping its share.
-
-    Real and fake come from the datasets in equal parts, or the dataset would tell the class; fakes come evenly from the
-    methods of each, and from its originals, first from those that are taken themselves.
-    """
-    if not per_class:
-        return videos
-    videos = videos.sort_values("path", key=lambda paths: paths.map(str), kind="stable")
-    # The order in which videos are taken: by turns of their originals, which come in random order.
-    order = sorted(
-        videos.original.unique(),
-        key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest(),
-    )
-    place = (
-        videos.drop_duplicates("original")
-        .set_index("original")
-        .loc[order]
-        .groupby("split")
-        .cumcount()
-    )
-    rank, number = (
-        videos.original.map(place),
-        videos.method.where(videos.label == 1).astype("category").cat.codes,
-    )
-    turn = (number - rank) % (number.max() + 1)  # each original begins with another method
-    turn += (number.max() + 1) * videos.groupby(["original", "method"]).cumcount()
-    turn = turn.where(videos.label == 1, videos.groupby("original").cumcount())
-    # How many: by class and dataset, then method, then split, where the largest arrears are served first.
-    sizes = (
-        videos.groupby(["dataset", "label"])
-        .size()
-        .unstack(fill_value=0)
-        .reindex(columns=[0, 1], fill_value=0)
-    )
-    equal = pd.Series(even_quotas(per_class, sizes.min(axis=1)))
-    kept: list[int] = []
-    for label in (0, 1):
-        rest = even_quotas(per_class - equal.sum(), sizes[label] - equal)
-        wanted: dict[str, float] = defaultdict(float)
-        given = Counter[str]()
-        alone = (label == 1) & ~videos.original.isin(videos.original[kept])
-        keys = pd.DataFrame({"alone": alone, "turn": turn, "rank": rank})
-        for dataset, quota in equal.items():
-            part = videos[(videos.dataset == dataset) & (videos.label == label)]
-            for method, count in even_quotas(
-                quota + rest[dataset], part.method.value_counts()
-            ).items():
-                ranked = keys.loc[part.index[part.method == method]].sort_values([*keys])[::-1]
-                queues = {name: [*rows.index] for name, rows in ranked.groupby(part.split)}
-                for name, queue in queues.items():
-                    wanted[name] += count * len(queue) / len(ranked)
-                for _ in range(count):
-                    claims = {
-                        n: (given[n] == 0, wanted[n] - given[n])
-                        for n, queue in queues.items()
-                        if queue
-                    }
-                    name = max(claims, key=claims.__getitem__)
-                    kept.append(queues[name].pop())
-                    given[name] += 1
-    return videos.loc[kept].sort_index().reset_index(drop=True)
-
-
-def even_quotas(total: int, available: pd.Series) -> dict[str, int]:
-    """Divide `total` evenly by name, nowhere more than is `available`; what a small one leaves goes to the others."""
-    quotas: dict[str, int] = {}
-    for place, (size, name) in enumerate(
-        sorted((int(size), name) for name, size in available.items())
-    ):
-        quotas[name] = min(size, (total - sum(quotas.values())) // (len(available) - place))
-    return quotas
+# %%
+def require_classes(videos: pd.DataFrame, needed: dict[str, tuple[int, ...]] = EVERY_CLASS) -> None:
+    """Raise ValueError, with the counts, if a split is empty or lacks a class that is `needed`."""
+    wanted = {label for labels in needed.values() for label in labels}
+    if missing := wanted - {*videos.label}:
+        kind = CLASS_NAMES[min(missing)]
+        raise ValueError(f"no {kind} videos among the {len(videos)} that can be used")
+    table = pd.crosstab(videos.split, videos.label)
+    table = table.reindex(index=["train", "val", "test"], columns=[0, 1], fill_value=0)
+    if not all(table.loc[s].any() and table.loc[s, list(needed[s])].all() for s in needed):
+        raise ValueError(
+            f"a split lacks a class: {len(videos)} usable videos in {videos.group.nunique()} groups"
+            f" became\n{table.rename(columns={0: 'real', 1: 'fake'})}\nAdd recordings, increase "
+            "MAX_VIDEOS_PER_CLASS, or change VAL_FRACTION, TEST_FRACTION or HOLDOUT_METHODS. With "
+            "SELF_BLEND = 1 only the test set needs fakes. data/skipped.csv lists unusable videos."
+        )
 
 
 # %% [markdown]
-# **Frames** are taken at even spacing from a fixed stretch of the middle of the video. Fakes are often shorter
-# than originals; spread over the whole video, their frames would lie closer together, and the network would
-# learn to tell durations. Seeking to each frame would decode most of the video many times, so one pass grabs
-# every frame up to the last one needed and converts only those that are.
+# **Sampling** takes real and fake videos from the datasets in equal parts, or the dataset would
+# tell the class, and fakes evenly from the methods. Originals are ordered once by a hash of the
+# seed; fakes of originals that are in the sample come first, each original starting with another
+# method.
+
 
 # %%
-CLIP_VERSION = 2  # part of each cached clip's name: counts the changes to how clips are made
-LONG_LEAD = 1500  # frames: in longer videos one seek to the first frame wanted saves decoding what comes before
-LONGEST_SIDE = 1920  # larger frames are reduced on reading: a face is large enough then, and memory stays small
+def even_quotas(total: int, available: pd.Series) -> pd.Series:
+    """Divide `total` evenly, nowhere beyond what is `available`; what one leaves goes to others."""
+    quotas: dict[Any, int] = {}
+    for place, (size, name) in enumerate(sorted((int(n), name) for name, n in available.items())):
+        quotas[name] = min(size, (total - sum(quotas.values())) // (len(available) - place))
+    return pd.Series(quotas, dtype=int)
+
+
+def in_sampling_order(videos: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """The videos by turns of their originals, whatever order the rows had."""
+    key = videos.original.map(lambda name: hashlib.sha256(f"{seed} {name}".encode()).hexdigest())
+    videos = videos.assign(key=key, name=videos.path.map(str)).sort_values(["key", "name"])
+    rank = videos.groupby("split").key.transform(lambda keys: pd.factorize(keys)[0])
+    methods = sorted(set(videos.method[videos.label == 1]))
+    number = videos.method.map({name: n for n, name in enumerate(methods)}).fillna(0)
+    turn = ((number - rank) % max(len(methods), 1)).where(videos.label == 1, 0)
+    turn += len(methods) * videos.groupby(["original", "method"]).cumcount()
+    return videos.assign(rank=rank, turn=turn).sort_values(["turn", "rank"], kind="stable")
+
+
+def take_shares(videos: pd.DataFrame, quotas: pd.Series) -> pd.DataFrame:
+    """The first videos up to the `quotas` of datasets, evenly by method, each split its share."""
+    sizes = videos.groupby(["dataset", "method"]).size()
+    wanted = {
+        dataset: even_quotas(quotas[dataset], part.droplevel("dataset"))
+        for dataset, part in sizes.groupby("dataset")
+    }
+    keys = [videos.split == "train", videos.split, videos.dataset, videos.method]
+    cells = videos.groupby(keys).size().rename("count")
+    cells.index.names = ["is_train", "split", "dataset", "method"]
+    share = pd.concat(wanted, names=["dataset", "method"]) / sizes
+    # Rounded along the cells, small splits first, so that errors neither add up nor empty a split.
+    goals = cells * share.reindex(cells.index.droplevel([0, 1])).to_numpy()
+    ends = np.ceil(goals.cumsum().round(6))
+    counts = ends.diff().fillna(ends).droplevel("is_train").rename("count")
+    count = videos.join(counts, on=["split", "dataset", "method"])["count"]
+    return videos[videos.groupby(["split", "dataset", "method"]).cumcount() < count]
+
+
+def sample_per_class(videos: pd.DataFrame, per_class: int, seed: int) -> pd.DataFrame:
+    """At most `per_class` real and fake videos (0 = all), each split keeping its share."""
+    if not per_class or videos.empty:
+        return videos
+    ordered = in_sampling_order(videos, seed)
+    sizes = pd.crosstab(videos.dataset, videos.label).reindex(columns=[0, 1], fill_value=0)
+    equal = even_quotas(per_class, sizes.min(axis=1))
+    kept: list[pd.DataFrame] = []
+    for label in (0, 1):
+        quotas = equal + even_quotas(per_class - equal.sum(), sizes[label] - equal)
+        part = ordered[ordered.label == label]
+        if part.empty:
+            continue
+        if kept:
+            is_taken = part.original.isin(kept[0].original)
+            part = pd.concat([part[is_taken], part[~is_taken]])
+        kept.append(take_shares(part, quotas))
+    rows = pd.concat(kept).index
+    return videos.loc[videos.index.isin(rows)].reset_index(drop=True)
+
+
+# %% [markdown]
+# **Frames** are taken at even spacing from a fixed stretch in the middle of the video. Fakes are
+# often shorter than originals: spread over the whole video, their frames would lie closer together,
+# and the network would learn to tell durations.
+
+# %%
+CLIP_VERSION = 3  # part of each cached clip's name: increased when clips are made differently
+LONG_LEAD = 1500  # frames before the first one wanted, beyond which one seek saves time
+LONGEST_SIDE = 1920  # pixels; larger frames are reduced: faces stay large enough, memory small
 
 
 class VideoError(Exception):
@@ -727,30 +709,47 @@ class VideoError(Exception):
 def frame_positions(total: int, count: int, fps: float, seconds: float) -> np.ndarray:
     """`count` even positions within the middle `seconds` of `total` frames.
 
-    At few frames a second the stretch is longer, and holds `count` frames; of a shorter video some are repeated.
+    At few frames per second the stretch is longer, to hold `count` frames; a shorter video repeats
+    some.
     """
     span = min(total, max(count, round(fps * seconds))) if fps > 0 else total
     return (total - span) // 2 + ((np.arange(count) + 0.5) * span / count).astype(int)
 
 
 def open_video(path: Path) -> cv2.VideoCapture:
-    """A capture with one decoding thread: other videos keep the other cores busy. Raises VideoError with the reason."""
+    """A capture with one decoding thread: other videos use the other cores. Raises VideoError."""
     if problem := file_problem(path):
         raise VideoError(problem)
     capture = cv2.VideoCapture(str(path.absolute()), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     if not capture.isOpened():
-        raise VideoError(
-            "no pictures that can be decoded: not a video, sound alone, cut off or damaged"
-        )
+        raise VideoError("no frames can be decoded: not a video, sound alone, cut off or damaged")
     return capture
 
 
-def decode(
-    capture: cv2.VideoCapture, wanted: np.ndarray, at: int = 0
-) -> tuple[dict[int, np.ndarray], int, float]:
-    """One pass from frame `at` up to the last one wanted, converting only those that are.
+def to_rgb(frame: np.ndarray) -> np.ndarray:
+    """A decoded BGR frame as RGB, its longer side at most LONGEST_SIDE."""
+    scale = LONGEST_SIDE / max(frame.shape[:2])
+    if scale < 1:
+        frame = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
-    Returns the wanted frames (H, W, 3) uint8 RGB by number, the number after the last one that came, and its time in s.
+
+# %% [markdown]
+# There are two ways to reach the frames. A **pass from the start** is exact in every container, and
+# cheaper than a seek per frame, which would decode most of the video many times: it grabs every
+# frame and converts those wanted. In long videos **one seek** to the first frame wanted saves
+# decoding what comes before, if the container's time stamps prove that it arrived at the right
+# frame.
+
+
+# %%
+Decoded = tuple[dict[int, np.ndarray], int, float]
+
+
+def decode_forward(capture: cv2.VideoCapture, wanted: np.ndarray, at: int = 0) -> Decoded:
+    """Decode from the capture's position, frame `at`, up to the last frame wanted.
+
+    Returns the frames (H, W, 3) uint8 RGB by number, the number after the last one, its time in s.
     """
     frames, time, needed = {}, 0.0, set(wanted.tolist())
     while at <= wanted[-1] and capture.grab():
@@ -764,167 +763,160 @@ def decode(
     return frames, at, time
 
 
-def read_frames(path: Path, count: int, seconds: float) -> tuple[list[np.ndarray], np.ndarray]:
-    """`count` RGB frames (H, W, 3) uint8 of a video and their numbers in it; some are repeated if it has fewer.
+def decode_after_seek(path: Path, wanted: np.ndarray, fps: float) -> Decoded | None:
+    """Seek to the first frame wanted, then decode; None if the seek ended at another frame."""
+    capture, before = open_video(path), int(wanted[0]) - 1
+    capture.set(cv2.CAP_PROP_POS_FRAMES, before)
+    if not capture.grab() or abs(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 * fps - before) > 0.5:
+        return None
+    return decode_forward(capture, wanted, before + 1)
 
-    Raises VideoError with the reason if it is no video, or ends before it should.
+
+def read_frames(path: Path, count: int, seconds: float) -> tuple[list[np.ndarray], np.ndarray]:
+    """`count` RGB frames (H, W, 3) uint8 of a video and their numbers; short videos repeat some.
+
+    Raises VideoError with the reason if it is not a video, or ends before it should.
     """
-    capture, at = open_video(path), 0
+    capture = open_video(path)
     total, fps = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
     positions = frame_positions(total if total > 1 else 2**31, count, fps, seconds)
-    if total > 1 and positions[0] > LONG_LEAD:
-        at = int(positions[0])
-        capture.set(cv2.CAP_PROP_POS_FRAMES, at - 1)
-        if (
-            not capture.grab()
-            or abs(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 * fps - (at - 1)) > 0.5
-        ):
-            capture, at = (
-                open_video(path),
-                0,
-            )  # the time is another: this container cannot be trusted to find a frame
-    frames, end, time = decode(capture, positions, at)
-    if (
-        end <= positions[-1]
-    ):  # damaged; or the container does not know its frames, and guessed from the duration
+    is_long = total > 1 and positions[0] > LONG_LEAD
+    decoded = decode_after_seek(path, positions, fps) if is_long else None
+    frames, end, time = decoded or decode_forward(capture, positions)
+    if end <= positions[-1]:  # damaged, or the container guessed its number of frames
         if max(end, time * fps + 1) < 0.95 * total:
             raise VideoError(f"decoding ends after {end} of {total} frames: truncated or damaged")
-        if at:
-            _, end, time = decode(open_video(path), positions)
+        _, end, time = decode_forward(open_video(path), positions)
         if end < 2:
             raise VideoError(f"holds {end or 'no'} frame{'s' * (end != 1)}")
         positions = frame_positions(end, count, end / time if time else fps, seconds)
-        frames, *_ = decode(open_video(path), positions)
+        frames, *_ = decode_forward(open_video(path), positions)
     if len({frame.shape for frame in frames.values()}) > 1:
         raise VideoError("changes its frame size midway")
     return [frames[position] for position in positions.tolist()], positions
 
 
-def to_rgb(frame: np.ndarray) -> np.ndarray:
-    """A decoded BGR frame as RGB, its longer side at most LONGEST_SIDE."""
-    scale = LONGEST_SIDE / max(frame.shape[:2])
-    if scale < 1:
-        frame = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-
-
 # %% [markdown]
-# **The face** is searched for in a few frames with MTCNN and followed through the clip. Its box is interpolated
-# in between and keeps one size: a crop that breathed with the detector would hide, or fake, the unsteadiness
-# that gives some manipulations away.
+# **The face** is detected in a few frames with MTCNN and followed through the clip. In between its
+# box is interpolated, and it keeps one size: a crop that breathed with the detector would hide, or
+# imitate, the unsteadiness that gives some manipulations away.
 
 # %%
 DETECTION_FRAMES = 8  # frames of a clip that the detector looks at
 DETECTION_SIDE = 640  # longer side of the frames it sees
-FACE_SIZES = (
-    80,
-    32,
-)  # smallest face searched for, in pixels of those; small ones only where there is no larger
+FACE_SIZES = (80, 32)  # smallest face in their pixels; small ones only if there is no larger one
+
+
+class Face(NamedTuple):
+    """A face found in one of the frames looked at: box (4,) and landmarks (5, 2) in pixels."""
+
+    time: int
+    box: np.ndarray
+    landmarks: np.ndarray
+
+    @property
+    def size(self) -> float:
+        return float((self.box[2:] - self.box[:2]).max())
 
 
 def load_face_detector(device: str) -> torch.nn.ModuleList:
-    """MTCNN (Zhang et al., 2016) for large and for small faces; its weights come inside the facenet-pytorch package."""
+    """MTCNN (Zhang et al., 2016) for large and small faces, with facenet-pytorch's weights."""
     ensure_packages("facenet_pytorch")
     from facenet_pytorch import MTCNN
 
-    with (
-        warnings.catch_warnings()
-    ):  # torch 2.4 and 2.5 say how facenet-pytorch should read its own weights
-        warnings.filterwarnings(
-            "ignore", message="You are using `torch.load`", category=FutureWarning
-        )
+    with warnings.catch_warnings():  # torch 2.5 warns of how facenet-pytorch reads its own weights
+        warnings.filterwarnings("ignore", "You are using `torch.load`", FutureWarning)
         stages = [MTCNN(keep_all=True, min_face_size=size, device=device) for size in FACE_SIZES]
-    return (
-        torch.nn.ModuleList(stages).eval().to(memory_format=torch.channels_last)
-    )  # a third faster on CPUs
+    detector = torch.nn.ModuleList(stages).eval()
+    return detector.to(memory_format=torch.channels_last)  # a third faster on CPUs
 
 
-def follow_face(found: list[np.ndarray]) -> list[int | None]:
-    """The index of one face in each frame's boxes (N, 4), or None where it is not seen.
-
-    From each box a track grows both ways through time: the nearest box, if it is no farther than the face is wide and
-    of similar size. The track with the largest mean size times the cube of the share of frames that it is seen in
-    wins: a face that stays beats a larger one that passes.
-    """
-    corners = [boxes.reshape(-1, 2, 2) for boxes in found]
-    middles, sides = (
-        [c.mean(axis=1) for c in corners],
-        [np.ptp(c, axis=1).max(axis=1) for c in corners],
-    )
-    best, best_score = {}, 0.0
-    for first, start in (
-        (t, index) for t, boxes in enumerate(found) for index in range(len(boxes))
-    ):
-        track = {first: start}
-        for times in (range(first + 1, len(found)), reversed(range(first))):
-            last = first
-            for t in times:
-                size, middle = sides[last][track[last]], middles[last][track[last]]
-                distance = np.linalg.norm(middles[t] - middle, axis=1)
-                near = (distance < size) & (sides[t] < 2 * size) & (sides[t] > size / 2)
-                if near.any():
-                    track[t] = int(np.where(near, distance, np.inf).argmin())
-                    last = t
-        score = (
-            np.mean([sides[t][index] for t, index in track.items()])
-            * (len(track) / len(found)) ** 3
-        )
-        if score > best_score:
-            best, best_score = track, score
-    return [best.get(t) for t in range(len(found))]
-
-
-def find_face(
-    frames: list[np.ndarray], detector: Iterable[Any] | None
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """The face of a clip: boxes (T, 4) and landmarks (T, 5, 2) in pixels, and the share of frames that show it.
-
-    Without any face, or without a detector, the boxes and landmarks are NaN and the share is 0.
-    """
-    no_face = np.full((len(frames), 4), np.nan), np.full((len(frames), 5, 2), np.nan), 0.0
-    if detector is None:
-        return no_face
-    looked_at = np.unique(np.linspace(0, len(frames) - 1, DETECTION_FRAMES).round().astype(int))
+def detect_faces(frames: list[np.ndarray], detector: Iterable[Any]) -> list[list[Face]]:
+    """The faces in each of some RGB frames of one size. Raises VideoError if the detector fails."""
     scale = min(1.0, DETECTION_SIDE / max(frames[0].shape[:2]))
-    small = [
-        cv2.resize(frames[i], None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        for i in looked_at
-    ]
-    found = [np.zeros((0, 14))] * len(small)  # a row a face: its box and landmarks
+    shrink = dict(fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    small = [cv2.resize(frame, None, **shrink) for frame in frames]
+    found: list[list[Face]] = [[] for _ in frames]
     for stage in detector:
-        faceless = [i for i, faces in enumerate(found) if not len(faces)]
+        faceless = [time for time, faces in enumerate(found) if not faces]
         if not faceless or min(small[0].shape[:2]) < stage.min_face_size:
             continue
         try:
-            boxes, _, landmarks = stage.detect(
-                np.stack([small[i] for i in faceless]), landmarks=True
-            )
+            images = np.stack([small[time] for time in faceless])
+            boxes, _, landmarks = stage.detect(images, landmarks=True)
         except torch.cuda.OutOfMemoryError:
             raise
-        except (
-            IndexError,
-            RuntimeError,
-            ValueError,
-        ) as error:  # facenet-pytorch stumbles over boxes without area
+        except (IndexError, RuntimeError, ValueError) as error:  # it fails on boxes without area
             raise VideoError(f"the face detector failed: {error}") from error
-        for i, box, points in zip(faceless, boxes, landmarks, strict=True):
+        for time, box, points in zip(faceless, boxes, landmarks, strict=True):
             if box is not None:
-                found[i] = np.hstack([box, points.reshape(-1, 10)]).astype(float) / scale
-    picks = follow_face([faces[:, :4] for faces in found])
-    seen = [i for i, pick in enumerate(picks) if pick is not None]
-    if not seen:
-        return no_face
-    track = np.stack([found[i][picks[i]] for i in seen])
-    track = np.stack(
-        [np.interp(range(len(frames)), looked_at[seen], values) for values in track.T], axis=1
-    )
-    return track[:, :4], track[:, 4:].reshape(-1, 5, 2), len(seen) / len(looked_at)
+                pairs = zip(box.astype(float) / scale, points.astype(float) / scale, strict=True)
+                found[time] = [Face(time, *pair) for pair in pairs]
+    return found
+
+
+# %% [markdown]
+# From every face a track grows both ways through time: to the face of the next frame that overlaps
+# it most, if it is at least half and at most twice as large. The winner is the track with the
+# largest mean size times the cube of the share of frames it is seen in: a face that stays beats a
+# larger one that passes.
+
+
+# %%
+def next_face(face: Face, candidates: list[Face]) -> Face | None:
+    """The candidate that continues a face's track, if there is one."""
+    similar = [other for other in candidates if face.size / 2 < other.size < 2 * face.size]
+    if not similar:
+        return None
+    boxes = torch.from_numpy(np.stack([face.box, *(other.box for other in similar)]))
+    overlap = box_iou(boxes[:1], boxes[1:])[0]
+    return similar[int(overlap.argmax())] if overlap.max() > 0 else None
+
+
+def track_of(face: Face, found: list[list[Face]]) -> list[Face]:
+    """The track that grows from a face through the faces found in each frame, in order of time."""
+    track = [face]
+    for times in (range(face.time + 1, len(found)), reversed(range(face.time))):
+        last = face
+        for time in times:
+            if following := next_face(last, found[time]):
+                track.append(last := following)
+    return sorted(track, key=lambda face: face.time)
+
+
+def follow_face(found: list[list[Face]]) -> list[Face]:
+    """The track of the clip's main face; empty if there is no face."""
+    tracks = [track_of(face, found) for faces in found for face in faces]
+
+    def prominence(track: list[Face]) -> float:
+        return float(np.mean([face.size for face in track])) * (len(track) / len(found)) ** 3
+
+    return max(tracks, key=prominence, default=[])
+
+
+# %%
+def find_face(
+    frames: list[np.ndarray], detector: Iterable[Any] | None
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """The face of a clip: boxes (T, 4), landmarks (T, 5, 2) in pixels, share of frames showing it.
+
+    Without a face, or without a detector, boxes and landmarks are NaN and the share is 0.
+    """
+    every = np.arange(len(frames))
+    looked_at = np.unique(np.linspace(0, every[-1], DETECTION_FRAMES).round().astype(int))
+    track = follow_face(detect_faces([frames[i] for i in looked_at], detector)) if detector else []
+    if not track:
+        return np.full((len(frames), 4), np.nan), np.full((len(frames), 5, 2), np.nan), 0.0
+    times = looked_at[[face.time for face in track]]
+    values = np.stack([np.hstack([face.box, face.landmarks.ravel()]) for face in track])
+    values = np.stack([np.interp(every, times, column) for column in values.T], axis=1)
+    return values[:, :4], values[:, 4:].reshape(-1, 5, 2), len(track) / len(looked_at)
 
 
 def crop_squares(boxes: np.ndarray, height: int, width: int, margin: float) -> np.ndarray:
-    """Squares (T, 3) of left, top, side around the boxes (T, 4), all of one size, shifted to lie in the frame.
+    """Squares (T, 3) of left, top, side around the boxes (T, 4), of one size, inside the frame.
 
-    A box that is NaN gives the largest square in the middle of the frame.
+    NaN boxes give the largest square in the middle of the frame.
     """
     if np.isnan(boxes).any():
         side = min(height, width)
@@ -937,38 +929,15 @@ def crop_squares(boxes: np.ndarray, height: int, width: int, margin: float) -> n
 
 
 # %% [markdown]
-# Together they make a **clip**. It is cached in one file, written under another name and then renamed, so that a
-# half-written one is never read. Its name is a fingerprint of the video and of every setting that shapes it.
+# Together they make a **clip**. It is cached in one file, whose name is a fingerprint of the video
+# and of every setting that shapes the clip. It is written under another name and then renamed, so
+# that a half-written one is never read.
 
 
 # %%
-OWN_TABLES = ("train.csv", "val.csv", "test.csv", "skipped.csv")  # what cell 9 writes in data/
-
-
-def require_own_tables(folder: Path) -> None:
-    """Raise FileExistsError if a table that cell 9 would write in `folder` is there and somebody else's: a manifest."""
-    for file in map(folder.joinpath, OWN_TABLES):
-        if file.exists() and not {"clip_file", "reason"} & set(
-            pd.read_csv(file, nrows=0, encoding_errors="replace")
-        ):
-            raise FileExistsError(
-                f"{file} would be overwritten, and is not of this notebook: choose another WORK_DIR"
-            )
-
-
-def remove_partial_files(folder: Path) -> None:
-    """Remove what killed processes left half-written in a folder."""
-    for file in folder.glob(".partial-*"):
-        process = file.name.split("-")[1]
-        if process.isdecimal() and (
-            int(process) == os.getpid() or not psutil.pid_exists(int(process))
-        ):
-            file.unlink(missing_ok=True)
-
-
 @dataclass(frozen=True)
 class ClipSettings:
-    """What shapes a clip; see the parameters of the same names. `frames` are those of all clips of a video."""
+    """What shapes a clip; see the parameters. `frames` are those of all clips of a video."""
 
     frames: int
     seconds: float
@@ -978,19 +947,17 @@ class ClipSettings:
 
     @classmethod
     def of(cls, config: Config | SimpleNamespace) -> "ClipSettings":
-        frames = config.FRAMES_PER_VIDEO * config.CLIPS_PER_VIDEO
-        return cls(
-            frames, config.CLIP_SECONDS, config.IMAGE_SIZE, config.FACE_CROP, config.FACE_MARGIN
-        )
+        frames, seconds = config.FRAMES_PER_VIDEO * config.CLIPS_PER_VIDEO, config.CLIP_SECONDS
+        return cls(frames, seconds, config.IMAGE_SIZE, config.FACE_CROP, config.FACE_MARGIN)
 
 
 @dataclass
 class Clip:
     """A video as the network sees it.
 
-    `frames` (T, S, S, 3) uint8 RGB; `squares` (T, 3), the left, top and side of the crops in the video's pixels;
-    `landmarks` (T, 5, 2), eyes, nose and corners of the mouth in the crops' pixels, NaN without a face;
-    `face_share`, the share of the frames looked at that show the face; `positions` (T,), their numbers in the video.
+    `frames` (T, S, S, 3) uint8 RGB; `squares` (T, 3), left, top, side of the crops in the video's
+    pixels; `landmarks` (T, 5, 2), eyes, nose, corners of the mouth in the crops' pixels, NaN where
+    no face is; `face_share` of the frames looked at; `positions` (T,), frame numbers.
     """
 
     frames: np.ndarray
@@ -1006,21 +973,20 @@ def make_clip(path: Path, settings: ClipSettings, detector: torch.nn.ModuleList 
     height, width = frames[0].shape[:2]
     boxes, landmarks, share = find_face(frames, detector if settings.face_crop else None)
     squares = crop_squares(boxes, height, width, settings.margin)
-    shrinks = squares[0, 2] > settings.size
+    side = squares[0, 2]
+    filtering = cv2.INTER_AREA if side > settings.size else cv2.INTER_LINEAR
+    size = settings.size, settings.size
     crops = [
-        cv2.resize(
-            frame[top : top + side, left : left + side],
-            (settings.size, settings.size),
-            interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR,
-        )
-        for frame, (left, top, side) in zip(frames, squares, strict=True)
+        cv2.resize(frame[y : y + side, x : x + side], size, interpolation=filtering)
+        for frame, (x, y, _) in zip(frames, squares, strict=True)
     ]
-    landmarks = (landmarks - squares[:, None, :2]) * (settings.size / squares[0, 2])
+    landmarks = (landmarks - squares[:, None, :2]) * (settings.size / side)
     return Clip(np.stack(crops), squares, landmarks.round(2).astype(np.float32), share, positions)
 
 
+# %%
 def clip_file(path: Path, settings: ClipSettings, cache_dir: Path) -> Path:
-    """Where the clip of a video is cached: a name for this file, at this size and age, with these settings."""
+    """Where a video's clip is cached, by the video's path, size and age and the settings."""
     stat = path.stat()
     identity = [CLIP_VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns, asdict(settings)]
     return cache_dir / (hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24] + ".npz")
@@ -1038,48 +1004,24 @@ def is_intact(file: Path) -> bool:
 def cached_clip(
     path: Path, settings: ClipSettings, cache_dir: Path, detector: torch.nn.ModuleList | None
 ) -> dict:
-    """Make sure that a video's clip is in the cache; returns what the tables say of it."""
+    """Make sure that a video's clip is in the cache; its CLIP_COLUMNS, or the `reason` it fails."""
     try:
         file = clip_file(path, settings, cache_dir)
     except OSError as error:
-        raise VideoError(f"cannot be read: {error.strerror}") from error
+        return dict(reason=f"cannot be read: {error.strerror}")
     if not is_intact(file):
+        try:
+            clip = make_clip(path, settings, detector)
+        except (VideoError, cv2.error) as error:
+            return dict(reason=str(error))
         with replacing(file) as partial_file, open(partial_file, "wb") as stream:
-            np.savez(stream, **vars(make_clip(path, settings, detector)))
+            np.savez(stream, **vars(clip))
     with np.load(file) as saved:
-        distinct_frames = len(np.unique(saved["positions"]))
-        return dict(
-            clip_file=str(file),
-            face_share=float(saved["face_share"]),
-            distinct_frames=distinct_frames,
-        )
+        share, distinct = float(saved["face_share"]), len(np.unique(saved["positions"]))
+    return dict(clip_file=str(file), face_share=share, distinct_frames=distinct)
 
 
-def require_space(videos: pd.DataFrame, settings: ClipSettings, cache_dir: Path) -> str:
-    """Compare what the clips still to be made will need with the free disk; says so in words.
-
-    Raises OSError, with both figures, if there is too little room.
-    """
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        remove_partial_files(cache_dir)
-    except OSError as error:
-        raise OSError(
-            f"CACHE_DIR {cache_dir} is no folder to write to: {error.strerror}"
-        ) from error
-    missing = sum(
-        not clip_file(path, settings, cache_dir).exists() for path in videos.path if path.exists()
-    )
-    needed = missing * (settings.frames * settings.size**2 * 3 + 4096) / 2**30
-    free = shutil.disk_usage(cache_dir).free / 2**30
-    words = f"{missing} clips to make, {1024 * needed:.0f} MiB; {free:.1f} GiB free in {cache_dir}"
-    if needed > free:
-        raise OSError(
-            f"{words}. Set CACHE_DIR to a folder with more room, or take fewer videos, fewer frames or smaller images"
-        )
-    return words
-
-
+# %%
 def cache_clips(
     videos: pd.DataFrame,
     settings: ClipSettings,
@@ -1087,93 +1029,119 @@ def cache_clips(
     detector: torch.nn.ModuleList | None,
     workers: int,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Make the clips of all videos, several at a time in threads (OpenCV decodes outside Python's lock).
+    """Make the clips of all videos, in threads: OpenCV decodes outside Python's lock.
 
-    Returns:
-        The usable videos with `clip_file`, `face_share` and `distinct_frames`, and the others with a `reason`.
+    Returns the usable videos with CLIP_COLUMNS, and the others with a `reason`.
     """
     outcomes: dict[int, dict] = {}
-    skipped = 0
-
-    def outcome(path: Path) -> dict:
-        try:
-            return cached_clip(path, settings, cache_dir, detector)
-        except (VideoError, cv2.error) as error:
-            return dict(reason=str(error))
-
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        jobs = {pool.submit(outcome, row.path): row.Index for row in videos.itertuples()}
-        with tqdm(
-            as_completed(jobs),
-            total=len(jobs),
-            desc="videos to clips",
-            leave=False,
-            disable=NO_BARS,
-        ) as bar:
-            for job in bar:
-                outcomes[jobs[job]] = job.result()
-                skipped += "reason" in job.result()
-                bar.set_postfix(skipped=skipped, refresh=False)
+        jobs = {
+            pool.submit(cached_clip, row.path, settings, cache_dir, detector): row.Index
+            for row in videos.itertuples()
+        }
+        for job in tqdm(as_completed(jobs), "making clips", len(jobs), False, disable=NO_BARS):
+            outcomes[jobs[job]] = job.result()
     finally:
         pool.shutdown(cancel_futures=True)
-    table = videos.join(
-        pd.DataFrame.from_dict(outcomes, orient="index", columns=[*CLIP_COLUMNS, "reason"])
-    )
+    columns = [*CLIP_COLUMNS, "reason"]
+    table = videos.join(pd.DataFrame.from_dict(outcomes, orient="index", columns=columns))
     usable = table.reason.isna()
-    good = table[usable].drop(columns="reason").astype({"distinct_frames": int})
-    return good.reset_index(drop=True), table[~usable].drop(columns=[*CLIP_COLUMNS]).reset_index(
-        drop=True
-    )
+    made = table[usable].drop(columns="reason").astype({"distinct_frames": int})
+    failed = table[~usable].drop(columns=[*CLIP_COLUMNS])
+    return made.reset_index(drop=True), failed.reset_index(drop=True)
 
 
 # %% [markdown]
-# **The demo set** lets the notebook run with no dataset at all. From one public-domain portrait that ships with
-# matplotlib it makes short videos of "people" (the portrait's face is reshaped at random), who move their heads
-# in changing light, and three kinds of fakes of them:
+# Three checks come before the work: whether there is room for the clips, whether a table in `data/`
+# is somebody else's, and what killed processes left half-written.
+
+# %%
+OWN_TABLES = ("train.csv", "val.csv", "test.csv", "skipped.csv")  # what section 9 writes in data/
+
+
+def require_own_tables(folder: Path) -> None:
+    """Raise FileExistsError if section 9 would overwrite a table that it did not write."""
+    for file in map(folder.joinpath, OWN_TABLES):
+        if not file.exists():
+            continue
+        columns = pd.read_csv(file, nrows=0, encoding_errors="replace")
+        if not {"clip_file", "reason"} & set(columns):
+            raise FileExistsError(
+                f"{file} would be overwritten but is not this notebook's: choose another WORK_DIR"
+            )
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what killed processes left half-written in a folder."""
+    for file in folder.glob(".partial-*"):
+        process = file.name.split("-")[1]
+        is_own = process == str(os.getpid())
+        if process.isdecimal() and (is_own or not psutil.pid_exists(int(process))):
+            file.unlink(missing_ok=True)
+
+
+def require_space(videos: pd.DataFrame, settings: ClipSettings, cache_dir: Path) -> str:
+    """Say how much disk the missing clips need. Raises OSError if more than is free."""
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        remove_partial_files(cache_dir)
+    except OSError as error:
+        raise OSError(
+            f"CACHE_DIR {cache_dir} is not a writable folder: {error.strerror}"
+        ) from error
+    present = [path for path in videos.path if path.exists()]
+    missing = sum(not clip_file(path, settings, cache_dir).exists() for path in present)
+    needed = missing * (settings.frames * settings.size**2 * 3 + 4096) / 2**30
+    free = shutil.disk_usage(cache_dir).free / 2**30
+    words = f"{missing} clips to make, {1024 * needed:.0f} MiB; {free:.1f} GiB free in {cache_dir}"
+    if needed > free:
+        raise OSError(
+            f"{words}. Set CACHE_DIR to a folder with more room, or use fewer videos, fewer frames "
+            "or smaller images"
+        )
+    return words
+
+
+# %% [markdown]
+# **The demo set** lets the notebook run without any dataset. From one public-domain portrait that
+# ships with matplotlib it makes short videos of "people" (the portrait, reshaped at random), who
+# move their heads in changing light, and three kinds of fakes of them:
 #
 # - `blend`: another face is blended in, with a seam and other colours;
 # - `lowres`: the face went through a generator of low resolution;
 # - `jitter`: the face does not quite follow the head from frame to frame.
 #
-# Person, motion, light, background, camera and codec are drawn from the same distributions for both classes, so
-# that only the manipulation tells them apart.
+# Person, motion, light, background, camera and codec are drawn from the same distributions for both
+# classes, so that only the manipulation tells them apart.
 
 # %%
 DEMO_METHODS = ("blend", "lowres", "jitter")
 DEMO_FRAMES, DEMO_FPS = (20, 28), 12
 FACE_CENTRE, FACE_AXES = (265, 236), (76, 92)  # of the face in the portrait, in its pixels
+SHOULDERS = [[20, 600], [35, 400], [200, 310], [330, 310], [490, 390], [512, 600]]
 
 
 def load_portrait() -> np.ndarray:
-    """Grace Hopper by James S. Davis, 1984 (public domain), as BGR float32 (600, 512, 3) in 0..1."""
+    """Grace Hopper by James S. Davis, 1984 (public domain), as BGR float32 (600, 512, 3), 0..1."""
     file = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
-    portrait: Any = cv2.imdecode(
-        np.fromfile(file, np.uint8), cv2.IMREAD_COLOR
-    )  # imread fails on some Windows paths
+    content = np.fromfile(file, np.uint8)  # imread fails on some Windows paths
+    portrait: Any = cv2.imdecode(content, cv2.IMREAD_COLOR)
     return portrait.astype(np.float32) / 255
 
 
 def reshaped(portrait: np.ndarray, rng: np.random.Generator, strength: float = 6) -> np.ndarray:
-    """The portrait (H, W, C) with smooth random displacements of about `strength` pixels: another person."""
+    """The portrait (H, W, C) with smooth displacements of about `strength` pixels: a new person."""
     height, width = portrait.shape[:2]
-    shift = cv2.resize(
-        rng.normal(0, strength, (7, 6, 2)).astype(np.float32),
-        (width, height),
-        interpolation=cv2.INTER_CUBIC,
-    )
-    x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
-    return cv2.remap(
-        portrait,
-        x + shift[..., 0],
-        y + shift[..., 1],
-        cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_REFLECT,
-    )
+    coarse = rng.normal(0, strength, (7, 6, 2)).astype(np.float32)
+    shift = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    y, x = np.indices((height, width), np.float32)
+    places = x + shift[..., 0], y + shift[..., 1]
+    return cv2.remap(portrait, *places, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
 
 
 def face_mask(rng: np.random.Generator, feather: float) -> np.ndarray:
-    """A soft ellipse over the face, (600, 512, 1) float32 in 0..1, its edge about `feather` pixels wide."""
+    """A soft ellipse over the face, (600, 512, 1) float32 in 0..1, its edge `feather` wide."""
     mask = np.zeros((600, 512), np.float32)
     axes = [int(axis * rng.uniform(0.85, 1.1)) for axis in FACE_AXES]
     cv2.ellipse(mask, FACE_CENTRE, axes, rng.uniform(-8, 8), 0, 360, 1, cv2.FILLED)
@@ -1184,57 +1152,52 @@ def manipulated(
     person: np.ndarray, portrait: np.ndarray, method: str, frames: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
     """The person's picture for each frame of a fake, manipulated inside the face only."""
-    height, width = person.shape[:2]
+    size = person.shape[1::-1]
     if method == "blend":
         gain = 1 + rng.choice([-1, 1], 3) * rng.uniform(0.08, 0.2, 3)
         donor = reshaped(portrait, rng) * gain.astype(np.float32)
-        mask = face_mask(rng, rng.uniform(1.5, 3))
-        return [person + mask * (donor - person)] * frames
+        return [person + face_mask(rng, rng.uniform(1.5, 3)) * (donor - person)] * frames
     mask = face_mask(rng, rng.uniform(2, 5))
     if method == "lowres":
-        small = cv2.resize(
-            person,
-            None,
-            fx=(scale := rng.uniform(0.1, 0.16)),
-            fy=scale,
-            interpolation=cv2.INTER_AREA,
-        )
-        return [
-            person
-            + mask * (cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR) - person)
-        ] * frames
+        scale = rng.uniform(0.1, 0.16)
+        small = cv2.resize(person, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        generated = cv2.resize(small, size, interpolation=cv2.INTER_LINEAR)
+        return [person + mask * (generated - person)] * frames
     if method != "jitter":
-        raise ValueError(f"{method!r} is no demo method: one of {', '.join(DEMO_METHODS)}")
+        raise ValueError(f"{method!r} is not a demo method: one of {', '.join(DEMO_METHODS)}")
     pictures = []
     for _ in range(frames):
         turn = cv2.getRotationMatrix2D(FACE_CENTRE, rng.normal(0, 4), rng.normal(1, 0.03))
         turn[:, 2] += rng.normal(0, 11, 2)
-        moved = cv2.warpAffine(person, turn, (width, height), borderMode=cv2.BORDER_REFLECT)
+        moved = cv2.warpAffine(person, turn, size, borderMode=cv2.BORDER_REFLECT)
         pictures.append(person + mask * (moved - person))
     return pictures
 
 
-def demo_frames(portrait: np.ndarray, number: int, method: str, seed: int) -> list[np.ndarray]:
-    """The frames (H, W, 3) uint8 BGR of demo video `number`: real, or a fake of the same scene."""
-    rng = np.random.default_rng([seed, number])
+# %% [markdown]
+# A demo video is a person in a scene. All that both classes share is drawn from one generator of
+# random numbers, what only this video has (its manipulation and noise) from another.
+
+
+# %%
+def draw_person(portrait: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A person's picture (H, W, 3), and its soft outline (H, W, 1) before the backdrop."""
     outline = np.zeros(portrait.shape[:2], np.float32)
     cv2.ellipse(outline, (262, 185), (118, 170), 0, 0, 360, 1, cv2.FILLED)
-    cv2.fillPoly(
-        outline,
-        [np.array([[20, 600], [35, 400], [200, 310], [330, 310], [490, 390], [512, 600]])],
-        1,
-    )
+    cv2.fillPoly(outline, [np.array(SHOULDERS)], 1)
     outline = cv2.GaussianBlur(outline, (0, 0), 5)[..., None]
     person = reshaped(np.concatenate([portrait, outline], axis=2), rng)
-    person, outline = person[..., :3], person[..., 3:]
     if rng.random() < 0.5:
-        person, outline = person[:, ::-1].copy(), outline[:, ::-1].copy()
+        person = person[:, ::-1]
+    return person[..., :3].copy(), person[..., 3:].copy()
+
+
+def draw_scene(rng: np.random.Generator) -> SimpleNamespace:
+    """A scene: backdrop (H, W, 3); poses (T, 2, 3); light (T, 3); the camera's faults."""
     width, height = (int(side) for side in rng.choice([224, 240, 256, 288], 2))
     count = int(rng.integers(*DEMO_FRAMES))
-    colours = rng.uniform(0.2, 0.8, 3) + rng.normal(0, 0.08, (5, 5, 3))
-    backdrop = cv2.resize(
-        colours.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC
-    )
+    colours = (rng.uniform(0.2, 0.8, 3) + rng.normal(0, 0.08, (5, 5, 3))).astype(np.float32)
+    backdrop = cv2.resize(colours, (width, height), interpolation=cv2.INTER_CUBIC)
     time = np.arange(count) / DEMO_FPS
 
     def wave(amplitude: float) -> np.ndarray:
@@ -1243,71 +1206,94 @@ def demo_frames(portrait: np.ndarray, number: int, method: str, seed: int) -> li
 
     zoom, angle = rng.uniform(0.42, 0.56) * np.exp(wave(0.06)), rng.normal(0, 4) + wave(8)
     x, y = width * rng.uniform(0.42, 0.58) + wave(14), height * rng.uniform(0.42, 0.52) + wave(8)
-    light = rng.uniform(0.75, 1.1) * rng.normal(1, 0.04, 3) * (1 + wave(0.1))[:, None]
-    blur, noise, quality = (
-        rng.uniform(0.3, 0.9),
-        rng.uniform(0.005, 0.025),
-        int(rng.integers(60, 96)),
-    )
-
-    own = np.random.default_rng([seed, number, 1 + ("real", *DEMO_METHODS).index(method)])
-    pictures = (
-        [person] * count if method == "real" else manipulated(person, portrait, method, count, own)
-    )
-    frames: list[Any] = []
-    for t, picture in enumerate(pictures):
-        pose = cv2.getRotationMatrix2D(FACE_CENTRE, angle[t], zoom[t])
+    poses = [cv2.getRotationMatrix2D(FACE_CENTRE, angle[t], zoom[t]) for t in range(count)]
+    for t, pose in enumerate(poses):
         pose[:, 2] += (x[t] - FACE_CENTRE[0], y[t] - FACE_CENTRE[1])
-        picture = cv2.warpAffine(
-            np.concatenate([picture, outline], axis=2),
-            pose,
-            (width, height),
-            flags=cv2.INTER_LINEAR,
-        )
+    light = rng.uniform(0.75, 1.1) * rng.normal(1, 0.04, 3) * (1 + wave(0.1))[:, None]
+    camera = dict(blur=rng.uniform(0.3, 0.9), noise=rng.uniform(0.005, 0.025))
+    quality = int(rng.integers(60, 96))
+    return SimpleNamespace(backdrop=backdrop, poses=poses, light=light, quality=quality, **camera)
+
+
+def demo_frames(portrait: np.ndarray, number: int, method: str, seed: int) -> list[np.ndarray]:
+    """The frames (H, W, 3) uint8 BGR of demo video `number`: real, or a fake of the same scene."""
+    rng = np.random.default_rng([seed, number])
+    own = np.random.default_rng([seed, number, 1 + ("real", *DEMO_METHODS).index(method)])
+    person, outline = draw_person(portrait, rng)
+    scene = draw_scene(rng)
+    backdrop, count = scene.backdrop, len(scene.poses)
+    is_real = method == "real"
+    pictures = [person] * count if is_real else manipulated(person, portrait, method, count, own)
+    frames: list[Any] = []
+    for picture, pose, light in zip(pictures, scene.poses, scene.light, strict=True):
+        picture = np.concatenate([picture, outline], axis=2)
+        picture = cv2.warpAffine(picture, pose, backdrop.shape[1::-1], flags=cv2.INTER_LINEAR)
         frame = backdrop + picture[..., 3:] * (picture[..., :3] - backdrop)
-        frame = cv2.GaussianBlur(frame * light[t].astype(np.float32), (0, 0), blur)
-        frame = frame + own.standard_normal(frame.shape, np.float32) * noise
-        _, jpeg = cv2.imencode(
-            ".jpg", (frame.clip(0, 1) * 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, quality]
-        )
+        frame = cv2.GaussianBlur(frame * light.astype(np.float32), (0, 0), scene.blur)
+        frame = frame + own.standard_normal(frame.shape, np.float32) * scene.noise
+        pixels = (frame.clip(0, 1) * 255).astype(np.uint8)
+        _, jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, scene.quality])
         frames.append(cv2.imdecode(jpeg, cv2.IMREAD_COLOR))
     return frames
 
 
+# %%
 def write_video(file: Path, frames: list[np.ndarray], fps: float) -> None:
     """Write BGR frames as MPEG-4; raises OSError where OpenCV cannot."""
     with replacing(file) as partial_file:
-        writer = cv2.VideoWriter(
-            str(partial_file), cv2.VideoWriter.fourcc(*"mp4v"), fps, frames[0].shape[1::-1]
-        )
+        codec, size = cv2.VideoWriter.fourcc(*"mp4v"), frames[0].shape[1::-1]
+        writer = cv2.VideoWriter(str(partial_file), codec, fps, size)
         if not writer.isOpened():
-            raise OSError(
-                f"OpenCV {cv2.__version__} cannot write {partial_file}: no MPEG-4 encoder, or no room"
-            )
+            reason = "no MPEG-4 encoder, or no space"
+            raise OSError(f"OpenCV {cv2.__version__} cannot write {partial_file}: {reason}")
         for frame in frames:
             writer.write(frame)
         writer.release()
 
 
 def make_demo_set(folder: Path, per_class: int, seed: int, workers: int) -> Path:
-    """Make `per_class` real videos and a fake of each below `folder`; those already there are kept."""
+    """Make `per_class` real videos and a fake of each below `folder`; existing ones are kept."""
     portrait = load_portrait()
     for kind in ("real", "fake"):
         remove_partial_files(folder / kind)
 
     def make(number: int) -> None:
         method = DEMO_METHODS[number % len(DEMO_METHODS)]
-        for kind, file in (
-            ("real", f"real/{number:04}.mp4"),
-            (method, f"fake/{number:04}__{method}.mp4"),
-        ):
+        files = {"real": f"real/{number:04}.mp4", method: f"fake/{number:04}__{method}.mp4"}
+        for kind, file in files.items():
             if not (folder / file).exists():
                 write_video(folder / file, demo_frames(portrait, number, kind, seed), DEMO_FPS)
 
     with ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(make, number) for number in range(per_class)]
-        for job in tqdm(
-            as_completed(jobs), total=per_class, desc="demo set", leave=False, disable=NO_BARS
-        ):
+        for job in tqdm(as_completed(jobs), "demo set", per_class, False, disable=NO_BARS):
             job.result()
     return folder
+
+
+# %% [markdown]
+# One demo person, real and in the three fakes of the same scene, above what the network gets to
+# see:
+
+
+# %%
+@styled
+def plot_demo_person(number: int = 1, seed: int = 0) -> plt.Figure:
+    """The middle frame of a demo video and its face crop, for the real one and each fake."""
+    portrait = load_portrait()
+    detector = load_face_detector("cpu") if CONFIG.FACE_CROP else None
+    figure, axes = plt.subplots(2, 4, figsize=(WIDTH, 3.6))
+    for column, method in zip(axes.T, ("real", *DEMO_METHODS), strict=True):
+        frames = demo_frames(portrait, number, method, seed)
+        frame = to_rgb(frames[len(frames) // 2])
+        if method == "real":  # the fakes hold their heads in the same place
+            boxes, *_ = find_face([frame], detector)
+            ((x, y, side),) = crop_squares(boxes, len(frame), frame.shape[1], CONFIG.FACE_MARGIN)
+        show_row(column[:1], "", frame[None])
+        show_row(column[1:], "", frame[None, y : y + side, x : x + side])
+        column[0].set_title(method)
+    return figure
+
+
+if IN_NOTEBOOK:
+    show_figure(plot_demo_person())

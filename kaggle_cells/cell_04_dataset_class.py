@@ -1,32 +1,56 @@
 # %% [markdown]
 # <a id="section-4"></a>
-# ## 4. Clips as tensors, and what happens to them on the way
+# ## 4. Batches and augmentation
 #
-# The loader hands out `uint8` clips just as they lie in the cache. Everything else, conversion, augmentation and
-# normalisation, runs on whole batches on the device: the GPU has time for it, four CPU cores have not.
+# The loader delivers `uint8` clips exactly as they are cached. Conversion, augmentation and
+# normalisation run on whole batches on the device, because a GPU has time to spare for them and
+# four CPU cores do not.
 
 # %%
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch.utils.data import Dataset, Sampler
+from torchvision.transforms.v2.functional import gaussian_blur
 
+from cell_01_imports_and_setup import IN_NOTEBOOK, WIDTH, show_figure, show_row, styled
 from cell_02_global_config import Config, mixed_seed
+from cell_03_data_processing import FACE_CENTRE, load_portrait
 
 
+class Sample(NamedTuple):
+    """What to load: a row of the table, to be self-blended or not, and which of its frames."""
+
+    row: int
+    self_blend: bool = False
+    clip: slice = slice(None)  # clip c of K interleaved ones is slice(c, None, K)
+
+
+class Batch(NamedTuple):
+    """What the loader delivers: one clip of a dataset, or B of them collated."""
+
+    clips: Any  # (B, T, S, S, 3) uint8
+    landmarks: Any  # (B, T, 5, 2) in pixels, NaN without a face
+    labels: Any  # (B,) float, 1 is fake
+    rows: Any  # (B,) rows of the table
+    blend: Any  # (B,) bool, always on the CPU: these are to be self-blended
+
+
+# %%
 class ClipDataset(Dataset):
-    """Cached clips by row of a table with `path`, `clip_file` and `label`.
+    """Cached clips of a table with `path`, `clip_file` and `label`, indexed by `Sample` or row.
 
-    An item is (clip (T, S, S, 3) uint8, landmarks (T, 5, 2) float, label float, row number). The row ~r, which is
-    negative, stands for the self-blend of row r: the clip of r, called fake, for `augment` to make it one. Batches are
-    read by `workers` threads: reading a cached file needs no process of its own, so nothing is copied between processes
-    and no worker ever has to import a notebook. `change` is applied to each clip's array.
+    A plain row loads all frames. `workers` threads read a batch: unlike worker processes they need
+    not import the notebook or copy clips. `change` is applied to each clip's array.
     """
 
     def __init__(
@@ -36,48 +60,55 @@ class ClipDataset(Dataset):
         change: Callable[[np.ndarray], np.ndarray] = lambda clip: clip,
     ) -> None:
         self.files, self.videos = list(table.clip_file), list(table.path)
-        self.labels = torch.from_numpy(table.label.to_numpy(np.float32))
+        self.labels = table.label.to_numpy(np.float32)
         self.workers, self.change, self.pool = workers, change, ThreadPoolExecutor(workers)
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-        label = self.labels[row] if row >= 0 else torch.tensor(1.0)
-        with np.load(self.files[max(row, ~row)]) as saved:
-            frames, landmarks = self.change(saved["frames"]), saved["landmarks"]
-        return torch.from_numpy(frames), torch.from_numpy(landmarks), label, row
+    def __getitem__(self, index: Sample | int) -> Batch:
+        row, blend, clip = index if isinstance(index, Sample) else Sample(index)
+        with np.load(self.files[row]) as saved:
+            frames, landmarks = self.change(saved["frames"][clip]), saved["landmarks"][clip]
+        label = torch.tensor(1.0 if blend else self.labels[row])
+        return Batch(torch.from_numpy(frames), torch.from_numpy(landmarks), label, row, blend)
 
-    def __getitems__(
-        self, rows: list[int]
-    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
-        return list(self.pool.map(self.__getitem__, rows))
+    def __getitems__(self, indices: Sequence[Sample | int]) -> list[Batch]:
+        return list(self.pool.map(self.__getitem__, indices))
 
-    def name(self, row: int) -> str:
-        """What to call the clip of a row in a message."""
-        return f"{self.videos[row]}" if row >= 0 else f"{self.videos[~row]} (self-blended)"
+    def name(self, row: int, self_blend: bool = False) -> str:
+        """How messages refer to a clip."""
+        return f"{self.videos[row]}{' (self-blended)' if self_blend else ''}"
 
 
 # %% [markdown]
-# **Pairs.** An epoch shows every real video of the training set once, and beside each one a fake of the same
-# recording where there is one. Both classes are then equally frequent, whatever the dataset's ratio, and the
-# difference between the two neighbours is the manipulation, not the person. The next epoch draws other fakes. For
-# `SELF_BLEND` of the real videos the fake is made on the spot, from the real one itself (below).
-# Where several processes train together, each takes its share of every batch.
+# **Pairs.** An epoch shows every real training video once, next to a fake of the same recording
+# if there is one. The classes are balanced whatever the dataset's ratio, and what differs within
+# a pair is the manipulation, not the person. Each epoch draws other fakes and other clips.
+# `SELF_BLEND` of the fakes are made from the real clip itself (below).
 
 
 # %%
-class PairBatches(Sampler[list[int]]):
-    """Batches of rows of a table with `label`, `original` and `group`: a real one, a fake one, a real one, ...
+def possible_partners(table: pd.DataFrame) -> list[np.ndarray]:
+    """Rows of fakes for each real video: of its `original`, else of its `group`, else any."""
+    reals, fakes = table[table.label == 0], table[table.label == 1]
+    rows = np.flatnonzero(table.label == 1)
+    of_original, of_group = fakes.groupby("original").indices, fakes.groupby("group").indices
+    return [
+        rows[of_original.get(original, of_group.get(group, slice(None)))]
+        for original, group in zip(reals.original, reals.group, strict=True)
+    ]
 
-    The order depends on the seed and the epoch alone. A real video's partner is drawn from the fakes made of it that
-    had the fewest turns in this epoch; without such a fake, from those of its group; without these, from all. With
-    `pairs=False` it is drawn from all fakes. For the share `self_blend` of the real rows r, others in each epoch, the
-    partner is ~r, its self-blend. All batches are full, for a last one of a single clip would upset batch
-    normalisation; what is left over has its turn in another epoch. Of `processes` that train together, the one with
-    this `rank` gets its equal share of each batch.
 
-    Raises ValueError if a batch cannot be shared equally, there are fewer clips than processes, or there are no fakes.
+# %%
+class PairBatches(Sampler[list[Sample]]):
+    """Batches of samples: real, fake, real, fake, ... The order depends on seed and epoch alone.
+
+    Each real video meets its least used partner, or for a share `self_blend` its self-blend. Both
+    show the same one of `clips_per_video` clips. Batches are full (batch normalisation needs more
+    than a clip or two) and shared equally by the `processes`.
+
+    Raises ValueError if a batch cannot be shared equally or there are too few clips.
     """
 
     def __init__(
@@ -90,35 +121,20 @@ class PairBatches(Sampler[list[int]]):
         *,
         pairs: bool = True,
         self_blend: float = 0.0,
+        clips_per_video: int = 1,
     ) -> None:
+        self.reals, self.fakes = (np.flatnonzero(table.label == label) for label in (0, 1))
+        clips = 2 * len(self.reals)
         if batch_size % processes:
-            raise ValueError(
-                f"batches of {batch_size} clips cannot be shared equally by {processes} processes"
-            )
-        table = table.reset_index(drop=True)
-        self.reals = table.index[table.label == 0].to_numpy()
-        self.fakes = table.index[table.label == 1].to_numpy()
+            raise ValueError(f"{processes} processes cannot share batches of {batch_size} equally")
         if not len(self.fakes) and self_blend < 1:
-            raise ValueError(
-                f"no fakes to train on: SELF_BLEND = {self_blend} needs some, SELF_BLEND = 1 does without"
-            )
-        of_original, of_group = (
-            table.loc[self.fakes].groupby(name).indices if pairs else {}
-            for name in ("original", "group")
-        )
-        self.partners = {
-            real: self.fakes[
-                of_original.get(table.original[real], of_group.get(table.group[real], slice(None)))
-            ]
-            for real in self.reals
-        }
-        self.share = min(batch_size, 2 * len(self.reals)) // processes
-        if not self.share:
-            raise ValueError(
-                f"{2 * len(self.reals)} training clips are too few for {processes} processes"
-            )
-        self.seed, self.rank, self.processes, self.self_blend = seed, rank, processes, self_blend
-        self.set_epoch(0)
+            raise ValueError(f"no fakes to train on: SELF_BLEND must be 1, not {self_blend}")
+        if clips < processes:
+            raise ValueError(f"{clips} training clips are too few for {processes} processes")
+        self.share = min(batch_size, clips) // processes
+        self.partners = possible_partners(table) if pairs else [self.fakes] * len(self.reals)
+        self.seed, self.rank, self.processes = seed, rank, processes
+        self.self_blend, self.clips_per_video, self.epoch = self_blend, clips_per_video, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -126,313 +142,276 @@ class PairBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return 2 * len(self.reals) // (self.share * self.processes)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        rng = np.random.default_rng([self.seed, self.epoch])
-        turns = rng.random(len(self.reals) + len(self.fakes))
-        reals = rng.permutation(self.reals)
-        blended = rng.permutation(len(reals)) < round(self.self_blend * len(reals))
-        order: list[int] = []
-        for real, is_blended in zip(reals, blended, strict=True):
-            if is_blended:
-                fake = ~real
-            else:
-                candidates = self.partners[real]
-                fake = candidates[turns[candidates].argmin()]
-                turns[fake] += 1
-            order += int(real), int(fake)
+    def __iter__(self) -> Iterator[list[Sample]]:
+        samples = self.draw_epoch()
         for batch in range(len(self)):
             first = (batch * self.processes + self.rank) * self.share
-            yield order[first : first + self.share]
+            yield samples[first : first + self.share]
+
+    def draw_epoch(self) -> list[Sample]:
+        rng, count = np.random.default_rng([self.seed, self.epoch]), len(self.reals)
+        uses = rng.random(count + len(self.fakes))  # fractions break ties at random
+        blended = rng.permutation(count) < round(self.self_blend * count)
+        samples: list[Sample] = []
+        for place, blend in zip(rng.permutation(count), blended, strict=True):
+            clip = slice(int(rng.integers(self.clips_per_video)), None, self.clips_per_video)
+            real = fake = int(self.reals[place])
+            if not blend:
+                fake = int(min(self.partners[place], key=uses.__getitem__))
+                uses[fake] += 1
+            samples += Sample(real, False, clip), Sample(fake, bool(blend), clip)
+        return samples
 
 
 # %% [markdown]
-# **What the network is shown** is drawn anew in each epoch, for whole batches, on the device. What a camera, a codec
-# or a seat in the room would do to a clip is the same for all its frames; what differs between frames is evidence, and
-# stays. The two clips of a pair get the same draw, so that here too the manipulation alone tells them apart.
+# **Random numbers** depend on the seed alone, so a resumed run repeats them exactly. The two
+# clips of a pair get the same draws, and so do all frames of a clip: camera, codec and crop must
+# not reveal which of the two is fake, and whatever differs between frames is evidence.
+
 
 # %%
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+class DeviceRandom:
+    """Random tensors on a device and single numbers on the CPU, determined by `seed`."""
+
+    def __init__(self, device: torch.device, seed: Sequence[int]) -> None:
+        self.device = device
+        self.generator = torch.Generator(device).manual_seed(mixed_seed(*seed))
+        self.host = np.random.default_rng(seed)
+
+    def uniform(self, count: int, low: float, high: float, *shape: int) -> torch.Tensor:
+        """(count, *shape), between low and high."""
+        numbers = torch.empty(count, *shape, device=self.device)
+        return numbers.uniform_(low, high, generator=self.generator)
+
+    def sometimes(self, count: int, share: float, high: float, *shape: int) -> torch.Tensor:
+        """(count, *shape): for a `share` of the clips between 0 and high, else 0."""
+        chosen = self.uniform(count, 0, 1, *shape) < share
+        return chosen * self.uniform(count, 0, high, *shape)
 
 
-def to_float(clips: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, T, S, S, 3) as float (B, T, 3, S, S) in 0..1."""
-    return clips.permute(0, 1, 4, 2, 3).float() / 255
+class PairedGenerator(DeviceRandom):
+    """The same numbers for rows 2i and 2i + 1 of a batch that `processes` share.
 
-
-@functools.cache  # sending them to a GPU for each batch would make the CPU wait for it
-def imagenet_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    mean, std = (
-        torch.tensor(values, device=device).view(3, 1, 1)
-        for values in (IMAGENET_MEAN, IMAGENET_STD)
-    )
-    return mean, std
-
-
-def normalize(clips: torch.Tensor) -> torch.Tensor:
-    """Clips (B, T, 3, S, S) in 0..1 with ImageNet's mean and deviation taken out, as the backbones expect."""
-    mean, std = imagenet_statistics(clips.device)
-    return (clips - mean) / std
-
-
-class PairDraws:
-    """Random numbers for the clips of a batch, the same for rows 2i and 2i + 1: a pair, if batches are even.
-
-    They depend on `seed` alone. Processes that train together draw for the whole batch and use those of their share, so
-    that it makes no difference how many they are.
+    `blends` draws independently for each self-blend.
     """
 
     def __init__(
         self, device: torch.device, seed: Sequence[int], rank: int = 0, processes: int = 1
     ) -> None:
-        self.generator = torch.Generator(device)
-        self.generator.manual_seed(mixed_seed(*seed))
+        super().__init__(device, seed)
         self.rank, self.processes = rank, processes
+        self.blends = DeviceRandom(device, [*seed, 1 + rank])
 
-    def uniform(self, clips: torch.Tensor, low: float, high: float, *shape: int) -> torch.Tensor:
-        """Numbers from low..high for each clip, (B, *shape)."""
-        share = len(clips)
-        pairs = torch.empty((self.processes * share + 1) // 2, *shape, device=clips.device)
-        pairs.uniform_(low, high, generator=self.generator)
-        return pairs.repeat_interleave(2, dim=0)[self.rank * share :][:share]
-
-    def sometimes(self, clips: torch.Tensor, share: float, high: float = 1) -> torch.Tensor:
-        """For a `share` of the clips a number from 0..high, for the others 0; (B, 1, 1)."""
-        return self.uniform(clips, high * (share - 1) / share, high, 1, 1).clamp(min=0)
-
-
-# %% [markdown]
-# **Resolution, blur, sharpness, cropping and mirroring** all do the same to every row of a picture, and then to every
-# column. So each is a small matrix, `rows @ picture @ columns.T`; one after the other they are the product of their
-# matrices, and cost one pass over the pictures.
+    def uniform(self, count: int, low: float, high: float, *shape: int) -> torch.Tensor:
+        pairs = super().uniform((self.processes * count + 1) // 2, low, high, *shape)
+        return pairs.repeat_interleave(2, dim=0)[self.rank * count :][:count]
 
 
 # %%
-def separable(clips: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Clips (B, T, 3, S, S) with a matrix (B, S, S), or (S, S) for all, along each of their axes."""
-    rows, columns = (
-        matrix[:, None, None] if matrix.ndim == 3 else matrix for matrix in (rows, columns)
-    )
-    return rows @ clips @ columns.mT
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def averaging(weights: torch.Tensor) -> torch.Tensor:
-    """Matrices (..., S, S) of weights scaled so that each row is a mean."""
-    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-6)
+@functools.cache  # copying them to a GPU for each batch would make the CPU wait for it
+def device_constant(values: tuple, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, device=device)
 
 
-def crop_matrix(clips: torch.Tensor, centre: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """(B, S, S): bilinear sampling of the part of an axis around `centre` (-1..1), `scale` times its length; (B,)."""
-    size, pixels = clips.shape[-1], torch.arange(clips.shape[-1], device=clips.device)
-    where = ((2 * pixels + 1 - size) * scale[:, None] + (centre[:, None] + 1) * size - 1) / 2
-    return (1 - (where.clamp(0, size - 1)[..., None] - pixels).abs()).clamp(min=0)
+def to_float(clips: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, T, S, S, 3) to float (B, T, 3, S, S) in 0..1."""
+    return clips.permute(0, 1, 4, 2, 3).contiguous() / 255
 
 
-def random_crop_and_flip(
-    clips: torch.Tensor, draws: PairDraws
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Matrices for rows and for columns: a random square of 0.8..1 of the side, resized back, half of them mirrored."""
-    draw = functools.partial(draws.uniform, clips)
-    scale, mirror = draw(0.8, 1), draw(-1, 1).sign()
-    across, down = draw(-1, 1) * (1 - scale), draw(-1, 1) * (1 - scale)
-    return crop_matrix(clips, down, scale), crop_matrix(clips, across, scale * mirror)
+def normalize(clips: torch.Tensor) -> torch.Tensor:
+    """Clips (B, T, 3, S, S) in 0..1, standardised with ImageNet's mean and standard deviation."""
+    mean, std = device_constant((IMAGENET_MEAN, IMAGENET_STD), clips.device)[..., None, None]
+    return (clips - mean) / std
 
 
-def resolution_matrix(clips: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """(B, S, S): reduce an axis to `factor` (B, 1, 1) of its pixels, averaging, and enlarge it again, bilinearly."""
-    pixels = torch.arange(clips.shape[-1], device=clips.device)
-    enlarge = (1 - ((pixels[:, None] + 0.5) * factor - 0.5 - pixels).abs()).clamp(min=0)
-    return averaging(enlarge) @ averaging(enlarge.mT)
-
-
-def blur_matrix(clips: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """(B, S, S): a Gaussian of `sigma` (B, 1, 1) pixels."""
-    pixels = torch.arange(clips.shape[-1], device=clips.device)
-    return averaging(torch.exp(-((pixels[:, None] - pixels) ** 2) / (2 * sigma**2).clamp(min=1e-3)))
-
-
-def change_colours(
-    clips: torch.Tensor, gains: torch.Tensor, contrast: torch.Tensor, saturation: torch.Tensor
-) -> torch.Tensor:
-    """Scale channels (B, 3), distance from the mean colour and from grey (B,) of clips (B, T, 3, S, S)."""
-    gains, contrast, saturation = (
-        value.view(len(clips), 1, -1, 1, 1) for value in (gains, contrast, saturation)
-    )
+# %%
+def change_colours(clips: torch.Tensor, random: DeviceRandom, strength: Any) -> torch.Tensor:
+    """Clips (B, T, 3, S, S) with channel gains, contrast and saturation of 1 +- `strength`."""
+    factors = 1 + strength * random.uniform(len(clips), -1, 1, 1, 5, 1, 1)
+    gains, contrast, saturation = factors.split([3, 1, 1], dim=2)
     clips = clips * gains
     clips = clips.mean(dim=(1, 2, 3, 4), keepdim=True).lerp(clips, contrast)
     return clips.mean(dim=2, keepdim=True).lerp(clips, saturation).clamp(0, 1)
 
 
-# %% [markdown]
-# **Coordinates of the face.** The five landmarks of a frame say where a face of standard form lies in it, how large
-# and how tilted. In its coordinates a region is the same part of the face in every frame.
-
-# %%
-STANDARD_FACE = (
-    -0.5 - 0.55j,
-    0.5 - 0.55j,
-    0.02j,
-    -0.41 + 0.6j,
-    0.41 + 0.6j,
-)  # unit: distance between the eyes
-
-
-@functools.cache
-def standard_face(device: torch.device) -> torch.Tensor:
-    """Eyes, nose and corners of the mouth as complex numbers (5,), of mean 0."""
-    points = torch.tensor(STANDARD_FACE, device=device)
-    return points - points.mean()
-
-
-def face_coordinates(
-    landmarks: torch.Tensor, size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where the pixels of square frames lie on the standard face, as complex numbers x + iy.
-
-    Args:
-        landmarks: (B, T, 5, 2) in pixels. Where they are NaN a face is assumed in the middle.
-        size: side of the frames in pixels.
-
-    Returns:
-        The coordinates (B, T, S, S); and `turn` and `middle` (B, T, 1, 1) of the similarity that leads back:
-        pixel = coordinate * turn + middle.
-    """
-    face = standard_face(landmarks.device)
-    usual = torch.view_as_real(face * (size / 4) + (0.5 + 0.5j) * size)
-    points = torch.view_as_complex(torch.where(landmarks.isnan(), usual, landmarks.float()))
-    middle = points.mean(dim=-1, keepdim=True)
-    turn = ((points - middle) * face.conj()).sum(
-        dim=-1, keepdim=True
-    ) / face.abs().square().sum()  # least squares
-    middle, turn = middle[..., None], turn[..., None]
-    pixels = torch.arange(size, device=landmarks.device)
-    return (pixels + 1j * pixels[:, None] - middle) / turn, turn, middle
+def lower_resolution(clips: torch.Tensor, factor: float) -> torch.Tensor:
+    """Clips (B, T, 3, S, S) reduced to `factor` of their side and enlarged again."""
+    size = clips.shape[-1]
+    small = F.interpolate(clips.flatten(1, 2), size=max(1, round(factor * size)), mode="area")
+    return F.interpolate(small, size=size, mode="bilinear").view_as(clips)
 
 
 # %% [markdown]
-# **Self-blending** (Shiohara and Yamasaki, 2022) teaches what all face swaps share instead of what one generator
-# leaves behind: a real face is blended into itself. The inner part is recoloured, sharpened or made coarser, moved a
-# little, and put back under a soft mask of random shape. Here the inner part also trembles a little from frame to
-# frame, as faces do that are generated frame by frame (after video-level blending, arXiv 2408.17065). The real
-# twin stands beside it in the batch: seam, texture and trembling alone tell them apart.
+# **Face coordinates.** The five landmarks determine the similarity (scale, rotation, translation)
+# between a standard face and the frame. A region in face coordinates is the same part of the face
+# in every frame.
+
+# %%
+# eyes, nose, corners of the mouth; mean 0, unit: the distance between the eyes
+STANDARD_FACE = (-0.5, -0.574), (0.5, -0.574), (0.0, -0.004), (-0.41, 0.576), (0.41, 0.576)
+
+
+def similarity(a: torch.Tensor, b: torch.Tensor, x: Any, y: Any) -> torch.Tensor:
+    """Matrices (..., 3, 3) that map (u, v) to (au - bv + x, bu + av + y), from numbers (...)."""
+    zero, one = torch.zeros_like(a), torch.ones_like(a)
+    return torch.stack([a, -b, x, b, a, y, zero, zero, one], dim=-1).unflatten(-1, (3, 3))
+
+
+def face_transforms(landmarks: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Matrices (B, T, 3, 3) from face to frame, and back; a frame's coordinates are -1..1.
+
+    A least-squares fit to `landmarks` (B, T, 5, 2), in pixels of frames with side `size`. Where
+    these are NaN, a face in the middle is assumed.
+    """
+    face = device_constant(STANDARD_FACE, landmarks.device)
+    points = (2 * landmarks.float() + 1) / size - 1
+    points = torch.where(points.isnan(), face / 2, points)
+    x, y = points.mean(dim=2).unbind(-1)
+    unit = face / face.square().sum()
+    a = (points * unit).sum(dim=(2, 3))
+    b = (points[..., 1] * unit[:, 0] - points[..., 0] * unit[:, 1]).sum(dim=2)
+    to_frame, area = similarity(a, b, x, y), a * a + b * b
+    return to_frame, similarity(
+        a / area, -b / area, -(a * x + b * y) / area, (b * x - a * y) / area
+    )
+
+
+def pixel_grid(transforms: torch.Tensor, size: int) -> torch.Tensor:
+    """Where matrices (B, T, 3, 3) map the pixels of a frame: (B, T, S, S, 2)."""
+    shape = [transforms.shape[0] * transforms.shape[1], 1, size, size]
+    grid = F.affine_grid(transforms.flatten(0, 1)[:, :2], shape, align_corners=False)
+    return grid.unflatten(0, transforms.shape[:2])
+
+
+# %% [markdown]
+# **Self-blending** (Shiohara and Yamasaki, 2022) teaches what all face swaps share rather than
+# the traces of one generator: a real face is blended into itself. A copy is recoloured, sharpened
+# or reduced in resolution, moved a little, and put back under a soft mask of random shape. In
+# half of the clips it also trembles from frame to frame, like faces that were generated frame by
+# frame (after video-level blending, arXiv 2408.17065).
 
 
 # %%
-def face_mask_like(where: torch.Tensor, draws: PairDraws) -> torch.Tensor:
-    """Soft masks (B, T, S, S) in 0..1, exactly 0 outside, for faces with coordinates `where` (B, T, S, S).
+def perturb_face(clips: torch.Tensor, random: DeviceRandom) -> torch.Tensor:
+    """Recoloured clips (B, T, 3, S, S), half of them sharpened and half reduced in resolution."""
+    draw = functools.partial(random.uniform, len(clips))
+    clips = change_colours(clips, random, 0.25 * draw(0, 1, 1, 1, 1, 1))
+    images = clips.flatten(0, 1)
+    blurred = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
+    sharper = blurred.view_as(clips).lerp(clips, draw(1, 2, 1, 1, 1, 1))
+    coarser = lower_resolution(clips, 2.0 ** random.host.uniform(-2, 0))
+    return torch.where(draw(0, 1, 1, 1, 1, 1) < 0.5, sharper, coarser).clamp(0, 1)
 
-    An ellipse around the face or a part of it, its outline bent by a few waves, its edge hard or soft.
-    """
+
+def warp_face(
+    clips: torch.Tensor, transforms: tuple[torch.Tensor, torch.Tensor], random: DeviceRandom
+) -> torch.Tensor:
+    """Clips (B, T, 3, S, S) moved relative to the face, half of them differently in each frame."""
+    count, frames, size = len(clips), clips.shape[1], clips.shape[-1]
+    trembling = random.sometimes(count, 0.5, 2, 1, 1)
+    moves = random.uniform(count, -1, 1, 4, 1) + trembling * random.uniform(count, -1, 1, 4, frames)
+    limits = device_constant((0.04, 0.04, 0.1, 0.1), clips.device)[:, None]
+    angle, growth, right, down = (limits * moves).unbind(1)
+    scale = 1 + growth
+    moved = similarity(scale * angle.cos(), scale * angle.sin(), right, down)
+    to_frame, to_face = transforms
+    grid = pixel_grid(to_frame @ moved @ to_face, size).flatten(0, 1)
+    warped = F.grid_sample(
+        clips.flatten(0, 1), grid, padding_mode="reflection", align_corners=False
+    )
+    return warped.view_as(clips)
+
+
+def blend_mask(to_face: torch.Tensor, size: int, random: DeviceRandom) -> torch.Tensor:
+    """Masks (B, T, S, S) in 0..1, 0 outside: an ellipse with a wavy outline and a soft edge."""
 
     def draw(low: float, high: float, *shape: int) -> torch.Tensor:
-        return draws.uniform(where, low, high, *shape, 1, 1, 1)
+        return random.uniform(len(to_face), low, high, 1, 1, 1, *shape)
 
-    width, height = draw(0.8, 1.3), draw(0.7, 1.5)
-    across, down = (
-        (where.real - draw(-0.2, 0.2)) / width,
-        (where.imag - 0.1 - draw(-0.3, 0.3)) / height,
-    )
-    angle, radius = torch.atan2(down, across), torch.hypot(across, down)
-    for waves in (2, 3, 5):
-        radius = radius * (
-            1 + draw(0, 0.2 / waves) * torch.cos(waves * angle + draw(0, 2 * math.pi))
-        )
+    x, y = pixel_grid(to_face, size).unbind(-1)
+    x, y = (x - draw(-0.2, 0.2)) / draw(0.8, 1.3), (y - draw(-0.2, 0.4)) / draw(0.7, 1.5)
+    angle, waves = torch.atan2(y, x), device_constant((2.0, 3.0, 5.0), x.device)
+    outline = torch.cos(waves * angle[..., None] + draw(0, 2 * math.pi, 3))
+    radius = torch.hypot(x, y) * (1 + (draw(0, 0.2, 3) / waves * outline).sum(dim=-1))
     softness = draw(0.02, 0.3)
     inside = ((1 + softness - radius) / (2 * softness)).clamp(0, 1)
-    return inside * inside * (3 - 2 * inside)
+    return inside * inside * (3 - 2 * inside)  # smoothstep
 
 
+# %%
 def self_blend(
-    clips: torch.Tensor, landmarks: torch.Tensor, draws: PairDraws
+    clips: torch.Tensor, landmarks: torch.Tensor, random: DeviceRandom
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fakes made of real clips (B, T, 3, S, S) in 0..1 with landmarks (B, T, 5, 2), and their masks (B, T, S, S).
+    """Fakes of real clips (B, T, 3, S, S) in 0..1 with landmarks (B, T, 5, 2); masks (B, T, S, S).
 
     Nothing changes where the mask is 0.
     """
-    frames, size = clips.shape[1], clips.shape[-1]
-    where, turn, middle = face_coordinates(landmarks, size)
-    draw = functools.partial(draws.uniform, clips)
-    strength = draw(0, 1, 1)
-    gains, contrast, saturation = (1 + strength * draw(-0.25, 0.25, count) for count in (3, 1, 1))
-    coarse = draw(-1, 1, 1, 1)  # from the sharpest to the coarsest
-    resample = resolution_matrix(clips, torch.exp2(-2 * coarse.clamp(min=0)))
-    sharpen = torch.eye(size, device=clips.device).lerp(
-        blur_matrix(clips, torch.ones_like(coarse)), coarse.clamp(max=0)
-    )
-    matrix = resample @ sharpen
-    inner = separable(change_colours(clips, gains, contrast, saturation), matrix, matrix).clamp(
-        0, 1
-    )
-
-    trembling = draw(-2, 2, 1).clamp(min=0)  # half of them are steady
-    tilt, growth, right, down = (  # the whole clip's, and each frame's
-        limit * (draw(-1, 1, 1) + trembling * draw(-1, 1, frames))
-        for limit in (0.04, 0.04, 0.1, 0.1)
-    )
-    moved = (
-        torch.polar(1 + growth, tilt)[..., None, None] * where
-        + torch.complex(right, down)[..., None, None]
-    )
-    grid = (2 * torch.view_as_real(moved * turn + middle) + 1) / size - 1
-    inner = F.grid_sample(
-        inner.flatten(0, 1), grid.flatten(0, 1), padding_mode="reflection", align_corners=False
-    )
-    mask = face_mask_like(where, draws)
-    ratio = draw(0.25, 2, 1, 1, 1, 1).clamp(max=1)  # more than half of them are blended in full
-    return torch.lerp(clips, inner.view_as(clips), ratio * mask[:, :, None]), mask
+    transforms = face_transforms(landmarks, clips.shape[-1])
+    inner = warp_face(perturb_face(clips, random), transforms, random)
+    mask = blend_mask(transforms[1], clips.shape[-1], random)
+    ratio = random.uniform(len(clips), 0.25, 2, 1, 1, 1, 1).clamp(max=1)  # over half blend in full
+    return torch.lerp(clips, inner, ratio * mask[:, :, None]), mask
 
 
 def with_self_blends(
-    clips: torch.Tensor, landmarks: torch.Tensor, rows: torch.Tensor, draws: PairDraws
+    clips: torch.Tensor, landmarks: torch.Tensor, blend: torch.Tensor, random: DeviceRandom
 ) -> torch.Tensor:
-    """Clips (B, T, 3, S, S) in 0..1; those of negative `rows` (B,) become self-blends, see `ClipDataset`."""
-    return torch.where(rows.view(-1, 1, 1, 1, 1) < 0, self_blend(clips, landmarks, draws)[0], clips)
+    """Self-blend, in place, the clips (B, T, 3, S, S) that `blend` (B,), on the CPU, marks."""
+    rows = np.flatnonzero(blend.numpy())
+    if not len(rows):
+        return clips
+    index = torch.from_numpy(rows).to(clips.device, non_blocking=True)
+    blended, _ = self_blend(clips[index], landmarks[index], random)
+    return clips.index_copy_(0, index, blended)
 
 
 # %% [markdown]
-# **Augmentation.** `plain` crops, mirrors and recolours. `codec` adds noise and compression, which in a real video come
-# after the manipulation: without them a self-blend would be given away by nothing but its smoothness. `robust` adds
-# fewer pixels, blur and lost frames, and something that hides a part of the face, as a hand or a microphone does.
+# **Augmentation.** `plain` crops, mirrors and recolours. `codec` adds noise and compression,
+# which in a real video follow the manipulation; without them, smoothness alone would give
+# self-blends away. `robust` also lowers resolution, blurs, repeats frames and covers part of the
+# face, as a hand or a microphone does.
 
 
 # %%
-def choose_frames(
-    clips: torch.Tensor, landmarks: torch.Tensor, frames: int, draws: PairDraws
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One of the clips of `frames` frames that lie interleaved in each row (B, K * frames, ...), and its landmarks."""
-    between = clips.shape[1] // frames
-    if between == 1:
-        return clips, landmarks
-    first = draws.uniform(clips, 0, between, 1).long().clamp(max=between - 1)
-    shown = first + between * torch.arange(frames, device=clips.device)
-    batch = torch.arange(len(clips), device=clips.device)[:, None]
-    return clips[batch, shown], landmarks[batch, shown]
+def crop_and_flip(clips: torch.Tensor, random: DeviceRandom) -> torch.Tensor:
+    """A random square of 0.8 to 1 of the side, resized back; half of the clips are mirrored."""
+    draw = functools.partial(random.uniform, len(clips))
+    scale, mirror = draw(0.8, 1), draw(-1, 1).sign()
+    x, y, zero = draw(-1, 1) * (1 - scale), draw(-1, 1) * (1 - scale), torch.zeros_like(scale)
+    theta = torch.stack([scale * mirror, zero, x, zero, scale, y], dim=1).view(-1, 2, 3)
+    images = clips.flatten(1, 2)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    out = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return out.view_as(clips)
 
 
-def lose_frames(clips: torch.Tensor, draws: PairDraws) -> torch.Tensor:
-    """In some clips, some frames got lost: the one before them is shown once more, as players do."""
+def repeat_frames(clips: torch.Tensor, random: DeviceRandom) -> torch.Tensor:
+    """In some clips, lost frames are replaced by the one before, as players do."""
     times = torch.arange(clips.shape[1], device=clips.device)
-    lost = draws.uniform(clips, 0, 1, len(times)) < draws.sometimes(clips, 0.1, 0.5)[..., 0]
+    lost = random.uniform(len(clips), 0, 1, len(times)) < random.sometimes(len(clips), 0.1, 0.5, 1)
     shown = torch.where(lost, 0, times).cummax(dim=1).values
     return clips.gather(1, shown.view(*shown.shape, 1, 1, 1).expand_as(clips))
 
 
-def cut_out(clips: torch.Tensor, landmarks: torch.Tensor, draws: PairDraws) -> torch.Tensor:
-    """In some clips, an oval of one colour covers the surroundings of one landmark in all frames."""
-    where, *_ = face_coordinates(landmarks, clips.shape[-1])
-    radius, shape = (
-        draws.sometimes(clips, 0.15, 0.5)[..., None],
-        draws.uniform(clips, 0.6, 1.6, 1, 1, 1),
-    )
-    centre = standard_face(clips.device)[draws.uniform(clips, 0, 5).long().clamp(max=4)].view(
-        -1, 1, 1, 1
-    )
-    covered = torch.hypot((where - centre).real * shape, (where - centre).imag / shape) < radius
-    return torch.where(covered[:, :, None], draws.uniform(clips, 0, 1, 1, 3, 1, 1), clips)
+def cut_out(clips: torch.Tensor, landmarks: torch.Tensor, random: DeviceRandom) -> torch.Tensor:
+    """In some clips, an oval of one colour covers the surroundings of a landmark in all frames."""
+    size, draw = clips.shape[-1], functools.partial(random.uniform, len(clips))
+    grid = pixel_grid(face_transforms(landmarks, size)[1], size)
+    face = device_constant(STANDARD_FACE, clips.device)
+    centre = face[draw(0, 5).long().clamp(max=4)].view(-1, 1, 1, 1, 2)
+    radius, aspect = random.sometimes(len(clips), 0.15, 0.5, 1, 1, 1), draw(0.6, 1.6, 1, 1, 1)
+    x, y = (grid - centre).unbind(-1)
+    covered = torch.hypot(x * aspect, y / aspect) < radius
+    return torch.where(covered[:, :, None], draw(0, 1, 1, 3, 1, 1), clips)
 
 
+# %%
 @functools.cache
 def codec_constants(size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """RGB to luma and chroma (3, 3), and back; the cosine transform of blocks of 8 (S, S); steps (3, S, S)."""
+    """RGB to YCbCr (3, 3); cosine transform of blocks of 8 (S, S); rounding steps (3, S, S)."""
     colours = torch.tensor(
         [[0.299, 0.587, 0.114], [-0.1687, -0.3313, 0.5], [0.5, -0.4187, -0.0813]]
     )
@@ -443,62 +422,105 @@ def codec_constants(size: int, device: torch.device) -> tuple[torch.Tensor, ...]
         block[0] /= math.sqrt(2)
         blocks.append(block)
     frequency = torch.arange(size) % 8
-    steps = (10 + 6 * (frequency + frequency[:, None])) / 255
-    steps = torch.stack([steps, 2 * steps, 2 * steps])
+    luma = (10 + 6 * (frequency + frequency[:, None])) / 255
+    steps = torch.stack([luma, 2 * luma, 2 * luma])
     constants = colours, torch.linalg.inv(colours), torch.block_diag(*blocks), steps
     return tuple(constant.to(device) for constant in constants)
 
 
 def compress(clips: torch.Tensor, coarseness: torch.Tensor) -> torch.Tensor:
-    """What JPEG does to clips (B, T, 3, S, S): cosine coefficients of blocks of 8 x 8 are rounded to steps that grow
-    with the frequency, times `coarseness` (B, 1, 1): 0.2 is about quality 90, 1 about 50, 1.7 about 30; 0 does nothing.
+    """JPEG's loss for clips (B, T, 3, S, S): the cosine coefficients of 8 x 8 blocks are rounded.
+
+    The steps grow with the frequency, times `coarseness` (B, 1, 1, 1, 1): 0.2 is about quality 90,
+    1 about 50, 1.7 about 30; 0 changes nothing.
     """
     colours, back, cosines, steps = codec_constants(clips.shape[-1], clips.device)
-    coefficients = cosines @ torch.einsum("dc,btchw->btdhw", colours, clips) @ cosines.mT
-    steps = steps * coarseness[..., None, None] + 1e-7
+    channels = (colours @ clips.flatten(-2)).view_as(clips)
+    coefficients = cosines @ channels @ cosines.mT
+    steps = steps * coarseness + 1e-7
     coefficients = (coefficients / steps).round() * steps
-    return torch.einsum("dc,btchw->btdhw", back, cosines.mT @ coefficients @ cosines).clamp(0, 1)
+    channels = cosines.mT @ coefficients @ cosines
+    return (back @ channels.flatten(-2)).view_as(clips).clamp(0, 1)
 
 
-def augment(
-    clips: torch.Tensor,
-    landmarks: torch.Tensor,
-    rows: torch.Tensor,
-    draws: PairDraws,
-    config: Config,
-) -> torch.Tensor:
-    """What training shows of a batch, ordered in pairs.
+# %%
+def degrade(clips: torch.Tensor, random: DeviceRandom) -> torch.Tensor:
+    """Fewer pixels for a fifth of the clips, blur for a tenth."""
+    sigma = random.host.uniform(0.1, 1)
+    changes = (
+        (0.2, lower_resolution(clips, 2.0 ** random.host.uniform(-1, 0))),
+        (0.1, gaussian_blur(clips, [7, 7], [sigma, sigma])),
+    )
+    for share, changed in changes:
+        chosen = random.uniform(len(clips), 0, 1, 1, 1, 1, 1) < share
+        clips = torch.where(chosen, changed, clips)
+    return clips
 
-    Args:
-        clips: (B, K * T, S, S, 3) uint8, K being CLIPS_PER_VIDEO; one of the K is shown.
-        landmarks: (B, K * T, 5, 2) in pixels.
-        rows: (B,); clips of negative ones become self-blends, see `ClipDataset`.
-        draws: where all randomness comes from.
-        config: FRAMES_PER_VIDEO, SELF_BLEND and AUGMENTATION count.
 
-    Returns:
-        (B, T, 3, S, S) float in 0..1.
-    """
-    clips, landmarks = choose_frames(clips, landmarks, config.FRAMES_PER_VIDEO, draws)
-    clips = to_float(clips)
-    if config.SELF_BLEND:
-        clips = with_self_blends(clips, landmarks, rows, draws)
+def augment(batch: Batch, random: PairedGenerator, config: Config) -> torch.Tensor:
+    """What training shows of a batch on the device, ordered in pairs: (B, T, 3, S, S) in 0..1."""
+    clips, count = to_float(batch.clips), len(batch.clips)
+    clips = with_self_blends(clips, batch.landmarks, batch.blend, random.blends)
     if config.AUGMENTATION == "none":
         return clips
-    draw = functools.partial(draws.uniform, clips)
     if config.AUGMENTATION == "robust":
-        clips = lose_frames(cut_out(clips, landmarks, draws), draws)
-    rows, columns = random_crop_and_flip(clips, draws)
+        clips = repeat_frames(cut_out(clips, batch.landmarks, random), random)
+    clips = crop_and_flip(clips, random)
     if config.AUGMENTATION == "robust":
-        worse = resolution_matrix(clips, torch.exp2(-draws.sometimes(clips, 0.2)))
-        worse = worse @ blur_matrix(clips, draws.sometimes(clips, 0.1))
-        rows, columns = worse @ rows, worse @ columns
-    clips = separable(clips, rows, columns)
-    clips = change_colours(clips, draw(0.8, 1.2, 3), draw(0.8, 1.2), draw(0.8, 1.2))
+        clips = degrade(clips, random)
+    clips = change_colours(clips, random, 0.2)
     if config.AUGMENTATION in ("codec", "robust"):
-        noise = torch.empty_like(clips[0]).normal_(
-            generator=draws.generator
-        )  # the same film for all, at its own gain
-        clips = clips + draws.sometimes(clips, 0.7, 0.03)[..., None, None] * noise
-        clips = compress(clips, draws.sometimes(clips, 0.7, 0.8))
+        # one noise for all clips, with a gain for each pair: the twins must have the same
+        noise = torch.empty_like(clips[0]).normal_(generator=random.generator)
+        clips = torch.addcmul(clips, random.sometimes(count, 0.7, 0.03, 1, 1, 1, 1), noise)
+        clips = compress(clips, random.sometimes(count, 0.7, 0.8, 1, 1, 1, 1))
     return clips
+
+
+# %% [markdown]
+# A portrait as it is, augmented, and self-blended step by step:
+
+
+# %%
+@styled
+def plot_self_blends(table: pd.DataFrame, seed: int, clips: int = 5) -> Figure:
+    """The middle frame of up to `clips` real clips, the mask of a self-blend, and the result."""
+    dataset = ClipDataset(table[table.label == 0].iloc[:clips])
+    items = [dataset[row] for row in range(len(dataset))]
+    frames, landmarks = (
+        torch.stack([part[len(part) // 2, None] for part in column])
+        for column in list(zip(*items, strict=True))[:2]
+    )
+    real = to_float(frames)
+    fake, masks = self_blend(real, landmarks, DeviceRandom(torch.device("cpu"), [seed]))
+    figure, axes = plt.subplots(3, len(items), figsize=(WIDTH, 3.5), squeeze=False)
+    show_row(axes[0], "real", real[:, 0].movedim(1, -1).numpy())
+    show_row(axes[1], "mask", masks[:, 0].numpy())
+    show_row(axes[2], "self-blend", fake[:, 0].movedim(1, -1).numpy())
+    return figure
+
+
+@styled
+def plot_augmentation(seed: int = 2) -> Figure:
+    """Matplotlib's portrait, augmented, and the steps of its self-blend."""
+    x, y = FACE_CENTRE
+    crop = load_portrait()[y - 120 : y + 120, x - 120 : x + 120, ::-1].copy()
+    real = torch.from_numpy(crop).movedim(-1, 0)[None, None]
+    random = DeviceRandom(torch.device("cpu"), [seed])
+    transforms = face_transforms(torch.full((1, 1, 5, 2), math.nan), real.shape[-1])
+    perturbed = perturb_face(real, random)
+    warped = warp_face(perturbed, transforms, random)
+    mask = blend_mask(transforms[1], real.shape[-1], random)[:, :, None]
+    augmented = change_colours(crop_and_flip(real, random), random, 0.2)
+    steps = {"real": real, "augmented": compress(augmented, torch.tensor(0.8))}
+    steps |= {"perturbed": perturbed, "warped": warped, "mask": mask.expand_as(real)}
+    steps["self-blend"] = real.lerp(warped, mask)
+    figure, axes = plt.subplots(1, len(steps), figsize=(WIDTH, 1.5))
+    for ax, (name, picture) in zip(axes, steps.items(), strict=True):
+        show_row(np.array([ax]), "", picture[0].movedim(1, -1).numpy())
+        ax.set_title(name, fontsize=9)
+    return figure
+
+
+if IN_NOTEBOOK:
+    show_figure(plot_augmentation())

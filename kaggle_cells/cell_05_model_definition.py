@@ -2,73 +2,51 @@
 # <a id="section-5"></a>
 # ## 5. The model
 #
-# A backbone describes each frame. A bidirectional LSTM reads the descriptions in order, so that each one is seen
-# in the light of what came before and after. Self-attention lets the frames compare themselves with each other,
-# however far apart. Their mean and their spread over time go to a classifier: a face that does not quite follow the
-# head shows in the spread. A second voice comes straight from the frames, for many manipulations show in a single
-# one, and a network that is told so learns faster.
-#
-# ```
-# clip (B, T, 3, S, S)
-#   ▼
-# backbone (B, T, C) ──┐
-#   ▼                  ▼
-# BiLSTM (B, T, 2H)  linear
-#   ▼                (B, T)
-# self-attention       │
-#   ▼                  ▼
-# mean, spread       mean
-#   ▼                  │
-# linear               │
-#   └──────▶ + ◀───────┘
-#            ▼
-#        logit (B,)
-# ```
+# A backbone describes each frame. A bidirectional LSTM reads the descriptions in order, so each
+# frame is seen in the light of those before and after it. Self-attention lets frames compare
+# themselves with each other, however far apart. Their mean and their spread over time go to a
+# classifier: a face that does not quite follow the head shows in the spread. A second classifier
+# scores each frame on its own, because many manipulations show in a single frame and a network
+# trained on that signal too learns faster. The clip's logit is the sum of both.
 
 # %%
 import contextlib
+import dataclasses
 import pickle
 import socket
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 import torchvision
+from IPython.display import display
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cell_01_imports_and_setup import attached_files
-from cell_02_global_config import Config, saved_config
+from cell_01_imports_and_setup import IN_NOTEBOOK, attached_files
+from cell_02_global_config import CONFIG, Config, saved_config
 
 
-class Output(NamedTuple):
-    """What the network says of clips: positive logits mean fake."""
+class DetectorOutput(NamedTuple):
+    """What the network returns; positive logits mean fake. `attention` sums to 1 over a clip."""
 
     logit: torch.Tensor  # (B,)
     frame_logits: torch.Tensor  # (B, T)
-    attention: torch.Tensor  # (B, T), how much the clip looks at each frame; sums to 1
+    attention: torch.Tensor  # (B, T), how much the clip looks at each frame
 
 
+# %%
 class DeepfakeDetector(nn.Module):
-    """Frames -> backbone -> BiLSTM -> multi-head self-attention -> one logit a clip.
+    """Frames -> backbone -> BiLSTM -> multi-head self-attention -> one logit per clip.
 
-    Args:
-        backbone: takes (N, 3, S, S) and gives (N, `features`).
-        features: size of a frame's description.
-        lstm_hidden, lstm_layers: units in each direction, and layers.
-        attention_heads: must divide 2 * lstm_hidden.
-        dropout: before each classifier.
-        frames: T, the frames of a clip.
-        mirror: in evaluation, look at the mirror image as well.
-
-    In evaluation an input (B, K * T, 3, S, S) is K clips of a video, which have its frames in turn; their outputs are
-    averaged, and those of their mirror images. Any other number of frames is one clip, as everything is in training.
-
-    Set `precision` to a dtype for mixed precision. It acts inside `forward`, because DataParallel's threads would not
-    take over an outer autocast's dtype.
+    `backbone` maps (N, 3, S, S) to (N, `features`); `frames` is T. Set `precision` to a dtype for
+    mixed precision: DataParallel's threads would not inherit the caller's autocast.
     """
 
     precision: torch.dtype | None = None
@@ -82,224 +60,206 @@ class DeepfakeDetector(nn.Module):
         attention_heads: int = 8,
         dropout: float = 0.5,
         frames: int = 16,
-        mirror: bool = False,
     ) -> None:
         super().__init__()
         width = 2 * lstm_hidden
-        self.backbone = backbone
+        self.backbone, self.frames = backbone, frames
         self.frame_head = nn.Sequential(nn.Dropout(dropout), nn.Linear(features, 1))
-        self.lstm = nn.LSTM(
-            features, lstm_hidden, lstm_layers, batch_first=True, bidirectional=True
-        )
+        lstm = partial(nn.LSTM, batch_first=True, bidirectional=True)
+        self.lstm = lstm(features, lstm_hidden, lstm_layers)
         self.attention = nn.MultiheadAttention(width, attention_heads, batch_first=True)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(2 * width, 1))
-        self.frames, self.mirror = frames, mirror
 
-    def train(self, mode: bool = True) -> "DeepfakeDetector":
-        super().train(mode)
-        if not any(weight.requires_grad for weight in self.backbone.parameters()):
-            self.backbone.eval()  # a frozen backbone keeps its statistics too
-        return self
-
-    def forward(self, clips: torch.Tensor) -> Output:
-        """Normalised clips (B, T, 3, S, S), float; in evaluation (B, K * T, 3, S, S) too."""
+    def forward(self, clips: torch.Tensor) -> DetectorOutput:
+        """Normalised clips (B, T, 3, S, S). In evaluation, K * T frames are K interleaved clips."""
         with torch.autocast(clips.device.type, self.precision, enabled=self.precision is not None):
-            return self._one(clips) if self.training else self._average(clips)
+            return self.score_clip(clips) if self.training else self.average_views(clips)
 
-    def _average(self, clips: torch.Tensor) -> Output:
-        """The mean over clips of one video and their mirror images; the frames' outputs in the order of the frames."""
-        turns = clips.shape[1] // self.frames if clips.shape[1] % self.frames == 0 else 1
-        views = clips.unflatten(1, (-1, turns)).transpose(1, 2).flatten(0, 1)
-        output = self._one(torch.cat([views, views.flip(-1)]) if self.mirror else views)
-        logit, frame_logits, attention = (
-            part.unflatten(0, (-1, len(clips), turns)).mean(dim=0) for part in output
-        )
-        return Output(
-            logit.mean(dim=1),
-            frame_logits.transpose(1, 2).flatten(1),
-            attention.transpose(1, 2).flatten(1) / turns,
-        )
-
-    def _one(self, clips: torch.Tensor) -> Output:
-        batch, frames = clips.shape[:2]
-        described = self.backbone(clips.flatten(0, 1)).unflatten(0, (batch, frames))
+    def score_clip(self, clips: torch.Tensor) -> DetectorOutput:
+        """One clip, of any length T, for each of B videos: (B, T, 3, S, S)."""
+        described = self.backbone(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
         frame_logits = self.frame_head(described).squeeze(-1)
-        self.lstm.flatten_parameters()  # DataParallel's copies are not in one piece
+        self.lstm.flatten_parameters()  # DataParallel's replicas have scattered weights
         in_order, _ = self.lstm(described)
         attended, weights = self.attention(in_order, in_order, in_order)
         seen = self.norm(in_order + attended)
         spread = (seen.var(dim=1, correction=0) + 1e-5).sqrt()
-        logit = self.head(torch.cat([seen.mean(dim=1), spread], dim=1)).squeeze(
-            -1
-        ) + frame_logits.mean(dim=1)
-        return Output(logit, frame_logits, weights.mean(dim=1))
+        clip_logit = self.head(torch.cat([seen.mean(dim=1), spread], dim=1)).squeeze(-1)
+        return DetectorOutput(
+            clip_logit + frame_logits.mean(dim=1), frame_logits, weights.mean(dim=1)
+        )
+
+    def average_views(self, clips: torch.Tensor) -> DetectorOutput:
+        """The mean over K interleaved clips; frame outputs stay in the order of the frames."""
+        count = clips.shape[1] // self.frames if clips.shape[1] % self.frames == 0 else 1
+        views = [self.score_clip(clips[:, start::count]) for start in range(count)]
+        logit = torch.stack([view.logit for view in views]).mean(dim=0)
+        frame_logits = torch.stack([view.frame_logits for view in views], dim=2).flatten(1)
+        attention = torch.stack([view.attention for view in views], dim=2).flatten(1) / count
+        return DetectorOutput(logit, frame_logits, attention)
 
 
 # %% [markdown]
-# **The backbone** is any classification model of torchvision. Its last linear layer, which would name one of
-# ImageNet's classes, is taken off.
+# **The backbone** is any classification model of torchvision, without its last linear layer.
 
 
 # %%
 def build_backbone(name: str, image_size: int) -> tuple[nn.Module, int]:
-    """A torchvision classification model without its last layer, with random weights, and its feature count.
+    """A torchvision model without its classifier, randomly initialised, and its feature count.
 
     Raises ValueError for one that cannot work on `image_size` pixels.
     """
     extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
     model = torchvision.models.get_model(name, weights=None, **extra)
-    for auxiliary in (
-        "aux1",
-        "aux2",
-        "AuxLogits",
-    ):  # the side classifiers of GoogLeNet and Inception
+    for auxiliary in ("aux1", "aux2", "AuxLogits"):  # side classifiers of GoogLeNet and Inception
         if hasattr(model, auxiliary):
             setattr(model, auxiliary, None)
             model.aux_logits = False
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
-        raise ValueError(
-            f"BACKBONE = {name!r} has no linear classifier to replace; choose another, resnet50 say"
-        )
+        raise ValueError(f"BACKBONE = {name!r} has no linear classifier to replace: try resnet50")
     parent, _, last = linear[-1].rpartition(".")
     setattr(model.get_submodule(parent), last, nn.Identity())
     try:
         with torch.no_grad():
             features = model.eval()(torch.zeros(1, 3, image_size, image_size)).shape[1]
     except (AssertionError, RuntimeError) as error:
-        raise ValueError(
-            f"BACKBONE = {name!r} cannot take IMAGE_SIZE = {image_size}: {error}"
-        ) from error
+        message = f"BACKBONE = {name!r} cannot take IMAGE_SIZE = {image_size}: {error}"
+        raise ValueError(message) from error
     return model.train(), features
 
 
-def choose_trainable(backbone: nn.Module, which: str) -> None:
-    """Freeze a backbone's weights but for those that `which` says: all, norms (normalisation layers) or head (none)."""
-    norms = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
-    for module in backbone.modules():
-        learns = which == "all" or (which == "norms" and isinstance(module, norms))
-        for weight in module.parameters(recurse=False):
-            weight.requires_grad_(learns)
+# %% [markdown]
+# With `GRADIENT_CHECKPOINTING` the backbone keeps only the inputs of its blocks, and computes what
+# happens inside a second time for the gradients: less memory, more time.
 
 
-class Recomputed(nn.Module):
-    """Mixed into a block: its activations are not kept for the backward pass but computed a second time."""
+# %%
+class Recomputed(nn.Sequential):
+    """A sequence whose blocks keep no activations: the backward pass computes them again."""
 
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        if not (self.training and torch.is_grad_enabled()):
-            return super().forward(*inputs)
+    def __init__(self, blocks: OrderedDict[str, nn.Module]) -> None:
+        super().__init__(blocks)
+        # Noted here, because the parameters of DataParallel's replicas cannot be listed.
+        self.has_weights = [any(True for _ in block.parameters()) for block in self]
 
-        def contexts() -> tuple:  # of the first computation and of the second
-            return contextlib.nullcontext(), frozen_statistics(self)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block, has_weights in zip(self, self.has_weights, strict=True):
+            contexts = partial(recompute_contexts, block)
+            recompute = partial(checkpoint, block, use_reentrant=False, context_fn=contexts)
+            x = recompute(x) if has_weights and self.training else block(x)
+        return x
 
-        return checkpoint(super().forward, *inputs, use_reentrant=False, context_fn=contexts)
+
+def recompute_contexts(block: nn.Module) -> tuple:
+    """The contexts of the first computation of a block and of the second."""
+    return contextlib.nullcontext(), frozen_statistics(block)
 
 
 @contextlib.contextmanager
 def frozen_statistics(block: nn.Module) -> Iterator[None]:
-    """The second computation must not count the same batch twice in the running statistics."""
+    """Keeps batch normalisation from counting the same batch twice in its running statistics."""
     kinds = (nn.BatchNorm2d, nn.SyncBatchNorm)
-    norms = [(module, module.momentum) for module in block.modules() if isinstance(module, kinds)]
+    norms = {part: part.momentum for part in block.modules() if isinstance(part, kinds)}
     try:
-        for module, _ in norms:
-            module.momentum = 0.0
+        for norm in norms:
+            norm.momentum = 0.0
         yield
     finally:
-        for module, momentum in norms:
-            module.momentum = momentum
+        for norm, momentum in norms.items():
+            norm.momentum = momentum
 
 
-def recompute_blocks(backbone: nn.Module) -> None:
-    """Turn on gradient checkpointing for the blocks of the outermost sequences of a backbone, as far as it has any."""
-    for child in backbone.children():
-        if not isinstance(child, nn.Sequential):
-            recompute_blocks(child)
-            continue
-        for block in child:
-            if any(True for _ in block.parameters()):
-                block.__class__ = type(
-                    "Recomputed" + type(block).__name__, (Recomputed, type(block)), {}
-                )
+def recompute_blocks(network: nn.Module) -> int:
+    """Turn on gradient checkpointing in the outermost sequences, and return how many there are."""
+    found = 0
+    for name, child in network.named_children():
+        if isinstance(child, nn.Sequential) and type(child).forward is nn.Sequential.forward:
+            setattr(network, name, Recomputed(OrderedDict(child.named_children())))
+            found += 1
+        else:
+            found += recompute_blocks(child)
+    return found
 
 
 # %% [markdown]
-# **Weights.** ImageNet's are the better start by far. They come from `WEIGHTS_PATH`, from PyTorch's cache, from a file
-# such as `resnet50*.pth` in any dataset attached on Kaggle, or from the internet. If none of these has them the run
-# goes on with random ones, says so, and its results say so too.
-
+# **Weights.** ImageNet weights are by far the better start. They come from `WEIGHTS_PATH`, from
+# PyTorch's cache, from a file such as `resnet50*.pth` in any dataset attached on Kaggle, or from
+# the internet. If none of these has them, training starts from random weights and says so.
 
 # %%
-def local_weights(path: Path, backbone: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights for `backbone` in a file: a state dict, or a checkpoint that has one under `state_dict` or `model`.
+# Before the names of a backbone that was saved as a part of something else.
+PREFIXES = ("", "module.", "backbone.", "model.", "encoder.", "module.backbone.", "model.backbone.")
 
-    Names may have a prefix (`module.`, `backbone.`, ...). Raises ValueError for a file that does not fit or is damaged.
+
+def local_weights(path: Path, backbone: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights for `backbone` from a state dict, or a checkpoint with one under a usual name.
+
+    Raises ValueError for a file that is damaged or belongs to another backbone.
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} cannot be read as a dictionary of tensors: {reason}") from error
+    saved = saved if isinstance(saved, dict) else {}
     for key in ("state_dict", "model_state_dict", "model"):
-        saved = saved.get(key, saved) if isinstance(saved, dict) else {}
-    own, names = backbone.state_dict(), [name for name in saved if isinstance(name, str)]
-    first = next(iter(own))
-    prefix = min(
-        (name.removesuffix(first) for name in names if f".{name}".endswith(f".{first}")),
-        key=len,
-        default="",
-    )
-    weights = {name: saved.get(prefix + name) for name in own}
-    odd = [
-        name
-        for name, value in own.items()
-        if value.ndim and getattr(weights[name], "shape", None) != value.shape
-    ]
+        saved = saved[key] if isinstance(saved.get(key), dict) else saved
+    own = backbone.state_dict()
+    prefix = next((prefix for prefix in PREFIXES if prefix + next(iter(own)) in saved), "")
+    names = [name for name in saved if isinstance(name, str) and name.startswith(prefix)]
+    weights = {name.removeprefix(prefix): saved[name] for name in names}
+    needed = {name: value.shape for name, value in own.items() if value.ndim}  # not the counters
+    wrong = [n for n, shape in needed.items() if getattr(weights.get(n), "shape", None) != shape]
     parts = {name.split(".")[0] for name in own}
-    extra = [
-        name for name in names if name.startswith(prefix) and name.removeprefix(prefix) not in own
-    ]
-    odd += [name for name in extra if name.removeprefix(prefix).split(".")[0] in parts][
-        2:
-    ]  # two are the last layer's
-    if odd:
-        raise ValueError(
-            f"{path} is not for this backbone: {len(odd)} tensors such as {odd[0]!r} do not fit"
-        )
-    return {name: value for name, value in weights.items() if value is not None}
+    extra = [name for name in weights if name not in own and name.split(".")[0] in parts]
+    wrong += extra[2:]  # two are the weight and the bias of the classifier that was removed
+    if wrong:
+        what = f"{len(wrong)} tensors such as {wrong[0]!r} are missing, unknown or of another shape"
+        raise ValueError(f"{path} does not match this backbone: {what}")
+    return {name: value for name, value in weights.items() if name in own}
 
 
 def imagenet_weights(name: str) -> dict[str, torch.Tensor]:
-    """torchvision's default weights of a model, from its cache or downloaded. Raises OSError within seconds."""
-    weights = torchvision.models.get_model_weights(name).DEFAULT
-    patience = socket.getdefaulttimeout()
+    """torchvision's default weights, cached or downloaded. Raises OSError within seconds."""
+    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(5)
     try:
+        weights = torchvision.models.get_model_weights(name).DEFAULT
         return weights.get_state_dict(progress=False, check_hash=True)
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(timeout)
+
+
+# %%
+def attached_weights(backbone: nn.Module, name: str) -> tuple[dict[str, torch.Tensor], str] | None:
+    """Weights from an attached dataset and their origin; None if none match or they are cached."""
+    url = torchvision.models.get_model_weights(name).DEFAULT.url
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    for file in [] if cached.exists() else attached_files(f"{name}*.pth"):
+        try:
+            return local_weights(file, backbone), f"attached file {file}"
+        except ValueError as error:
+            print(f"Skipped: {error}")
+    return None
 
 
 def load_backbone_weights(backbone: nn.Module, name: str, pretrained: bool, path: str) -> str:
-    """Put weights into the backbone and say in a few words where they came from.
-
-    Raises ValueError if the file named does not fit the backbone. A failed download is a warning.
-    """
+    """Load initial weights and return their origin. Raises ValueError if `path` does not match."""
     if path:
         weights, origin = local_weights(Path(path), backbone), f"file {path}"
     elif not pretrained:
         return "random"
     else:
         try:
-            weights, origin = attached_weights(backbone, name) or (
-                imagenet_weights(name),
-                "ImageNet (torchvision)",
-            )
+            found = attached_weights(backbone, name)
+            weights, origin = found or (imagenet_weights(name), "ImageNet (torchvision)")
         except OSError as error:
             reason = f"the ImageNet weights of {name} could not be downloaded ({error})"
             warnings.warn(
-                f"Training starts from random weights: {reason}. Accuracy will be far lower. Turn the internet on, "
-                f"attach a dataset that holds them as {name}.pth, or name a file in WEIGHTS_PATH.",
+                f"Training starts from random weights: {reason}. Accuracy will be far lower. Turn "
+                f"the internet on, attach a dataset that holds {name}.pth, or set WEIGHTS_PATH.",
                 stacklevel=2,
             )
             return f"random: {reason}"
@@ -307,50 +267,57 @@ def load_backbone_weights(backbone: nn.Module, name: str, pretrained: bool, path
     return origin
 
 
-def attached_weights(backbone: nn.Module, name: str) -> tuple[dict[str, torch.Tensor], str] | None:
-    """Weights in a dataset attached on Kaggle, and where. None if none fit, or PyTorch's cache has them already."""
-    cached = Path(
-        torch.hub.get_dir(),
-        "checkpoints",
-        Path(torchvision.models.get_model_weights(name).DEFAULT.url).name,
-    )
-    for file in [] if cached.exists() else attached_files(f"{name}*.pth"):
-        try:
-            return local_weights(file, backbone), f"attached file {file}"
-        except ValueError as error:
-            print(f"Not used: {error}")
-    return None
-
-
+# %%
 def build_model(config: Config | SimpleNamespace) -> DeepfakeDetector:
     """The network of a configuration, with random weights."""
     backbone, features = build_backbone(config.BACKBONE, config.IMAGE_SIZE)
-    if config.GRADIENT_CHECKPOINTING:
-        recompute_blocks(backbone)
-        if not any(isinstance(module, Recomputed) for module in backbone.modules()):
-            raise ValueError(
-                f"GRADIENT_CHECKPOINTING finds no blocks in BACKBONE = {config.BACKBONE!r}: turn it off"
-            )
-    model = DeepfakeDetector(
-        backbone,
-        features,
-        config.LSTM_HIDDEN,
-        config.LSTM_LAYERS,
-        config.ATTENTION_HEADS,
-        config.DROPOUT,
-        config.FRAMES_PER_VIDEO,
-        config.MIRROR_TEST,
-    )
+    if config.GRADIENT_CHECKPOINTING and not recompute_blocks(backbone):
+        raise ValueError(
+            f"GRADIENT_CHECKPOINTING finds no blocks in BACKBONE = {config.BACKBONE!r}: turn it off"
+        )
+    sizes = config.LSTM_HIDDEN, config.LSTM_LAYERS, config.ATTENTION_HEADS
+    model = DeepfakeDetector(backbone, features, *sizes, config.DROPOUT, config.FRAMES_PER_VIDEO)
     return model.to(memory_format=torch.channels_last)
 
 
 def load_detector(path: Path, device: str | torch.device = "cpu") -> tuple[DeepfakeDetector, dict]:
-    """A trained model, ready to score, and everything else its file holds: config, threshold, temperature, ...
+    """A trained model, ready to score, and everything else in its file: config, threshold, ...
 
-    The probability of a clip is `sigmoid(model(normalize(to_float(clips))).logit / temperature)`.
+    P(fake) of a clip is `sigmoid(model(normalize(to_float(clips))).logit / temperature)`.
     """
     saved = torch.load(path, map_location="cpu", weights_only=True)
     saved["config"] = saved_config(saved)
     model = build_model(SimpleNamespace(**saved["config"]))
     model.load_state_dict(saved["model"])
+    # The calibration's offset goes into the bias that all logits share, so that callers need the
+    # temperature alone. Files of format 1 were written with it in there already.
+    model.frame_head[1].bias.data -= saved.setdefault("offset", 0.0)
     return model.to(device).eval(), saved
+
+
+# %% [markdown]
+# What each part returns, in a small version of the network, for two clips of four frames:
+
+
+# %%
+def shape_table(model: DeepfakeDetector, clips: torch.Tensor) -> pd.DataFrame:
+    """The parts of the network in the order of use: output shape, number of parameters."""
+    rows: dict[str, dict] = {}
+
+    def record(name: str, part: nn.Module, inputs: tuple, output: Any) -> None:
+        shape = tuple((output if isinstance(output, torch.Tensor) else output[0]).shape)
+        count = sum(weight.numel() for weight in part.parameters())
+        rows[name] = {"output": str(shape), "parameters": f"{count:,}"}
+
+    parts = [*model.named_children(), ("all", model)]
+    hooks = [part.register_forward_hook(partial(record, name)) for name, part in parts]
+    with torch.no_grad():
+        model.eval()(clips)
+    for hook in hooks:
+        hook.remove()
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+if IN_NOTEBOOK:
+    small = dataclasses.replace(CONFIG, BACKBONE="resnet18", IMAGE_SIZE=64, FRAMES_PER_VIDEO=4)
+    display(shape_table(build_model(small), torch.zeros(2, 4, 3, 64, 64)))

@@ -2,8 +2,8 @@
 # <a id="section-6"></a>
 # ## 6. Loss, early stopping, averaged weights, checkpoints
 #
-# **Focal loss** (Lin et al., 2017) turns down what is already well classified, so that many easy clips do not
-# drown the few hard ones.
+# **Focal loss** (Lin et al., 2017) gives little weight to clips that are already classified well,
+# so that many easy clips do not drown out the few hard ones.
 
 # %%
 import copy
@@ -14,82 +14,89 @@ import itertools
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+from zipfile import BadZipFile, ZipFile
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import nn
 
-from cell_01_imports_and_setup import attached_files, replacing
-from cell_02_global_config import Config
+from cell_01_imports_and_setup import IN_NOTEBOOK, attached_files, replacing, show_figure, styled
+from cell_02_global_config import CONFIG, Config
 
 
+# %%
 class FocalLoss(nn.Module):
-    """Mean of (1 - p)^gamma * cross-entropy, p being the probability given to the true class.
+    """Mean of (1 - p)^gamma * cross-entropy, where p is the probability of the true class.
 
-    Logits and targets have any equal shape; gamma = 0 is the plain binary cross-entropy. `smoothing` s moves the
-    targets of the cross-entropy from 0 and 1 to s / 2 and 1 - s / 2.
+    Logits and targets have the same shape; gamma = 0 is plain binary cross-entropy.
     """
 
-    def __init__(self, gamma: float = 2.0, smoothing: float = 0.0) -> None:
+    def __init__(self, gamma: float = 2.0) -> None:
         super().__init__()
-        self.gamma, self.smoothing = gamma, smoothing
+        self.gamma = gamma
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-        missed = (1 - torch.exp(-entropy)).clamp_min(
-            1e-6
-        )  # 0 ** gamma has no gradient for gamma < 1
-        if self.smoothing:
-            smooth = targets.lerp(torch.full_like(targets, 0.5), self.smoothing)
-            entropy = F.binary_cross_entropy_with_logits(logits, smooth, reduction="none")
+        # Clamped, because 0 ** gamma has no gradient for gamma < 1.
+        missed = (1 - torch.exp(-entropy)).clamp_min(1e-6)
         return (missed**self.gamma * entropy).mean()
 
 
 def build_loss(config: Config) -> FocalLoss:
-    return FocalLoss(config.FOCAL_GAMMA if config.LOSS == "focal" else 0.0, config.LABEL_SMOOTHING)
+    return FocalLoss(config.FOCAL_GAMMA if config.LOSS == "focal" else 0.0)
 
 
 # %% [markdown]
-# **Early stopping** watches the validation AUC; between equal ones the lower loss is better.
+# **Early stopping** watches the validation AUC; of two equal ones, the lower loss is better.
 
 
 # %%
+@dataclasses.dataclass
 class EarlyStopping:
-    """Tells which epoch is the best so far and when `patience` epochs in a row were not."""
+    """Tells which epoch is the best so far, and when `patience` epochs in a row were not better."""
 
-    def __init__(self, patience: int) -> None:
-        self.patience = patience
-        self.best, self.best_epoch, self.waited = (-math.inf, -math.inf), 0, 0
+    patience: int
+    best: tuple[float, float] = (-math.inf, -math.inf)
+    best_epoch: int = 0
+    waited: int = 0
 
     def update(self, epoch: int, auc: float, loss: float) -> bool:
-        """Take in an epoch; True if it is the best so far."""
-        if (auc, -loss) > self.best:
-            self.best, self.best_epoch, self.waited = (auc, -loss), epoch, 0
-            return True
+        """Record an epoch; True if it is the best so far."""
         self.waited += 1
-        return False
+        if is_best := (auc, -loss) > self.best:
+            self.best, self.best_epoch, self.waited = (auc, -loss), epoch, 0
+        return is_best
 
     @property
     def should_stop(self) -> bool:
         return self.waited >= self.patience
 
     def state_dict(self) -> dict:
-        return {"best": self.best, "best_epoch": self.best_epoch, "waited": self.waited}
+        return dataclasses.asdict(self)
 
     def load_state_dict(self, state: dict) -> None:
-        self.best, self.best_epoch, self.waited = (
-            tuple(state["best"]),
-            state["best_epoch"],
-            state["waited"],
-        )
+        vars(self).update({**state, "patience": self.patience})
 
 
-class WeightAverage(nn.Module):
-    """The running mean of a network's weights and statistics, after each step: of all steps while they are few, then
-    exponential with `decay`. Unlike torch's AveragedModel it never makes the CPU wait for the GPU."""
+# %% [markdown]
+# **Averaged weights** are less noisy than those of any single step: they are what is validated.
+
+
+# %%
+class ModelEMA(nn.Module):
+    """An exponential moving average of a network's weights and statistics over the steps.
+
+    It starts as the plain mean of the first steps, and unlike torch's AveragedModel never makes the
+    CPU wait for the GPU.
+    """
 
     steps: torch.Tensor
 
@@ -103,13 +110,11 @@ class WeightAverage(nn.Module):
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take in the weights of `model` as they are now."""
+        """Add the current weights of `model` to the average."""
         self.steps += 1
         share = self.steps.reciprocal().clamp(min=1 - self.decay)
-        own, theirs = (
-            itertools.chain(network.parameters(), network.buffers())
-            for network in (self.module, model)
-        )
+        own = itertools.chain(self.module.parameters(), self.module.buffers())
+        theirs = itertools.chain(model.parameters(), model.buffers())
         for mean, value in zip(own, theirs, strict=True):
             if mean.is_floating_point():
                 mean.lerp_(value, share.to(mean.dtype))
@@ -117,152 +122,194 @@ class WeightAverage(nn.Module):
                 mean.copy_(value)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside of a wrapper: DataParallel, DistributedDataParallel or an average."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, ModelEMA)
+    return unwrapped(model.module) if isinstance(model, wrappers) else model
+
+
+def free_memory() -> None:
+    """Return unused GPU memory to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 # %% [markdown]
-# **Checkpoints** replace their predecessor only when they are complete, and hold nothing but tensors and plain
-# values, so `torch.load(..., weights_only=True)` reads them: a file from a stranger cannot run code.
+# **Checkpoints** replace their predecessor only once they are complete. They hold nothing but
+# tensors and plain values, so that `torch.load(..., weights_only=True)` reads them: a file from a
+# stranger cannot run code. Their zip archive holds a checksum of each record, which tells damage.
 
 # %%
-DOES_NOT_SHAPE_TRAINING = {
-    *(
-        "DATA_DIR",
-        "WORK_DIR",
-        "CACHE_DIR",
-        "PREDICT_DIR",
-        "RESUME",
-        "NUM_WORKERS",
-        "TIME_BUDGET_HOURS",
-    ),
-    *("EPOCHS", "PATIENCE", "GRADIENT_CHECKPOINTING", "COMPILE", "ROBUSTNESS"),
+DAMAGE = (OSError, EOFError, RuntimeError, ValueError, BadZipFile, UnpicklingError, zlib.error)
+FORMAT = 3  # of last_checkpoint.pth; a run saved in another format cannot be resumed
+RESUMABLE_CHANGES = {  # parameters that may change when a run is resumed
+    *("DATA_DIR", "WORK_DIR", "CACHE_DIR", "PREDICT_DIR", "RESUME", "NUM_WORKERS"),
+    *("TIME_BUDGET_HOURS", "EPOCHS", "PATIENCE", "GRADIENT_CHECKPOINTING", "ROBUSTNESS"),
 }
-FORMAT = 2  # of last_checkpoint.pth; another one cannot be gone on from
-SUMMED = 64  # characters of a SHA-256
-
-
-def checksum(file: Path, length: int) -> bytes:
-    """The SHA-256 of the first `length` bytes of a file."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while length > 0 and (block := stream.read(min(length, 2**20))):
-            digest.update(block)
-            length -= len(block)
-    return digest.hexdigest().encode()
 
 
 def save_checkpoint(file: Path, content: dict, keep: Path | None = None) -> None:
-    """Write `content` so that `file` is always the old or the new one, never a part of it; the old one becomes `keep`.
+    """Replace `file` atomically; the old one becomes `keep`.
 
-    The SHA-256 of all bytes becomes the comment of the archive that torch makes: `is_whole` compares them.
     Raises OSError, with the space that is left, if it cannot be written.
     """
     with replacing(file) as partial_file:
         try:
             torch.save(content, partial_file)
-        except RuntimeError as error:  # as which torch reports a full disk
+        except RuntimeError as error:  # torch's way to report a full disk
             free = shutil.disk_usage(file.parent).free / 2**20
-            raise OSError(
-                f"{file} cannot be written; {free:.0f} MiB are free there: {error}"
-            ) from error
-        with open(partial_file, "r+b") as stream:
-            stream.seek(-2, os.SEEK_END)
-            stream.write(
-                SUMMED.to_bytes(2, "little")
-            )  # an archive ends with its comment's length, and the comment
-            stream.flush()
-            stream.write(checksum(partial_file, stream.tell()))
-            stream.flush()
+            message = f"{file} cannot be written; {free:.0f} MiB are free there: {error}"
+            raise OSError(message) from error
+        with open(partial_file, "rb+") as stream:
             os.fsync(stream.fileno())
         if keep and file.exists():
             os.replace(file, keep)
 
 
-def is_whole(file: Path) -> bool:
-    """Whether every byte of a checkpoint is as it was written."""
-    length = file.stat().st_size - SUMMED
-    with open(file, "rb") as stream:
-        stream.seek(max(length, 0))
-        return length > 0 and stream.read() == checksum(file, length)
-
-
-def settings_changed(saved: dict, config: dict) -> list[str]:
-    """Where two configurations differ in something that shapes training, a line for each parameter."""
-    names = [name for name in config if name not in DOES_NOT_SHAPE_TRAINING]
-    return [
-        f"{n}: {saved.get(n)!r} then, {config[n]!r} now" for n in names if saved.get(n) != config[n]
-    ]
-
-
-# %% [markdown]
-# **An interrupted run** goes on from its last checkpoint. If that is damaged, the one before it is still there: an
-# epoch is lost, not the run. A new Kaggle session starts with an empty folder; there the output of an earlier one,
-# attached as input, does as well, if it is of the same settings and data.
-
-
-# %%
 def previous_of(checkpoint: Path) -> Path:
     return checkpoint.with_name("previous_checkpoint.pth")
 
 
-def peek(checkpoint: Path) -> dict:
-    """What a checkpoint holds, without reading its weights yet."""
+def read_checkpoint_metadata(checkpoint: Path) -> dict:
+    """The content of a checkpoint, its weights memory-mapped and not read yet."""
     return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
 
 
-def readable(checkpoint: Path) -> Path | None:
-    """A checkpoint, or if it is missing or damaged the one before, or None. What is damaged is said."""
-    for file in (checkpoint, previous_of(checkpoint)):
-        if file.is_file():
-            if is_whole(file) and {"settings", "epoch"} <= peek(file).keys():
-                return file
-            print(f"{file} is damaged or no checkpoint: it is not used.")
+def is_valid_checkpoint(file: Path) -> bool:
+    """Whether a file is a checkpoint of a run and agrees with its checksums."""
+    try:
+        with ZipFile(file) as archive:
+            # torch does not read a record marked as a folder: its tensor would be garbage.
+            marked = any(record.external_attr for record in archive.infolist())
+            damaged = marked or archive.testzip() is not None
+        return not damaged and {"settings", "epoch"} <= read_checkpoint_metadata(file).keys()
+    except DAMAGE:
+        return False
+
+
+def latest_valid_checkpoint(checkpoint: Path) -> Path | None:
+    """A checkpoint, or the previous one if it is missing or damaged, or None. Reports damage."""
+    for file in filter(Path.is_file, (checkpoint, previous_of(checkpoint))):
+        if is_valid_checkpoint(file):
+            return file
+        print(f"{file} is damaged or not a checkpoint: skipped.")
     return None
 
 
-def run_settings(config: Config, videos: pd.DataFrame) -> dict:
-    """What must be the same for a run to go on."""
-    return {"FORMAT": FORMAT, **dataclasses.asdict(config), "DATA": data_fingerprint(videos)}
+# %% [markdown]
+# **Resuming.** An interrupted run resumes from its last checkpoint, or from the previous one if
+# that is damaged: an epoch is lost, not the run. A new Kaggle session starts with an empty folder;
+# there, the attached output of an earlier session is used if its settings and data are the same.
 
 
-def run_to_resume(checkpoint: Path, settings: dict, attached: Iterable[Path] = ()) -> Path | None:
-    """The file to go on from: this run's own checkpoint, or else the one of those attached that came furthest.
+# %%
+class RunState:
+    """What a run needs to resume, in `file`, and the best model so far, in `best_file` beside it.
 
-    Raises ValueError, with what differs, if the run's own comes from other settings; attached ones are passed over.
+    `parts` have a `state_dict`: model, optimizer, ...; `facts` are settings, batch size, precision
+    and the origin of the initial weights; `history` has a row for each epoch.
     """
-    if own := readable(checkpoint):
-        if changed := settings_changed(peek(own)["settings"], settings):
-            raise ValueError(
-                f"{own} comes from a run with other settings:\n  " + "\n  ".join(changed) + "\n"
-                "Put them back to go on with it, choose another WORK_DIR (or --output), or let RESUME=False replace it."
-            )
-        if own != checkpoint and checkpoint.exists():
-            os.replace(
-                own, checkpoint
-            )  # the next one to be kept as the one before must not be the damaged one
-        return checkpoint if checkpoint.exists() else own
-    epochs = {}
-    for file in filter(None, map(readable, attached)):
-        if changed := settings_changed(peek(file)["settings"], settings):
-            print(
-                f"{file} is not gone on from, since it comes from other settings:\n  "
-                + "\n  ".join(changed)
-            )
-        else:
-            epochs[file] = peek(file)["epoch"]
-    return max(epochs, key=epochs.__getitem__, default=None)
+
+    def __init__(self, file: Path, parts: dict[str, Any], **facts: Any) -> None:
+        self.file, self.best_file = file, file.with_name("best_model.pth")
+        self.parts, self.facts = parts, facts
+        self.history: list[dict] = []
+        self.best: dict = {}  # see `model_file`
+
+    def save(self) -> None:
+        """Write the state after an epoch, and the model if it is the best one."""
+        content = {name: part.state_dict() for name, part in self.parts.items()} | self.facts
+        epoch = len(self.history)
+        content |= {"epoch": epoch, "history": self.history, "best": self.best}
+        save_checkpoint(self.file, {"format": FORMAT, **content}, keep=previous_of(self.file))
+        if epoch == 1:  # then the previous one is of a run that this one replaces
+            previous_of(self.file).unlink(missing_ok=True)
+        if self.best.get("epoch") == epoch:
+            save_checkpoint(self.best_file, self.best)
+
+    def load(self, file: Path, write: bool) -> None:
+        """Restore a checkpoint; `write` the best model too, which may be missing or a later one."""
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        for name, part in self.parts.items():
+            # A loss scale is right for the precision that it was found for.
+            if name != "scaler" or saved["precision"] == self.facts["precision"]:
+                part.load_state_dict(saved[name])
+        self.history, self.best = saved["history"], saved["best"]
+        self.facts["initial_weights"] = saved["initial_weights"]
+        if write:
+            save_checkpoint(self.best_file, self.best)
 
 
-def attached_checkpoints(inputs: Path = Path("/kaggle/input")) -> list[Path]:
-    """Where outputs of earlier Kaggle sessions would have their checkpoint, in both of Kaggle's layouts."""
-    files = attached_files("models/*_checkpoint.pth", inputs, depths=(1, 2, 3))
-    return sorted({file.with_name("last_checkpoint.pth") for file in files})
-
-
+# %%
 def data_fingerprint(videos: pd.DataFrame) -> str:
-    """Tells whether two runs have the same videos in the same splits, wherever these are mounted."""
+    """The same for the same videos in the same splits, wherever they are mounted."""
     rows = sorted(f"{Path(row.path).name} {row.method} {row.split}" for row in videos.itertuples())
     digest = hashlib.sha256("\n".join(rows).encode()).hexdigest()
     return f"{len(rows)} videos, {digest[:12]}"
 
 
+def run_settings(config: Config, videos: pd.DataFrame) -> dict:
+    """What must be the same for a run to resume: parameters and data."""
+    return {**dataclasses.asdict(config), "DATA": data_fingerprint(videos)}
+
+
+def settings_changed(saved: dict, settings: dict) -> list[str]:
+    """The settings that shape training and differ, one line each."""
+    return [
+        f"{name}: {saved.get(name)!r} then, {value!r} now"
+        for name, value in settings.items()
+        if name not in RESUMABLE_CHANGES and saved.get(name) != value
+    ]
+
+
+def why_not_resumable(checkpoint: Path, settings: dict) -> str:
+    """Why a run with these settings cannot resume from a checkpoint; empty if it can."""
+    saved = read_checkpoint_metadata(checkpoint)
+    if saved.get("format") != FORMAT:
+        return "was saved by another version of this notebook"
+    changed = settings_changed(saved["settings"], settings)
+    return "\n  ".join(["comes from a run with other settings:", *changed]) if changed else ""
+
+
+# %%
+def find_resume_checkpoint(
+    checkpoint: Path, settings: dict, attached: Iterable[Path] = ()
+) -> Path | None:
+    """The file to resume from: the run's own checkpoint, else the latest of those attached.
+
+    Raises ValueError, with the reason, if the run's own cannot be resumed; attached ones that
+    cannot are reported and skipped.
+    """
+    if own := latest_valid_checkpoint(checkpoint):
+        if reason := why_not_resumable(own, settings):
+            raise ValueError(
+                f"{own} {reason}\nGo back to what it was started with to resume it, choose another "
+                "WORK_DIR (or --output) to keep it, or set RESUME=False to replace it."
+            )
+        if own != checkpoint and checkpoint.exists():
+            os.replace(own, checkpoint)  # or the damaged one would become the previous one
+        return checkpoint if checkpoint.exists() else own
+    epochs = {}
+    for file in filter(None, map(latest_valid_checkpoint, attached)):
+        if reason := why_not_resumable(file, settings):
+            print(f"Skipped: {file} {reason}")
+        else:
+            epochs[file] = read_checkpoint_metadata(file)["epoch"]
+    return max(epochs, key=epochs.__getitem__, default=None)
+
+
+def attached_checkpoints(inputs: Path = Path("/kaggle/input")) -> list[Path]:
+    """Last checkpoints in attached outputs of earlier sessions, in both of Kaggle's layouts."""
+    files = attached_files("models/*_checkpoint.pth", inputs, depths=(1, 2, 3))
+    return sorted({file.with_name("last_checkpoint.pth") for file in files})
+
+
+# %% [markdown]
+# **The result**, `best_model.pth`, holds all that is needed to score videos on any machine.
+
+
+# %%
 def model_file(
     model: nn.Module,
     config: Config,
@@ -270,39 +317,42 @@ def model_file(
     trained_on: Iterable[str],
     history_row: dict,
 ) -> dict:
-    """What best_model.pth holds: all that is needed to score videos as in training, on any machine. A copy.
+    """The content of best_model.pth: a copy of the weights, no paths of this machine.
 
-    `calibration` is temperature, offset and threshold. The offset becomes a part of the weights, of the bias that all
-    logits have in common: P(fake) is `sigmoid(logit / temperature)`. `trained_on` are the names of manipulations.
+    `calibration` is temperature, offset and threshold: P(fake) is
+    `sigmoid((logit - offset) / temperature)`. `trained_on` names manipulations.
     """
-    paths = dict.fromkeys(
-        ("DATA_DIR", "WORK_DIR", "CACHE_DIR", "CHECKPOINT", "PREDICT_DIR", "WEIGHTS_PATH"), ""
-    )
-    weights = {
-        name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()
-    }
-    temperature, offset, threshold = calibration
-    weights["frame_head.1.bias"] -= offset
+    paths = ("DATA_DIR", "WORK_DIR", "CACHE_DIR", "CHECKPOINT", "PREDICT_DIR", "WEIGHTS_PATH")
+    weights = model.state_dict().items()
     return {
-        "format": 1,
-        "model": weights,
-        "config": {**dataclasses.asdict(config), **paths},
+        "format": 2,
+        "model": {name: value.detach().to("cpu", copy=True) for name, value in weights},
+        "config": {**dataclasses.asdict(config), **dict.fromkeys(paths, "")},
         "classes": ["real", "fake"],
         "trained_on": sorted(trained_on),
-        "temperature": temperature,
-        "threshold": threshold,
+        **dict(zip(("temperature", "offset", "threshold"), calibration, strict=True)),
         **{name: history_row[name] for name in ("epoch", "val_auc", "val_loss")},
     }
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The network itself, out of what trains it on several devices, or an average."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, WeightAverage)
-    return unwrapped(model.module) if isinstance(model, wrappers) else model
+# %% [markdown]
+# Focal loss beside cross-entropy: once a clip is classified well, it hardly counts any more.
 
 
-def free_memory() -> None:
-    """Give cached memory back, between training and evaluation say."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+# %%
+@styled
+def plot_losses(gammas: Iterable[float]) -> Figure:
+    """The loss of one clip by the probability given to its true class, a line for each gamma."""
+    figure, ax = plt.subplots(figsize=(7, 2.6))
+    logits, target = torch.linspace(-4, 5, 100), torch.ones(())
+    for gamma in gammas:
+        loss = [FocalLoss(gamma)(logit, target) for logit in logits]
+        label = f"focal loss, gamma {gamma:g}" if gamma else "cross-entropy"
+        ax.plot(logits.sigmoid(), loss, label=label)
+    ax.set(xlabel="probability of the true class", ylabel="loss", ylim=(0, 3))
+    ax.legend()
+    return figure
+
+
+if IN_NOTEBOOK:
+    show_figure(plot_losses([0, build_loss(CONFIG).gamma or 2]))

@@ -52,7 +52,7 @@ from cell_03_data_processing import (
     videos_below,
 )
 from cell_04_dataset_class import ClipDataset, normalize, to_float
-from cell_05_model_definition import DeepfakeDetector, Output, load_detector
+from cell_05_model_definition import DeepfakeDetector, DetectorOutput, load_detector
 from cell_07_training_functions import validate
 
 
@@ -368,7 +368,7 @@ def measure_robustness(
 
 
 # %%
-def heat_maps(model: DeepfakeDetector, clips: torch.Tensor) -> tuple[torch.Tensor, Output]:
+def heat_maps(model: DeepfakeDetector, clips: torch.Tensor) -> tuple[torch.Tensor, DetectorOutput]:
     """LayerCAM of normalised clips (B, T, 3, S, S): heat (B, T, S, S), at least 0, and the output.
 
     The heat of one model's clips is comparable. Raises ValueError if there are no feature maps.
@@ -394,7 +394,9 @@ def heat_maps(model: DeepfakeDetector, clips: torch.Tensor) -> tuple[torch.Tenso
             hook.remove()
     heat = (gradient.clamp(min=0) * maps[0]).sum(dim=1, keepdim=True).clamp(min=0).detach().float()
     heat = nn.functional.interpolate(heat, clips.shape[-2:], mode="bilinear", align_corners=False)
-    return heat.view(*clips.shape[:2], *clips.shape[-2:]), Output(*(x.detach() for x in output))
+    return heat.view(*clips.shape[:2], *clips.shape[-2:]), DetectorOutput(
+        *(x.detach() for x in output)
+    )
 
 
 # %% [markdown]

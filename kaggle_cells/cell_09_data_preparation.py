@@ -1,12 +1,11 @@
 # %% [markdown]
 # <a id="section-9"></a>
-# ## 9. The videos become clips and splits
+# ## 9. Videos become splits and clips
 #
-# From here on the notebook works. It finds the videos, splits them by group, takes at most `MAX_VIDEOS_PER_CLASS` of
-# each class (from several datasets in equal parts) and makes a clip of each, or finds it in the cache: a run that was
-# interrupted goes on where it stopped.
-# On Kaggle name your dataset's folder in `DATA_DIR`, or leave it at `auto`. With a trained model and `EPOCHS = 0` only
-# the test videos are needed, and where there is no dataset, none are: `PREDICT_DIR` is scored then, and no more.
+# Here the work starts: find the videos, split them by group, sample up to `MAX_VIDEOS_PER_CLASS` of
+# each class, and make or load a cached clip of each; an interrupted run resumes. On Kaggle set
+# `DATA_DIR` to your dataset's folder, or leave it at `auto`. With a trained model and `EPOCHS = 0`
+# only test videos are needed; without a dataset, only `PREDICT_DIR` is scored.
 
 # %%
 import dataclasses
@@ -19,6 +18,7 @@ from IPython.display import display
 from cell_01_imports_and_setup import ENVIRONMENT, RANK, save_csv, save_figure
 from cell_02_global_config import CONFIG
 from cell_03_data_processing import (
+    CLASS_NAMES,
     CLIP_COLUMNS,
     EVERY_CLASS,
     OWN_TABLES,
@@ -28,168 +28,168 @@ from cell_03_data_processing import (
     check_files,
     crossing_groups,
     find_videos,
-    limit_videos,
     load_face_detector,
     make_demo_set,
     remove_partial_files,
     require_classes,
     require_own_tables,
     require_space,
+    sample_per_class,
     split_videos,
 )
-from cell_06_loss_and_utils import run_settings, run_to_resume
+from cell_06_loss_and_utils import find_resume_checkpoint, run_settings
 from cell_08_evaluation_functions import plot_samples
 
-
-def kinds_of(videos: pd.DataFrame) -> list[pd.Series]:
-    """The dataset, class and method of each video, to count them by."""
-    return [videos.dataset, videos.label.map({0: "real", 1: "fake"}).rename("class"), videos.method]
-
-
 if RANK:
-    raise RuntimeError(
-        "torchrun is for cell_12_training_loop.py; run the cells after it with python"
-    )
+    raise RuntimeError("torchrun is for cell_12_training_loop.py; run later cells with python")
 preparation_started = time.perf_counter()
-if CONFIG.RESUME and CONFIG.EPOCHS:
-    run_to_resume(
-        CONFIG.last_checkpoint, dataclasses.asdict(CONFIG)
-    )  # other settings are refused right here
+if CONFIG.RESUME and CONFIG.EPOCHS:  # refuses a checkpoint of other settings before any work
+    find_resume_checkpoint(CONFIG.last_checkpoint, dataclasses.asdict(CONFIG))
 require_own_tables(CONFIG.work_dir / "data")
-for folder in ("data", "models", "results"):
-    remove_partial_files(CONFIG.work_dir / folder)
-wanted_methods = CONFIG.METHODS and CONFIG.METHODS + CONFIG.HOLDOUT_METHODS
-places = {"auto": ["/kaggle/input", "data"], "demo": [], "none": []}.get(
-    CONFIG.DATA_DIR, [CONFIG.DATA_DIR]
-)
-for DATA_ORIGIN in places:
-    try:
-        found = find_videos(Path(DATA_ORIGIN), wanted_methods)
-        break
-    except FileNotFoundError as error:
-        if CONFIG.DATA_DIR != "auto":
-            raise
-        if Path(DATA_ORIGIN).is_dir() and {file.name for file in Path(DATA_ORIGIN).iterdir()} - {
-            *OWN_TABLES
-        }:
-            print(f"Not used: {error}")
-else:
-    if CONFIG.DATA_DIR == "none" or (
-        CONFIG.DATA_DIR == "auto" and CONFIG.PREDICT_DIR and not CONFIG.EPOCHS
-    ):
-        DATA_ORIGIN, found = "no dataset", pd.DataFrame(columns=VIDEO_COLUMNS)
-    else:
-        DATA_ORIGIN = "demo set made by this notebook"
-        demo_folder, demo_size = (
-            CONFIG.work_dir / f"demo_videos_{CONFIG.SEED}",
-            CONFIG.MAX_VIDEOS_PER_CLASS or 120,
-        )
-        print(
-            f"Making a demo set of {demo_size} real and {demo_size} fake videos: no dataset of yours.",
-            flush=True,
-        )
-        make_demo_set(demo_folder, demo_size, CONFIG.SEED, CONFIG.NUM_WORKERS)
-        found = find_videos(demo_folder, wanted_methods)
+for _name in ("data", "models", "results"):
+    remove_partial_files(CONFIG.work_dir / _name)
 
-checked, refused = check_files(found, CONFIG.NUM_WORKERS)
-save_csv(refused, CONFIG.work_dir / "data" / "skipped.csv")
-if len(found):
-    table = pd.crosstab(kinds_of(found), found.split.replace("", "no split given"))
-    display(table.assign(videos=table.sum(axis=1)))
-    print(
-        f"{len(found)} videos in {found.group.nunique()} groups, from {DATA_ORIGIN}; {len(refused)} cannot be used"
-    )
-else:
-    print("No dataset: only the videos in PREDICT_DIR are scored.")
-if found.dataset.nunique() > 1:
-    print("All of these datasets are used. To use one alone, name its folder in DATA_DIR.")
-alone = checked.label.eq(1) & ~checked.group.isin(checked.group[checked.label == 0])
-if alone.any():
-    print(
-        f"{alone.sum()} of {checked.label.sum()} fakes share no source with a real video here, as far as names and "
-        "lists tell. If they were made from these, say so in names or in a manifest: the splits rely on it."
-    )
 
 # %%
-needed = EVERY_CLASS  # in each split
-if CONFIG.EPOCHS == 0:
-    needed = {"test": ()}
-elif CONFIG.SELF_BLEND == 1:  # training makes its own fakes
-    needed = {"train": (0,), "val": (0,), "test": (0, 1)}
-fractions = min(CONFIG.VAL_FRACTION, 1 - CONFIG.TEST_FRACTION), CONFIG.TEST_FRACTION
-splits = checked
-if len(found):
-    splits = split_videos(checked, *fractions, CONFIG.SEED, CONFIG.HOLDOUT_METHODS, needed)
-LEAKING = crossing_groups(splits)
-if CONFIG.HOLDOUT_METHODS:
-    print(
-        f"{len(checked) - len(splits)} held-out fakes set aside: their recordings are not in the test set."
-    )
-if LEAKING:
-    print(
-        f"Warning: {len(LEAKING)} groups are in more than one split, since the dataset's own splits part them, so the "
-        "test is easier than it looks. The first of them, and some of their videos:"
-    )
-    leaks = splits[splits.group.isin(LEAKING)].assign(name=splits.path.map(lambda path: path.name))
-    display(
-        leaks.pivot_table(
-            index="group", columns="split", values="name", aggfunc=lambda n: ", ".join(n[:3])
-        ).head(10)
-    )
+def locate_dataset() -> tuple[str, pd.DataFrame]:
+    """Where the videos come from, and their table: DATA_DIR, what `auto` finds, or a demo set."""
+    methods = CONFIG.METHODS and CONFIG.METHODS + CONFIG.HOLDOUT_METHODS
+    places = {"auto": ["/kaggle/input", "data"], "demo": [], "none": []}
+    for place in places.get(CONFIG.DATA_DIR, [CONFIG.DATA_DIR]):
+        try:
+            return place, find_videos(Path(place), methods)
+        except FileNotFoundError as error:
+            if CONFIG.DATA_DIR != "auto":
+                raise
+            names = {path.name for path in Path(place).glob("*")}
+            if names - {*OWN_TABLES}:
+                print(f"Not used: {error}")
+    only_predicts = CONFIG.DATA_DIR == "auto" and CONFIG.PREDICT_DIR and not CONFIG.EPOCHS
+    if CONFIG.DATA_DIR == "none" or only_predicts:
+        return "no dataset", pd.DataFrame(columns=VIDEO_COLUMNS)
+    folder = CONFIG.work_dir / f"demo_videos_{CONFIG.SEED}"
+    size = CONFIG.MAX_VIDEOS_PER_CLASS or 120
+    print(f"Making a demo set of {size} real and {size} fake videos.", flush=True)
+    make_demo_set(folder, size, CONFIG.SEED, CONFIG.NUM_WORKERS)
+    return "demo set made by this notebook", find_videos(folder, methods)
 
-CLIP_SETTINGS = ClipSettings.of(CONFIG)
-FACE_DETECTOR = load_face_detector(ENVIRONMENT.device) if CONFIG.FACE_CROP else None
-VIDEOS, SKIPPED, more_failed = (
-    splits.assign(**dict.fromkeys(CLIP_COLUMNS)),
-    refused,
-    len(splits) > 0,
-)
-while more_failed:  # a video that fails gives its place to another
-    chosen_videos = limit_videos(
-        splits[~splits.path.isin(SKIPPED.path)], CONFIG.MAX_VIDEOS_PER_CLASS, CONFIG.SEED
-    )
-    require_classes(chosen_videos, needed)
-    if CONFIG.EPOCHS == 0:
-        chosen_videos = chosen_videos[chosen_videos.split == "test"].reset_index(drop=True)
-    print(
-        f"{len(chosen_videos)} videos taken:",
-        require_space(chosen_videos, CLIP_SETTINGS, CONFIG.cache_dir),
-        flush=True,
-    )
-    VIDEOS, failed = cache_clips(
-        chosen_videos, CLIP_SETTINGS, CONFIG.cache_dir, FACE_DETECTOR, CONFIG.NUM_WORKERS
-    )
-    SKIPPED, more_failed = pd.concat([SKIPPED, failed], ignore_index=True), len(failed) > 0
-SPLIT_TABLES = {
-    name: VIDEOS[VIDEOS.split == name].reset_index(drop=True) for name in ("train", "val", "test")
-}
-if CONFIG.RESUME and CONFIG.EPOCHS:
-    run_to_resume(CONFIG.last_checkpoint, run_settings(CONFIG, VIDEOS))  # and other videos here
-for name, table in {**SPLIT_TABLES, "skipped": SKIPPED}.items():
-    if CONFIG.EPOCHS or name in ("test", "skipped"):
-        save_csv(table, CONFIG.work_dir / "data" / f"{name}.csv")
-PREPARATION_SECONDS = time.perf_counter() - preparation_started
 
-if len(SKIPPED):
-    print(f"Skipped: {len(SKIPPED)} videos, all of them in data/skipped.csv with the reason.")
-    with pd.option_context("display.max_colwidth", 100, "display.width", 160):
-        display(
-            SKIPPED.assign(video=[path.name for path in SKIPPED.path])[
-                ["video", "method", "reason"]
-            ].head(10)
-        )
-if len(VIDEOS):
-    counts = pd.crosstab(kinds_of(VIDEOS), VIDEOS.split)
-    display(counts[[name for name in SPLIT_TABLES if name in counts]])
-if CONFIG.FACE_CROP and (faceless := int((VIDEOS.face_share == 0).sum())):
-    print(f"No face found in {faceless} of {len(VIDEOS)} videos: the middle of the frame is used.")
-if short := int((VIDEOS.distinct_frames < CONFIG.FRAMES_PER_VIDEO).sum()):
-    print(
-        f"{short} videos have fewer than {CONFIG.FRAMES_PER_VIDEO} frames: some of theirs are repeated."
-    )
+def count_videos(videos: pd.DataFrame) -> pd.DataFrame:
+    """The number of videos by dataset, class and method, in each split."""
+    classes = videos.label.map(dict(enumerate(CLASS_NAMES))).rename("class")
+    splits = videos.split.replace("", "no split given")
+    counts = pd.crosstab([videos.dataset, classes, videos.method], splits)
+    counts = counts[sorted(counts, key=[*EVERY_CLASS, "no split given"].index)]
+    return counts.assign(videos=counts.sum(axis=1))
+
+
+DATA_ORIGIN, found_videos = locate_dataset()
+usable_videos, SKIPPED = check_files(found_videos, CONFIG.NUM_WORKERS)
+save_csv(SKIPPED, CONFIG.work_dir / "data" / "skipped.csv")
+if len(found_videos):
+    display(count_videos(found_videos))
+    _groups = f"{len(found_videos)} videos in {found_videos.group.nunique()} groups"
+    print(f"{_groups}, from {DATA_ORIGIN}; {len(SKIPPED)} cannot be used.")
+else:
+    print("No dataset: only the videos in PREDICT_DIR are scored.")
 
 # %% [markdown]
-# What the network will see, a clip of each kind:
+# Each split needs both classes, unless training makes all its fakes itself or there is no training.
+# Fakes without a known original and groups on both sides of a given split make a test too easy.
+
+
+# %%
+def report_splits() -> None:
+    """Print what may make the test easier than it looks."""
+    if found_videos.dataset.nunique() > 1:
+        print("All of these datasets are used. To use one, set DATA_DIR to its folder.")
+    with_real = usable_videos.group[usable_videos.label == 0]
+    unmatched = (usable_videos.label == 1) & ~usable_videos.group.isin(with_real)
+    if unmatched.any():
+        print(f"{unmatched.sum()} fakes could not be matched to a real video by name or metadata.")
+    if CONFIG.HOLDOUT_METHODS:
+        dropped = len(usable_videos) - len(videos_in_splits)
+        print(f"{dropped} held-out fakes of recordings outside the test set are not used.")
+    if LEAKING:
+        print(f"Warning: {len(LEAKING)} groups are in more than one split of the dataset's own.")
+        names = videos_in_splits.path.map(lambda path: path.name)
+        leaks = videos_in_splits.assign(name=names)[videos_in_splits.group.isin(LEAKING)]
+        names = leaks.groupby(["group", "split"]).name.agg(lambda n: ", ".join(n[:3]))
+        display(names.unstack(fill_value="").head(10))
+
+
+needed_classes = EVERY_CLASS
+if CONFIG.EPOCHS == 0:
+    needed_classes = {"test": ()}
+elif CONFIG.SELF_BLEND == 1:
+    needed_classes = {"train": (0,), "val": (0,), "test": (0, 1)}
+_fractions = min(CONFIG.VAL_FRACTION, 1 - CONFIG.TEST_FRACTION), CONFIG.TEST_FRACTION
+videos_in_splits = usable_videos
+if len(found_videos):
+    videos_in_splits = split_videos(
+        usable_videos, *_fractions, CONFIG.SEED, CONFIG.HOLDOUT_METHODS, needed_classes
+    )
+LEAKING = crossing_groups(videos_in_splits)
+if len(found_videos):
+    report_splits()
+
+# %% [markdown]
+# A video that fails when its clip is made is replaced by another of the same kind.
+
+# %%
+CLIP_SETTINGS = ClipSettings.of(CONFIG)
+FACE_DETECTOR = load_face_detector(ENVIRONMENT.device) if CONFIG.FACE_CROP else None
+
+
+def prepare_clips(skipped: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Sample videos and cache their clips until none fails; these, and all videos skipped."""
+    while True:
+        left = videos_in_splits[~videos_in_splits.path.isin(skipped.path)]
+        sample = sample_per_class(left, CONFIG.MAX_VIDEOS_PER_CLASS, CONFIG.SEED)
+        require_classes(sample, needed_classes)
+        if CONFIG.EPOCHS == 0:
+            sample = sample[sample.split == "test"].reset_index(drop=True)
+        space = require_space(sample, CLIP_SETTINGS, CONFIG.cache_dir)
+        print(f"{len(sample)} videos taken: {space}", flush=True)
+        settings = CLIP_SETTINGS, CONFIG.cache_dir, FACE_DETECTOR, CONFIG.NUM_WORKERS
+        videos, failed = cache_clips(sample, *settings)
+        if failed.empty:
+            return videos, skipped
+        skipped = pd.concat([skipped, failed], ignore_index=True)
+
+
+def report_preparation() -> None:
+    """Show the videos of each split, those skipped, and how many have no face or few frames."""
+    if len(SKIPPED):
+        print(f"Skipped: {len(SKIPPED)} videos, listed with the reason in data/skipped.csv.")
+        shown = SKIPPED.assign(video=[path.name for path in SKIPPED.path]).head(10)
+        with pd.option_context("display.max_colwidth", 100, "display.width", 160):
+            display(shown[["video", "method", "reason"]])
+    display(count_videos(VIDEOS))
+    faceless = int((VIDEOS.face_share == 0).sum()) if CONFIG.FACE_CROP else 0
+    if faceless:
+        print(f"No face found in {faceless} of {len(VIDEOS)} videos: their centre is cropped.")
+    short = int((VIDEOS.distinct_frames < CONFIG.FRAMES_PER_VIDEO).sum())
+    if short:
+        print(f"{short} videos repeat frames: they have fewer than {CONFIG.FRAMES_PER_VIDEO}.")
+
+
+# %%
+VIDEOS = videos_in_splits.assign(**dict.fromkeys(CLIP_COLUMNS))
+if len(videos_in_splits):
+    VIDEOS, SKIPPED = prepare_clips(SKIPPED)
+SPLIT_TABLES = {s: VIDEOS[VIDEOS.split == s].reset_index(drop=True) for s in EVERY_CLASS}
+if CONFIG.RESUME and CONFIG.EPOCHS:  # refuses a checkpoint of other videos
+    find_resume_checkpoint(CONFIG.last_checkpoint, run_settings(CONFIG, VIDEOS))
+for _name, _table in {**SPLIT_TABLES, "skipped": SKIPPED}.items():
+    if CONFIG.EPOCHS or _name in ("test", "skipped"):
+        save_csv(_table, CONFIG.work_dir / "data" / f"{_name}.csv")
+PREPARATION_SECONDS = time.perf_counter() - preparation_started
+if len(VIDEOS):
+    report_preparation()
+
+# %% [markdown]
+# What the network will see, one clip of each method:
 
 # %%
 if len(VIDEOS):

@@ -2,8 +2,8 @@
 # <a id="section-10"></a>
 # ## 10. Loaders and batch size
 #
-# Larger batches use a GPU better, as long as they fit. With `BATCH_SIZE = 0` a few training steps on blank clips
-# find out what does. An interrupted run keeps its batch size, even if it goes on with another GPU.
+# Larger batches use a GPU better, as long as they fit. `BATCH_SIZE = 0` finds the size with a few
+# training steps on blank clips. A resumed run keeps its batch size, even on another GPU.
 
 # %%
 from pathlib import Path
@@ -11,98 +11,95 @@ from typing import Any
 
 import pandas as pd
 import torch
+from IPython.display import display
 from torch.utils.data import DataLoader
 
-from cell_01_imports_and_setup import ENVIRONMENT, PROCESSES, RANK, save_figure
+from cell_01_imports_and_setup import ENVIRONMENT, RANK, WORLD_SIZE, save_figure
 from cell_02_global_config import CONFIG
-from cell_04_dataset_class import ClipDataset, PairBatches
+from cell_04_dataset_class import ClipDataset, PairBatches, Sample, plot_self_blends
 from cell_06_loss_and_utils import (
     attached_checkpoints,
+    find_resume_checkpoint,
     free_memory,
-    peek,
+    read_checkpoint_metadata,
     run_settings,
-    run_to_resume,
 )
 from cell_07_training_functions import (
+    all_gather_object,
     amp_dtype,
+    broadcast_object,
     choose_batch_size,
-    from_first,
-    gathered,
     join_processes,
 )
-from cell_08_evaluation_functions import plot_self_blends
 
 DEVICE = torch.device(ENVIRONMENT.device)
 PRECISION = amp_dtype(CONFIG.AMP, DEVICE)
-if (
-    RANK == 0
-):  # the first process prepares the data; others, if there are any, wait in `join_processes`
+if RANK == 0:  # the first process prepares the data; others wait in `join_processes`
     from cell_09_data_preparation import SPLIT_TABLES
 join_processes(DEVICE)
-SPLIT_TABLES = from_first(SPLIT_TABLES if RANK == 0 else None)
-
+SPLIT_TABLES = broadcast_object(SPLIT_TABLES if RANK == 0 else None)
 RUN_SETTINGS = run_settings(CONFIG, pd.concat(SPLIT_TABLES.values()))
 
 
+# %%
 def checkpoint_to_resume() -> Path | None:
-    """Where this run goes on from, as things are now: the same for all processes."""
+    """The checkpoint this run resumes from, if any: the same in all processes."""
     resumes = CONFIG.RESUME and CONFIG.EPOCHS and RANK == 0
-    return from_first(
-        run_to_resume(CONFIG.last_checkpoint, RUN_SETTINGS, attached_checkpoints())
-        if resumes
-        else None
-    )
+    places = CONFIG.last_checkpoint, RUN_SETTINGS, attached_checkpoints()
+    return broadcast_object(find_resume_checkpoint(*places) if resumes else None)
 
 
-BATCH_SIZE_USED = CONFIG.BATCH_SIZE
-if interrupted_run := checkpoint_to_resume():
-    BATCH_SIZE_USED = peek(interrupted_run)["batch_size"]
-if CONFIG.EPOCHS and not BATCH_SIZE_USED:
-    fits = (
-        choose_batch_size(CONFIG, DEVICE, PRECISION) if DEVICE.type == "cuda" else 8
-    )  # main memory has room
-    fits_everywhere = min(gathered(fits))
-    BATCH_SIZE_USED = fits_everywhere * max(PROCESSES, len(ENVIRONMENT.gpus))
+def batch_size_to_use() -> int:
+    """Clips in a step of all devices together; 0 without training."""
+    if interrupted_run := checkpoint_to_resume():
+        return read_checkpoint_metadata(interrupted_run)["batch_size"]
+    if CONFIG.BATCH_SIZE or not CONFIG.EPOCHS:
+        return CONFIG.BATCH_SIZE
+    fits = choose_batch_size(CONFIG, DEVICE, PRECISION) if DEVICE.type == "cuda" else 8
     free_memory()
+    return min(all_gather_object(fits)) * max(WORLD_SIZE, len(ENVIRONMENT.gpus))
 
-pinned = DEVICE.type == "cuda"
-datasets = {name: ClipDataset(table, CONFIG.NUM_WORKERS) for name, table in SPLIT_TABLES.items()}
-scored_at_once = 8 * max(1, len(ENVIRONMENT.gpus))
+
+def scored_samples(name: str) -> list[Sample]:
+    """All clips of a split, and for a validation set without fakes self-blends of the real ones."""
+    table = SPLIT_TABLES[name]
+    needs_fakes = name == "val" and CONFIG.EPOCHS and not table.label.any()
+    if needs_fakes:
+        print("Validation has no fakes: self-blends replace them to choose epoch and threshold.")
+    kinds = (False, True) if needs_fakes else (False,)
+    return [Sample(row, blend) for row in range(len(table)) for blend in kinds]
+
+
+def make_loader(name: str, **sampling: Any) -> DataLoader:
+    dataset = ClipDataset(SPLIT_TABLES[name], CONFIG.NUM_WORKERS)
+    return DataLoader(dataset, pin_memory=DEVICE.type == "cuda", **sampling)
+
+
+# %%
+BATCH_SIZE_USED = batch_size_to_use()
 TRAIN_BATCHES: Any = None
 TRAIN_LOADER: Any = []
+scored_at_once = 8 * max(1, len(ENVIRONMENT.gpus))
 if CONFIG.EPOCHS:
-    TRAIN_BATCHES = PairBatches(
-        SPLIT_TABLES["train"],
-        BATCH_SIZE_USED,
-        CONFIG.SEED,
-        RANK,
-        PROCESSES,
-        pairs=CONFIG.PAIRS,
-        self_blend=CONFIG.SELF_BLEND,
-    )
-    TRAIN_LOADER = DataLoader(datasets["train"], batch_sampler=TRAIN_BATCHES, pin_memory=pinned)
+    drawn: Any = {"pairs": CONFIG.PAIRS, "self_blend": CONFIG.SELF_BLEND}
+    drawn["clips_per_video"] = CONFIG.CLIPS_PER_VIDEO
+    share = BATCH_SIZE_USED, CONFIG.SEED, RANK, WORLD_SIZE
+    TRAIN_BATCHES = PairBatches(SPLIT_TABLES["train"], *share, **drawn)
+    TRAIN_LOADER = make_loader("train", batch_sampler=TRAIN_BATCHES)
     scored_at_once = min(scored_at_once, TRAIN_BATCHES.share)
-scored_rows = {name: [*range(len(datasets[name]))] for name in ("val", "test")}
-if CONFIG.EPOCHS and not SPLIT_TABLES["val"].label.any():
-    print(
-        "Validation has no fakes: self-blends of its real videos stand in, for the choice of epoch and threshold too."
-    )
-    scored_rows["val"] = [row for real in scored_rows["val"] for row in (real, ~real)]
 VAL_LOADER, TEST_LOADER = (  # process 1 of 3 scores the clips 1, 4, 7, ...
-    DataLoader(datasets[name], scored_at_once, sampler=rows[RANK::PROCESSES], pin_memory=pinned)
-    for name, rows in scored_rows.items()
+    make_loader(name, batch_size=scored_at_once, sampler=scored_samples(name)[RANK::WORLD_SIZE])
+    for name in ("val", "test")
 )
-
-shared = f", shared by {PROCESSES} processes" if PROCESSES > 1 else ""
 if len(TEST_LOADER):
-    print(
-        f"Batches of {BATCH_SIZE_USED or scored_at_once} clips{shared} on {ENVIRONMENT.device} in "
-        f"{str(PRECISION or torch.float32).removeprefix('torch.')}: {len(TRAIN_LOADER)} for training, "
-        f"{len(VAL_LOADER)} for validation, {len(TEST_LOADER)} for the test"
-    )
+    shared = f", shared by {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
+    dtype = str(PRECISION or torch.float32).removeprefix("torch.")
+    print(f"Batches of {BATCH_SIZE_USED or scored_at_once} clips{shared} on {DEVICE} in {dtype}:")
+    lengths = [len(loader) for loader in (TRAIN_LOADER, VAL_LOADER, TEST_LOADER)]
+    display(pd.DataFrame({"batches": lengths}, index=["training", "validation", "test"]))
 
 # %% [markdown]
-# `SELF_BLEND` of the fakes that training shows are made on the spot from real clips, other ones in each epoch:
+# `SELF_BLEND` of the fakes in training are made from real clips as they are loaded, like these:
 
 # %%
 if CONFIG.SELF_BLEND and CONFIG.EPOCHS and RANK == 0:

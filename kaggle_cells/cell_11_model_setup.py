@@ -2,146 +2,102 @@
 # <a id="section-11"></a>
 # ## 11. Model, optimizer, and where the last run stopped
 #
-# An interrupted run goes on from `models/last_checkpoint.pth`; a finished one is not repeated. Settings that would
-# change the result must be the same then.
+# An interrupted run resumes from `models/last_checkpoint.pth`; a finished one is not repeated. The
+# settings that shape the result must be the same then.
 
 # %%
-from typing import Any
-
-import pandas as pd
 import torch
 from IPython.display import display
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from cell_01_imports_and_setup import ENVIRONMENT, PROCESSES, RANK
+from cell_01_imports_and_setup import ENVIRONMENT, RANK, WORLD_SIZE
 from cell_02_global_config import CONFIG, seed_everything
-from cell_05_model_definition import build_model, choose_trainable, load_backbone_weights
-from cell_06_loss_and_utils import EarlyStopping, WeightAverage, build_loss, peek, save_checkpoint
-from cell_07_training_functions import LossScaler, Trainer, from_first, synchronise_batch_norm
-from cell_10_data_loaders import DEVICE, PRECISION, SPLIT_TABLES, checkpoint_to_resume
+from cell_05_model_definition import build_model, load_backbone_weights, shape_table
+from cell_06_loss_and_utils import EarlyStopping, ModelEMA, RunState, build_loss
+from cell_07_training_functions import LossScaler, Trainer, broadcast_object, synchronise_batch_norm
+from cell_10_data_loaders import (
+    BATCH_SIZE_USED,
+    DEVICE,
+    PRECISION,
+    RUN_SETTINGS,
+    SPLIT_TABLES,
+    checkpoint_to_resume,
+)
 
-BEST_MODEL = CONFIG.last_checkpoint.with_name("best_model.pth")
 
+def load_initial_weights(model: nn.Module) -> tuple[str, set[str]]:
+    """Load what training starts from; returns its origin and the manipulations it has seen."""
+    if not CONFIG.CHECKPOINT:
+        backbone, name = model.get_submodule("backbone"), CONFIG.BACKBONE
+        return load_backbone_weights(backbone, name, CONFIG.PRETRAINED, CONFIG.WEIGHTS_PATH), set()
+    saved = torch.load(CONFIG.CHECKPOINT, map_location="cpu", weights_only=True)
+    model.load_state_dict(saved["model"])
+    # The oldest files do not say what they were trained on.
+    likely = {*SPLIT_TABLES["test"].method} - {"real", *saved["config"]["HOLDOUT_METHODS"]}
+    return f"checkpoint {CONFIG.CHECKPOINT}", {*saved.get("trained_on", likely)}
+
+
+def parallelise(model: nn.Module) -> nn.Module:
+    """The model as it is trained: on one device, on several, or in several processes."""
+    if WORLD_SIZE > 1:
+        devices = [DEVICE] if DEVICE.type == "cuda" else None
+        model = synchronise_batch_norm(model, DEVICE)
+        return nn.parallel.DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+    gpus = ENVIRONMENT.gpu_ids
+    return nn.DataParallel(model, gpus) if len(gpus) > 1 else model
+
+
+# %%
 seed_everything(CONFIG.SEED)
 MODEL = build_model(CONFIG)
-TRAINED_ON, WEIGHTS_ORIGIN = (
-    {*SPLIT_TABLES["train"].method} - {"real"},
-    "",
-)  # manipulations; where weights are from
-resume_from = checkpoint_to_resume()
-if CONFIG.CHECKPOINT:
-    start = torch.load(CONFIG.CHECKPOINT, map_location="cpu", weights_only=True)
-    MODEL.load_state_dict(start["model"])
-    tested = {*SPLIT_TABLES["test"].method} - {"real"}
-    TRAINED_ON |= {
-        *start.get("trained_on", tested - {*start["config"]["HOLDOUT_METHODS"]})
-    }  # older files lack it
-    WEIGHTS_ORIGIN = f"checkpoint {CONFIG.CHECKPOINT}"
-    del start
-elif resume_from:
-    WEIGHTS_ORIGIN = peek(resume_from)["initial_weights"]
-elif RANK == 0:  # the other processes get their weights from the first one
-    WEIGHTS_ORIGIN = load_backbone_weights(
-        MODEL.backbone, CONFIG.BACKBONE, CONFIG.PRETRAINED, CONFIG.WEIGHTS_PATH
-    )
-WEIGHTS_ORIGIN = from_first(WEIGHTS_ORIGIN)
-choose_trainable(MODEL.backbone, CONFIG.TRAINABLE)
+TRAINED_ON = {*SPLIT_TABLES["train"].method} - {"real"}  # manipulations
+resume_from, initial_weights = checkpoint_to_resume(), ""
+# The processes of torchrun get initial weights from the first one.
+if CONFIG.CHECKPOINT or (RANK == 0 and not resume_from):
+    initial_weights, earlier_methods = load_initial_weights(MODEL)
+    TRAINED_ON |= earlier_methods
 MODEL.to(DEVICE)
 MODEL.precision = PRECISION
+PARALLEL_MODEL = parallelise(MODEL)
+AVERAGE = ModelEMA(MODEL, CONFIG.EMA_DECAY) if CONFIG.EMA_DECAY else None
 
-PARALLEL_MODEL: nn.Module = MODEL
-if PROCESSES > 1:
-    synchronise_batch_norm(MODEL, DEVICE)
-    devices = [DEVICE] if DEVICE.type == "cuda" else None
-    PARALLEL_MODEL = nn.parallel.DistributedDataParallel(
-        MODEL, devices, gradient_as_bucket_view=True
-    )
-elif len(ENVIRONMENT.gpus) > 1:
-    PARALLEL_MODEL = nn.DataParallel(MODEL, ENVIRONMENT.gpu_ids)
-if CONFIG.COMPILE and isinstance(PARALLEL_MODEL, nn.DataParallel):
-    print("COMPILE is left out: DataParallel cannot use it, torchrun can (section 12).")
-elif CONFIG.COMPILE:
-    MODEL.backbone.compile()
-
-AVERAGE = WeightAverage(MODEL, CONFIG.EMA_DECAY) if CONFIG.EMA_DECAY else None
 CRITERION = build_loss(CONFIG)
-backbone_rate = CONFIG.LEARNING_RATE * (
-    1.0 if WEIGHTS_ORIGIN.startswith("random") else CONFIG.BACKBONE_LR
-)
-weights_by_rate: dict[float, list] = {CONFIG.LEARNING_RATE: [], backbone_rate: []}
-for name, weight in MODEL.named_parameters():
-    if weight.requires_grad:
-        weights_by_rate[
-            backbone_rate if name.startswith("backbone.") else CONFIG.LEARNING_RATE
-        ].append(weight)
-groups = [
-    {"params": weights, "lr": rate, "initial_lr": rate}
-    for rate, weights in weights_by_rate.items()
-    if weights
-]
-OPTIMIZER = torch.optim.AdamW(groups, weight_decay=CONFIG.WEIGHT_DECAY, fused=True)
-SCHEDULER = torch.optim.lr_scheduler.ReduceLROnPlateau(
-    OPTIMIZER, factor=0.5, patience=CONFIG.LR_PATIENCE
-)
-SCALER = LossScaler(DEVICE, PRECISION)
-STOPPER = EarlyStopping(CONFIG.PATIENCE)
+rate, decay, patience = CONFIG.LEARNING_RATE, CONFIG.WEIGHT_DECAY, CONFIG.LR_PATIENCE
+OPTIMIZER = torch.optim.AdamW(MODEL.parameters(), lr=rate, weight_decay=decay, fused=True)
+SCHEDULER = ReduceLROnPlateau(OPTIMIZER, factor=0.5, patience=patience)
+SCALER, STOPPER = LossScaler(DEVICE, PRECISION), EarlyStopping(CONFIG.PATIENCE)
 TRAINER = Trainer(
     PARALLEL_MODEL,
     CRITERION,
     OPTIMIZER,
     SCALER,
-    CONFIG.FRAME_LOSS_WEIGHT,
-    CONFIG.GRADIENT_CLIP,
-    AVERAGE,
-    CONFIG.WARMUP_EPOCHS,
+    frame_weight=CONFIG.FRAME_LOSS_WEIGHT,
+    gradient_clip=CONFIG.GRADIENT_CLIP,
+    average=AVERAGE,
 )
-RESUMABLE: dict[str, Any] = {
-    "model": MODEL,
-    "optimizer": OPTIMIZER,
-    "scheduler": SCHEDULER,
-    "scaler": SCALER,
-    "stopper": STOPPER,
-}
-if AVERAGE is not None:
-    RESUMABLE["average"] = AVERAGE
-HISTORY: list[dict] = []
-BEST: dict = {}  # what best_model.pth holds; every checkpoint has a copy
 
+# %% [markdown]
+# The state of the run is what a checkpoint holds, and what is restored if there is one:
+
+# %%
+parts = dict(model=MODEL, optimizer=OPTIMIZER, scheduler=SCHEDULER, scaler=SCALER, stopper=STOPPER)
+RUN_STATE = RunState(
+    CONFIG.last_checkpoint,
+    parts | ({"average": AVERAGE} if AVERAGE else {}),
+    settings=RUN_SETTINGS,
+    batch_size=BATCH_SIZE_USED,
+    precision=str(PRECISION),
+    initial_weights=broadcast_object(initial_weights),
+)
 if resume_from:
-    saved_run = torch.load(resume_from, map_location="cpu", weights_only=True)
-    for name, part in RESUMABLE.items():
-        if name != "scaler" or saved_run["precision"] == str(
-            PRECISION
-        ):  # a scale found for fp16 is for fp16
-            part.load_state_dict(saved_run[name])
-    HISTORY, BEST = saved_run["history"], saved_run["best"]
-    del saved_run
-    if RANK == 0:
-        save_checkpoint(
-            BEST_MODEL, BEST
-        )  # it may be missing, or of an epoch that this checkpoint does not know
-    finished = len(HISTORY) >= CONFIG.EPOCHS or STOPPER.should_stop
-    print(
-        f"Going on after epoch {len(HISTORY)} of {resume_from}"
-        + ": training is finished." * finished
-    )
+    RUN_STATE.load(resume_from, write=RANK == 0)
+HISTORY, WEIGHTS_ORIGIN = RUN_STATE.history, RUN_STATE.facts["initial_weights"]
 
-width, features = 2 * CONFIG.LSTM_HIDDEN, MODEL.lstm.input_size
-parts = {
-    f"backbone, {CONFIG.BACKBONE}": (MODEL.backbone, f"{features} a frame"),
-    "BiLSTM": (MODEL.lstm, f"{width} a frame"),
-    "self-attention, normalisation": (
-        nn.ModuleList([MODEL.attention, MODEL.norm]),
-        f"{width} a frame",
-    ),
-    "classifiers of clip and frames": (nn.ModuleList([MODEL.head, MODEL.frame_head]), "1 a clip"),
-    "all": (MODEL, ""),
-}
-counts = {
-    name: f"{sum(weight.numel() for weight in part.parameters()):,}"
-    for name, (part, _) in parts.items()
-}
-display(
-    pd.DataFrame({"parameters": pd.Series(counts), "gives": [given for _, given in parts.values()]})
-)
-print(f"Weights: {WEIGHTS_ORIGIN}")
+one_frame = torch.zeros(1, 1, 3, CONFIG.IMAGE_SIZE, CONFIG.IMAGE_SIZE, device=DEVICE)
+display(shape_table(MODEL, one_frame))
+print(f"Initial weights: {WEIGHTS_ORIGIN}")
+if resume_from:
+    finished = len(HISTORY) >= CONFIG.EPOCHS or STOPPER.should_stop
+    what = "Training is finished" if finished else "Resuming"
+    print(f"{what} after epoch {len(HISTORY)} of {resume_from}")

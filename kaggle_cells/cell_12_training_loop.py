@@ -2,22 +2,23 @@
 # <a id="section-12"></a>
 # ## 12. Training
 #
-# After each epoch the model is validated, and everything needed to go on is written down. The weights of the best
-# epoch, marked with a star, are kept, with the temperature and the threshold that fit them. `lr` is the learning rate.
+# After each epoch the model is validated, and everything needed to resume is saved. The weights of
+# the best epoch, marked with a star, are kept with their calibration. `lr` is the learning rate.
 #
-# (Not on Kaggle: `torchrun --nproc_per_node=4 kaggle_cells/cell_12_training_loop.py` trains on all GPUs of a machine,
-# and `python kaggle_cells/cell_14_results_summary.py` evaluates the model afterwards.)
+# (Not on Kaggle: `torchrun --nproc_per_node=4 kaggle_cells/cell_12_training_loop.py` trains on all
+# GPUs of a machine, and `python kaggle_cells/cell_14_results_summary.py` evaluates the model.)
 
 # %%
 import time
 
 import pandas as pd
+from IPython.display import DisplayHandle
 
-from cell_01_imports_and_setup import PROCESSES, RANK, STARTED, duration, save_csv, save_figure
+from cell_01_imports_and_setup import RANK, STARTED, WORLD_SIZE, duration, save_csv, save_figure
 from cell_02_global_config import CONFIG, seed_everything
-from cell_04_dataset_class import PairDraws
-from cell_06_loss_and_utils import free_memory, model_file, previous_of, save_checkpoint, unwrapped
-from cell_07_training_functions import from_first, progress, train_one_epoch, validate
+from cell_04_dataset_class import PairedGenerator
+from cell_06_loss_and_utils import free_memory, model_file, unwrapped
+from cell_07_training_functions import Scores, broadcast_object, progress, train_one_epoch, validate
 from cell_08_evaluation_functions import (
     DEGRADED_PASSES,
     fit_calibration,
@@ -25,132 +26,111 @@ from cell_08_evaluation_functions import (
     plot_history,
     probabilities,
 )
-from cell_10_data_loaders import (
-    BATCH_SIZE_USED,
-    DEVICE,
-    PRECISION,
-    RUN_SETTINGS,
-    SPLIT_TABLES,
-    TEST_LOADER,
-    TRAIN_BATCHES,
-    TRAIN_LOADER,
-    VAL_LOADER,
-)
-from cell_11_model_setup import (
-    AVERAGE,
-    BEST,
-    BEST_MODEL,
-    CRITERION,
-    HISTORY,
-    MODEL,
-    OPTIMIZER,
-    PARALLEL_MODEL,
-    RESUMABLE,
-    SCHEDULER,
-    STOPPER,
-    TRAINED_ON,
-    TRAINER,
-    WEIGHTS_ORIGIN,
-)
+from cell_10_data_loaders import DEVICE, SPLIT_TABLES, TEST_LOADER, TRAIN_LOADER, VAL_LOADER
+from cell_11_model_setup import HISTORY, RUN_STATE, SCHEDULER, STOPPER, TRAINED_ON, TRAINER
 
-if TRAINER.interrupted:  # its weights are those of no epoch
-    raise RuntimeError(
-        "Training was interrupted within an epoch: run cell 11, to go back to its start, then this one"
+BEST_MODEL = RUN_STATE.best_file
+
+
+def history_row(epoch: int, trained: Scores, validated: Scores) -> dict:
+    """An epoch's row in the history, without what is known only at its end."""
+    return {
+        "epoch": epoch,
+        "train_loss": trained.loss,
+        "train_auc": trained.auc,
+        "val_loss": validated.loss,
+        "val_auc": validated.auc,
+        "learning_rate": TRAINER.optimizer.param_groups[0]["lr"],
+        "skipped_steps": trained.skipped,
+        "clips_per_second": len(trained.labels) / trained.seconds,
+    }
+
+
+def calibrate(validated: Scores) -> tuple[float, float, float]:
+    """Temperature, offset and threshold that fit the validation set."""
+    temperature, offset = fit_calibration(validated.logits, validated.labels)
+    chances = probabilities(validated.logits - offset, temperature)
+    return temperature, offset, fit_threshold(chances, validated.labels)
+
+
+def show_history(shown: DisplayHandle | None = None) -> DisplayHandle | None:
+    """Write the history as a table and as curves, which take the place of those shown before."""
+    table, file = pd.DataFrame(HISTORY), CONFIG.work_dir / "results" / "training_history.csv"
+    save_csv(table, file)
+    return save_figure(plot_history(table), file.with_suffix(".png"), shown)
+
+
+def print_epoch(row: dict) -> None:
+    skipped = f"  skipped steps: {row['skipped_steps']}" if row["skipped_steps"] else ""
+    print(
+        f"epoch {row['epoch']:2}  loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  "
+        f"val AUC {row['val_auc']:.3f}{' *' if row['best'] else '  '}  "
+        f"lr {row['learning_rate']:.0e}  {row['clips_per_second']:.1f} clips/s{skipped}",
+        flush=True,
     )
-HISTORY_FILE = CONFIG.work_dir / "results" / "training_history.csv"
-CURVES_FILE = HISTORY_FILE.with_suffix(".png")
-validated_model = AVERAGE or (
-    MODEL if PROCESSES > 1 else PARALLEL_MODEL
-)  # no process waits for another in validation
-curves = None
-if HISTORY and RANK == 0:  # of earlier sessions
-    save_csv(pd.DataFrame(HISTORY), HISTORY_FILE)
-    curves = save_figure(plot_history(pd.DataFrame(HISTORY)), CURVES_FILE)
-test_share = min(1, CONFIG.ROBUSTNESS / max(1, len(SPLIT_TABLES["test"])))
-test_passes = (
-    2 + DEGRADED_PASSES * test_share
-)  # the test itself, figures and explanations, robustness
+
+
+# %% [markdown]
+# **Time budget.** Training stops while there is time left for the results: the test itself, figures
+# and explanations, and the degraded copies of the test videos.
+
+
+# %%
+def is_out_of_time(epoch_seconds: float, test_seconds: float) -> bool:
+    """Whether another epoch, and the results, would pass the budget: the same in all processes.
+
+    Takes the seconds of the slowest epoch so far (0 before the first) and of a pass over the test.
+    """
+    degraded = min(1, CONFIG.ROBUSTNESS / max(1, len(SPLIT_TABLES["test"]))) * DEGRADED_PASSES
+    needed = 1.1 * epoch_seconds + (2 + degraded) * test_seconds
+    passed = time.time() - STARTED + needed > CONFIG.time_budget
+    return broadcast_object(epoch_seconds > 0 and passed)
+
+
+# %%
+if TRAINER.interrupted:  # its weights are those of no epoch
+    raise RuntimeError("Training was interrupted within an epoch: run section 11, then this one")
+# No process waits for another in validation.
+trained_model = unwrapped(TRAINER.model) if WORLD_SIZE > 1 else TRAINER.model
+scored_model = TRAINER.average or trained_model
+curves = show_history() if HISTORY and RANK == 0 else None  # of earlier sessions
 slowest_epoch, test_seconds = HISTORY[-1]["seconds"] if HISTORY else 0.0, 0.0
 
 while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
-    seconds_needed = 1.1 * slowest_epoch + test_passes * test_seconds
-    if from_first(
-        slowest_epoch > 0 and time.time() - STARTED + seconds_needed > CONFIG.time_budget
-    ):  # all alike
+    if is_out_of_time(slowest_epoch, test_seconds):
         print(
-            f"Stopped after {len(HISTORY)} of {CONFIG.EPOCHS} epochs: one more, of {duration(slowest_epoch)}, passes "
-            f"the time budget of {duration(CONFIG.time_budget)}. Run again to go on, with time for an epoch at least."
+            f"Stopped after {len(HISTORY)} of {CONFIG.EPOCHS} epochs: one more, of "
+            f"{duration(slowest_epoch)}, passes the time budget of {duration(CONFIG.time_budget)}. "
+            "Run again to resume, with time for at least one epoch."
         )
         break
     epoch, epoch_started = len(HISTORY) + 1, time.time()
-    seed_everything(
-        CONFIG.SEED, epoch, RANK
-    )  # an epoch's draws depend on its number alone, so resuming repeats them
-    draws = PairDraws(DEVICE, [CONFIG.SEED, epoch], RANK, PROCESSES)
-    TRAIN_BATCHES.set_epoch(epoch)
+    # The draws of an epoch depend on its number alone, so that a resumed run repeats them.
+    seed_everything(CONFIG.SEED, epoch, RANK)
+    draws = PairedGenerator(DEVICE, [CONFIG.SEED, epoch], RANK, WORLD_SIZE)
+    TRAIN_LOADER.batch_sampler.set_epoch(epoch)
     with progress(f"epoch {epoch}", TRAIN_LOADER, VAL_LOADER) as bar:
         trained = train_one_epoch(TRAINER, TRAIN_LOADER, DEVICE, draws, epoch, CONFIG, bar)
-        frame_weight = CONFIG.FRAME_LOSS_WEIGHT
-        validated = validate(
-            validated_model, VAL_LOADER, CRITERION, DEVICE, frame_weight=frame_weight, bar=bar
-        )
-    learning_rate = OPTIMIZER.param_groups[0]["lr"]
-    is_best = STOPPER.update(epoch, validated.auc, validated.loss)
+        loss, weight = TRAINER.criterion, TRAINER.frame_weight
+        validated = validate(scored_model, VAL_LOADER, loss, DEVICE, frame_weight=weight, bar=bar)
+    row = history_row(epoch, trained, validated)
     SCHEDULER.step(validated.loss)
-    HISTORY.append(
-        {
-            "epoch": epoch,
-            "train_loss": trained.loss,
-            "train_auc": trained.auc,
-            "val_loss": validated.loss,
-            "val_auc": validated.auc,
-            "learning_rate": learning_rate,
-            "skipped_steps": trained.skipped,
-            "clips_per_second": len(trained.labels) / trained.seconds,
-            "seconds": time.time() - epoch_started,
-            "best": is_best,
-        }
-    )
+    is_best = STOPPER.update(epoch, validated.auc, validated.loss)
+    HISTORY.append(row | {"seconds": time.time() - epoch_started, "best": is_best})
     if is_best:
-        temperature, offset = fit_calibration(validated.logits, validated.labels)
-        threshold = fit_threshold(
-            probabilities(validated.logits - offset, temperature), validated.labels
-        )
-        calibration = temperature, offset, threshold
-        BEST |= model_file(unwrapped(validated_model), CONFIG, calibration, TRAINED_ON, HISTORY[-1])
+        network, calibration = unwrapped(scored_model), calibrate(validated)
+        RUN_STATE.best |= model_file(network, CONFIG, calibration, TRAINED_ON, row)
     if RANK == 0:
-        whole_run = {
-            **{name: part.state_dict() for name, part in RESUMABLE.items()},
-            "epoch": epoch,
-            "history": HISTORY,
-            "best": BEST,
-            "settings": RUN_SETTINGS,
-            "batch_size": BATCH_SIZE_USED,
-            "precision": str(PRECISION),
-            "initial_weights": WEIGHTS_ORIGIN,
-        }
-        save_checkpoint(CONFIG.last_checkpoint, whole_run, keep=previous_of(CONFIG.last_checkpoint))
-        if epoch == 1:  # then the one before is of another run, which this one replaces
-            previous_of(CONFIG.last_checkpoint).unlink(missing_ok=True)
-        if is_best:
-            save_checkpoint(BEST_MODEL, BEST)
-        save_csv(pd.DataFrame(HISTORY), HISTORY_FILE)
-        curves = save_figure(plot_history(pd.DataFrame(HISTORY)), CURVES_FILE, curves)
+        RUN_STATE.save()
+        curves = show_history(curves)
     TRAINER.interrupted = False
     slowest_epoch = max(slowest_epoch, time.time() - epoch_started)
     test_seconds = validated.seconds * len(TEST_LOADER) / max(len(VAL_LOADER), 1)
-    skipped = f"  skipped steps: {trained.skipped}" if trained.skipped else ""
-    print(
-        f"epoch {epoch:2}  loss {trained.loss:.4f}  val loss {validated.loss:.4f}  val AUC {validated.auc:.3f}"
-        f"{' *' if is_best else '  '}  lr {learning_rate:.0e}  {HISTORY[-1]['clips_per_second']:.1f} clips/s{skipped}",
-        flush=True,
-    )
+    print_epoch(HISTORY[-1])
+
+# %%
 free_memory()
 if STOPPER.should_stop:
-    print(
-        f"Stopped: none of the last {STOPPER.patience} epochs was better than epoch {STOPPER.best_epoch}."
-    )
-if PROCESSES > 1:
-    print(
-        "Evaluate the model with the same DEEPFAKE_ variables: python kaggle_cells/cell_14_results_summary.py"
-    )
+    print(f"Stopped: {STOPPER.patience} epochs in a row were not better than {STOPPER.best_epoch}.")
+if WORLD_SIZE > 1:
+    print("Evaluate with the same variables set: python kaggle_cells/cell_14_results_summary.py")

@@ -1,6 +1,7 @@
 """Shared fixtures: a small demo set, its clips, and one finished run of the notebook.
 
-The libraries and the cells are imported by the fixtures that need them: pytest-xdist's main process needs neither.
+The libraries and the cells are imported by the fixtures that need them: pytest-xdist's main process
+needs neither.
 """
 
 import json
@@ -53,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], object]], Path]:
-    """`once(name, make)` is a folder that `make` fills, whichever of pytest-xdist's workers asks for it first."""
+    """`once(name, make)` is a folder that `make` fills, in whichever worker asks for it first."""
     base = tmp_path_factory.getbasetemp()
     shared = base if worker_id == "master" else base.parent
 
@@ -113,7 +114,7 @@ class Run:
 
 
 def run_notebook(folder: Path, *arguments: object, expect: int = 0) -> Run:
-    """`python build_notebook.py run ARGUMENTS`, somewhere without a ./data folder. The kernel is a real process."""
+    """`python build_notebook.py run ARGUMENTS`, away from ./data, with a real kernel process."""
     words = [ROOT / "build_notebook.py", "run", *arguments, "--output", folder]
     return Run(folder, processes.run(words, folder.parent, expect))
 
@@ -144,7 +145,7 @@ def program_file(folder: Path, program: str) -> Path:
 
 
 def run_program(program: str, folder: Path, expect: int = 0, **parameters: Any) -> str:
-    """A program that has the cells to import, run to its end in a folder; returns what it printed."""
+    """A program that can import the cells, run to its end in a folder; returns what it printed."""
     return processes.run(
         [program_file(folder, program)], folder, expect, **in_environment(parameters)
     )
@@ -171,7 +172,7 @@ def finished_run(once) -> Run:
 
 @pytest.fixture(scope="session")
 def failed_run(once) -> Run:
-    """A run that ended in section 9, since its data are nowhere, in a folder with the notebook of an earlier one."""
+    """A run without data, which ends in section 9, in a folder that holds an earlier notebook."""
 
     def make(folder: Path) -> None:
         (folder / "run").mkdir()

@@ -1,7 +1,8 @@
-"""Python programs in processes of their own, as if started from a shell, but without importing the libraries again.
+"""Python programs in processes of their own that do not have to import the libraries again.
 
-A server process imports what comes from PyPI, never the cells, and forks itself for each program. Such a process
-starts in a few hundredths of a second instead of five, has its own memory, and can be killed.
+A server process imports what comes from PyPI, never the cells, and forks itself for each program.
+Such a process starts in a few hundredths of a second instead of five, has its own memory, and can
+be killed.
 """
 
 import atexit
@@ -113,7 +114,7 @@ class Program:
         self.process.join()
 
     def wait(self, seconds: float = 240) -> int | None:
-        """The exit status of the program. One that takes too long is killed, and fails the test with its output."""
+        """The exit status. A program that takes too long is killed and fails the test."""
         try:
             self.process.join(seconds)
             if self.is_running:

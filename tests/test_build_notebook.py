@@ -92,20 +92,22 @@ def test_overrides_are_typed_and_unknown_names_are_errors(tmp_path):
         str(empty), [["EPOCHS", "3"], ["METHODS", "[a, b]"], ["DATA_DIR", "2024"]], known
     )
     assert found == {"EPOCHS": 3, "METHODS": ["a", "b"], "DATA_DIR": "2024"}
-    with pytest.raises(builder.Failure, match="EPOCH is no parameter; is it EPOCHS"):
+    with pytest.raises(builder.Failure, match="EPOCH is not a parameter; did you mean EPOCHS"):
         builder.read_parameters(str(empty), [["EPOCH", "3"]], known)
     with pytest.raises(builder.Failure, match="neither a parameter set .*ci, demo, t4x2"):
         builder.read_parameters("dmeo", [], known)
 
 
 @pytest.mark.slow
-def test_plain_papermill_stops_at_a_name_that_is_no_parameter(tmp_path):
+def test_plain_papermill_stops_at_a_name_that_is_not_a_parameter(tmp_path):
     words = [sys.executable, "-m", "papermill", builder.NOTEBOOK, "out.ipynb", "-p", "EPOCH", "3"]
-    assert "EPOCH is no parameter; is it EPOCHS?" in processes.command(words, tmp_path, expect=1)
+    assert "EPOCH is not a parameter; did you mean EPOCHS?" in processes.command(
+        words, tmp_path, expect=1
+    )
     assert not (tmp_path / "data").exists()
 
 
-def test_a_failing_cell_ends_the_run_with_its_error_its_file_and_how_to_go_on(failed_run):
+def test_a_failing_cell_ends_the_run_with_its_error_its_file_and_how_to_resume(failed_run):
     assert "FileNotFoundError: DATA_DIR" in failed_run.output
     assert "kaggle_cells/cell_09_data_preparation.py" in failed_run.output
     assert failed_run.output.rstrip().endswith(f"--output {failed_run.folder}")
@@ -122,19 +124,19 @@ def test_a_folder_given_twice_is_an_error(tmp_path):
     assert "both name the run's folder" in failed.output
 
 
-def test_a_stopped_run_says_how_to_go_on(tmp_path):
+def test_a_stopped_run_says_how_to_resume(tmp_path):
     words = [ROOT / "build_notebook.py", "run", "ci", "--output", tmp_path / "run"]
     running = processes.Program(words, tmp_path / "elsewhere")
     while "Making a demo set" not in running.output and running.is_running:
         time.sleep(0.05)
     running.interrupt()
     assert running.wait(60) == 1
-    advice = "Stopped. To go on, with what was wrong put right, run the same again with --output"
+    advice = "Stopped. To resume after fixing the cause, run the same command with --output"
     assert f"{advice} {tmp_path / 'run'}" in running.output
 
 
 def test_kernel_metadata_is_ready_for_kaggle():
-    """What Kaggle's API refuses, and what the notebook and the README tell people to choose by hand."""
+    """What Kaggle's API checks, and what the notebook and the README tell users to choose."""
     metadata = json.loads((ROOT / "notebooks" / "kernel-metadata.json").read_text(encoding="utf-8"))
     assert (ROOT / "notebooks" / metadata["code_file"]).exists()
     assert (

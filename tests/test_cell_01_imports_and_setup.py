@@ -1,12 +1,15 @@
+import ast
 import dataclasses
 import re
 import runpy
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT
 
 import cell_01_imports_and_setup as cell
 
@@ -37,7 +40,7 @@ def test_a_gpu_that_cannot_compute_becomes_advice_and_the_run_goes_on_on_the_cpu
 def test_a_torch_without_cuda_beside_a_gpu_is_named(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(cell.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    assert "is built for the CPU alone" in cell.probe_gpus()[1][0]
+    assert "is built for CPUs only" in cell.probe_gpus()[1][0]
 
 
 def test_on_kaggle_without_an_accelerator_the_menu_is_named(monkeypatch):
@@ -144,8 +147,27 @@ def test_the_bridge_finds_names_of_main_and_otherwise_names_the_cell_to_run(monk
 
 
 def test_the_list_of_cells_is_the_folder():
-    from processes import ROOT
+    assert sorted(file.stem for file in (ROOT / "kaggle_cells").glob("cell_*.py")) == cell.CELLS
 
-    assert (
-        tuple(sorted(file.stem for file in (ROOT / "kaggle_cells").glob("cell_*.py"))) == cell.CELLS
-    )
+
+def imported(files: Iterable[Path]) -> set[str]:
+    """The top-level modules that files import and that come neither from Python nor from here."""
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
+    found = set()
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.Import):
+            found |= {name.name.partition(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module).partition(".")[0])
+    return {
+        name for name in found if name not in sys.stdlib_module_names and name not in cell.CELLS
+    }
+
+
+def test_everything_imported_is_required():
+    text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    listed = {line.split("#")[0].strip() for line in text.splitlines()} - {""}
+    names = {re.split("[=<>]", requirement)[0].lower() for requirement in listed}
+    assert imported((ROOT / "kaggle_cells").glob("*.py")) <= set(cell.REQUIREMENTS)
+    assert set(cell.REQUIREMENTS.values()) <= listed
+    assert {name.lower() for name in imported([ROOT / "build_notebook.py"])} <= names | {"yaml"}

@@ -165,11 +165,14 @@ def test_plain_folders_take_method_and_group_from_names_and_subfolders(tmp_path)
         ("bob__carl__v2", ["bob"]),
         ("王_伪造", ["王"]),
         ("annabel", ["annabel"]),
+        ("ann_annabel", ["ann"]),
+        ("fake_004_982", ["004", "982"]),
         ("20240501_100004", ["20240501_100004"]),
     ],
 )
 def test_sources_are_read_from_names(stem, sources):
-    assert cell.named_sources(stem, {"ann", "ann_lee", "bob", "王"}) == sources
+    reals = cell.names_pattern(["ann", "ann_lee", "bob", "王"])
+    assert cell.named_sources(stem, reals) == sources
 
 
 FF_METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures")
@@ -205,6 +208,16 @@ def test_fakes_of_four_methods_with_one_name_stay_apart(tmp_path):
     for row in usable.itertuples():
         with np.load(row.clip_file) as saved:
             assert np.array_equal(saved["frames"], cell.make_clip(row.path, PLAIN, None).frames)
+
+
+def test_a_recording_number_in_the_name_of_a_real_video_links_it_to_the_fakes_of_its_pairs(
+    tmp_path,
+):
+    film(tmp_path, "real/real_004.mp4", "real/real_100.mp4", "fake/fake_004_982.mp4")
+    videos = by_name(find_videos(tmp_path))
+    assert videos.group["real_004.mp4"] == videos.group["fake_004_982.mp4"]
+    assert videos.original["real_004.mp4"] == videos.original["fake_004_982.mp4"]
+    assert videos.group["real_100.mp4"] != videos.group["real_004.mp4"]
 
 
 def test_the_official_faceforensics_tree_is_found_without_masks_and_actors_come_when_asked_for(
@@ -345,7 +358,7 @@ def test_manifests_named_like_splits_are_splits(tmp_path):
     [
         ("path,label\na.mp4,0\nb.mp4,cat\n", "list.csv, line 3: label 'cat'"),
         ("path,label,split\na.mp4,0,tests\n", "list.csv, line 2: label '0', split 'tests'"),
-        ("path,label\n\u738b.mp4,0\n", "list.csv is no CSV in UTF-8"),
+        ("path,label\n\u738b.mp4,0\n", "list.csv is not a CSV file in UTF-8"),
     ],
 )
 def test_a_wrong_manifest_is_an_error_that_names_the_place(tmp_path, text, message):
@@ -360,6 +373,9 @@ def test_tables_that_are_no_manifests_are_left_alone(tmp_path):
         "path,label,clip_file\nx.mp4,0,y.npz\n"
     )  # as written by cell 9
     (tmp_path / "images.csv").write_text("path,label\nx.jpg,cat\n")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "one column.csv").write_text("a\nb\n")
+    (tmp_path / "binary.csv").write_bytes(bytes(range(256)) * 4)
     assert set(find_videos(tmp_path).dataset) == {tmp_path.name} and len(find_videos(tmp_path)) == 2
 
 
@@ -415,7 +431,7 @@ def test_an_unknown_folder_is_an_error_that_says_what_is_there(tmp_path):
 
 def test_an_unknown_method_is_an_error_that_names_the_known_ones(tmp_path):
     film(tmp_path, "real/a.mp4", "fake/x/a.mp4")
-    with pytest.raises(ValueError, match="Faceswap not found.*there are x"):
+    with pytest.raises(ValueError, match="Faceswap not found.*available: x"):
         find_videos(tmp_path, ["Faceswap"])
 
 
@@ -454,7 +470,7 @@ def test_a_manifest_from_a_spreadsheet_is_read(tmp_path):
 
 def test_a_file_that_is_no_manifest_is_an_error_that_says_what_is_needed(tmp_path):
     (tmp_path / "my.csv").write_text("file,class\na.mp4,0\n")
-    with pytest.raises(ValueError, match="my.csv is no CSV with the columns path and label"):
+    with pytest.raises(ValueError, match="my.csv is not a CSV file with columns path and label"):
         find_videos(tmp_path / "my.csv")
 
 
@@ -504,9 +520,7 @@ def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
     assert refused.reason.tolist() == ["cannot be read: no permission"]
 
 
-def test_the_same_content_under_real_and_fake_is_contradictory_and_copies_of_one_class_are_one_group(
-    tmp_path,
-):
+def test_one_content_under_both_labels_is_contradictory_and_copies_under_one_are_a_group(tmp_path):
     film(
         tmp_path,
         "train/real/a.mp4",
@@ -521,8 +535,8 @@ def test_the_same_content_under_real_and_fake_is_contradictory_and_copies_of_one
     reasons = by_name(refused).reason
     assert set(reasons.index) == {"a.mp4", "copy.mp4"} and "contradictory" in reasons["a.mp4"]
     assert (
-        "copy.mp4, which is called fake" in reasons["a.mp4"]
-        and "a.mp4, which is called real" in reasons["copy.mp4"]
+        "copy.mp4, which is labelled fake" in reasons["a.mp4"]
+        and "a.mp4, which is labelled real" in reasons["copy.mp4"]
     )
     (crossing,) = cell.crossing_groups(checked)
     assert {path.name for path in checked.path[checked.group == crossing]} == {
@@ -569,7 +583,7 @@ def test_videos_share_a_group_exactly_if_a_chain_of_sources_links_them(sources):
 
 @st.composite
 def source_graphs(draw):
-    """Videos of one or two datasets made of arbitrary sources, with the fractions and the seed of a split."""
+    """Videos of one or two datasets of arbitrary sources, with fractions and seed of a split."""
     rows = []
     for dataset in draw(st.sampled_from([["d"], ["d", "e"]])):
         sources = st.lists(st.integers(0, draw(st.integers(2, 40))), min_size=1, max_size=3)
@@ -630,7 +644,7 @@ def test_no_group_crosses_a_split_and_the_seed_alone_decides(drawn):
 def test_every_split_gets_about_its_share_of_both_classes_whatever_the_groups(
     fakes, val, test, seed
 ):
-    """Within a group of the shares, or a fifth of them: 40 to 80 originals with one to four fakes each."""
+    """Within 4 videos of the share, or a fifth of it: 40 to 80 originals with 1 to 4 fakes each."""
     videos = table_of([[(0, "real"), *((1, method) for method in methods)] for methods in fakes])
     split = split_videos(videos, val, test, seed)
     for label, total in videos.label.value_counts().items():
@@ -723,7 +737,7 @@ def test_training_copies_follow_the_split_that_another_dataset_gives():
 
 
 def test_one_class_alone_is_an_error_that_names_the_missing_one():
-    with pytest.raises(ValueError, match="no fake videos among 5"):
+    with pytest.raises(ValueError, match="no fake videos among the 5"):
         split_videos(table_of([[(0, "real")]] * 5), 0.2, 0.2, 0)
 
 
@@ -736,18 +750,28 @@ def test_of_several_datasets_each_gives_as_many_real_as_fake_videos():
         for t in (large, other, few)
     ]
     both = split_videos(pd.concat(both, ignore_index=True), 0.2, 0.2, 0)
-    taken = cell.limit_videos(both, 50, seed=1)
+    taken = cell.sample_per_class(both, 50, seed=1)
     assert pd.crosstab(taken.dataset, taken.label).to_numpy().tolist() == [
         [20, 20],
         [20, 20],
         [10, 10],
     ]
-    assert cell.limit_videos(both, 400, seed=1).label.value_counts().to_dict() == {1: 400, 0: 130}
+    assert cell.sample_per_class(both, 400, seed=1).label.value_counts().to_dict() == {
+        1: 400,
+        0: 130,
+    }
+
+
+def test_a_sample_of_one_class_or_of_nothing_is_what_there_is():
+    videos = whole()
+    assert len(cell.sample_per_class(videos[videos.label == 1], 8, seed=1)) == 8
+    assert len(cell.sample_per_class(videos[videos.label == 0], 80, seed=1)) == 50
+    assert cell.sample_per_class(videos[:0], 8, seed=1).empty
 
 
 @pytest.mark.parametrize(("methods", "limit"), [(5, 10), (60, 120), (120, 120), (4, 3)])
 def test_every_split_keeps_its_share_however_many_methods_there_are(methods, limit):
-    taken = cell.limit_videos(whole([f"m{i:03}" for i in range(methods)], 200), limit, seed=1)
+    taken = cell.sample_per_class(whole([f"m{i:03}" for i in range(methods)], 200), limit, seed=1)
     counts = pd.crosstab(taken.split, taken.label).loc[["train", "val", "test"]].to_numpy()
     assert counts.sum(axis=0).tolist() == [limit, limit]
     assert (
@@ -757,35 +781,37 @@ def test_every_split_keeps_its_share_however_many_methods_there_are(methods, lim
 
 def test_a_sample_does_not_depend_on_the_order_of_rows_and_hardly_on_a_video_that_is_missing():
     videos = whole()
-    first = cell.limit_videos(videos, 20, 1)
+    first = cell.sample_per_class(videos, 20, 1)
     assert set(first.path) == set(
-        cell.limit_videos(videos.sample(frac=1, random_state=3), 20, 1).path
+        cell.sample_per_class(videos.sample(frac=1, random_state=3), 20, 1).path
     )
-    without = cell.limit_videos(videos[videos.path != first.path[0]], 20, 1)
+    without = cell.sample_per_class(videos[videos.path != first.path[0]], 20, 1)
     assert len(without) == len(first) and len(set(first.path) - set(without.path)) <= 4
 
 
 def test_limiting_takes_fakes_evenly_over_methods_and_of_the_recordings_that_are_taken():
-    few = cell.limit_videos(whole(), 20, seed=1)
+    few = cell.sample_per_class(whole(), 20, seed=1)
     assert collections.Counter(few.method) == {"real": 20, "w": 5, "x": 5, "y": 5, "z": 5}
     assert set(few.original[few.label == 1]) <= set(few.original[few.label == 0])
     assert (
         few.original[few.label == 1].nunique() >= 15
     )  # not four fakes of the same five recordings
     assert few.split[few.label == 0].value_counts().to_dict() == {"train": 12, "val": 4, "test": 4}
-    assert set(few.group) != set(cell.limit_videos(whole(), 20, seed=2).group)
-    assert len(cell.limit_videos(whole(), 0, seed=1)) == 250
+    assert set(few.group) != set(cell.sample_per_class(whole(), 20, seed=2).group)
+    assert len(cell.sample_per_class(whole(), 0, seed=1)) == 250
 
 
 def test_a_second_fake_of_a_taken_original_comes_before_one_whose_original_is_not_taken():
     with_fakes, without = [[(0, "real")] + [(1, "x")] * 12] * 30, [[(0, "real")]] * 30
-    few = cell.limit_videos(split_videos(table_of(with_fakes + without), 0.2, 0.2, 0), 24, seed=1)
+    few = cell.sample_per_class(
+        split_videos(table_of(with_fakes + without), 0.2, 0.2, 0), 24, seed=1
+    )
     assert few.label.value_counts().to_dict() == {0: 24, 1: 24}
     assert set(few.original[few.label == 1]) < set(few.original[few.label == 0])
 
 
 def test_a_larger_sample_keeps_the_smaller_ones_real_videos_where_they_were():
-    small, large = (cell.limit_videos(whole(), count, seed=1) for count in (10, 30))
+    small, large = (cell.sample_per_class(whole(), count, seed=1) for count in (10, 30))
     both = small[small.label == 0].merge(large[large.label == 0], on="path")
     assert len(both) == 10 and (both.split_x == both.split_y).all()
 
@@ -797,13 +823,13 @@ def test_a_rare_method_leaves_its_share_to_the_others_and_held_out_ones_keep_the
         0.2,
         0,
     )
-    assert collections.Counter(cell.limit_videos(videos, 23, 1).method) == {
+    assert collections.Counter(cell.sample_per_class(videos, 23, 1).method) == {
         "real": 23,
         "w": 10,
         "x": 10,
         "y": 3,
     }
-    held = cell.limit_videos(
+    held = cell.sample_per_class(
         split_videos(whole().assign(split=""), 0.2, 0.2, 0, holdout=["w"]), 20, seed=1
     )
     assert (held.method == "w").sum() == 5 and set(held.split[held.method == "w"]) == {"test"}
@@ -846,7 +872,7 @@ def test_a_video_that_does_not_tell_its_length_is_counted(tmp_path, monkeypatch)
     real_capture = cv2.VideoCapture
 
     class Silent:
-        """A capture without a frame count. (Python classes derived from OpenCV's crash the garbage collector.)"""
+        """A capture without a frame count; a subclass would crash the garbage collector."""
 
         def __init__(self, *arguments):
             self.capture = real_capture(*arguments)
@@ -900,36 +926,42 @@ def boxes(*corners):
     return np.array([[x, y, x + side, y + side] for x, y, side in corners], float).reshape(-1, 4)
 
 
+def followed(found):
+    """The index of the followed face among the boxes of each frame, or None."""
+    faces = [
+        [cell.Face(time, box, np.zeros((5, 2))) for box in boxes]
+        for time, boxes in enumerate(found)
+    ]
+    track = {face.time: face.box.tolist() for face in cell.follow_face(faces)}
+    return [
+        boxes.tolist().index(track[time]) if time in track else None
+        for time, boxes in enumerate(found)
+    ]
+
+
 def test_the_face_that_stays_wins_against_a_larger_one_that_passes():
     found = [boxes((10, 10, 50)), boxes((12, 10, 50), (200, 0, 90)), boxes((14, 10, 50)), boxes()]
-    assert cell.follow_face(found) == [0, 0, 0, None]
+    assert followed(found) == [0, 0, 0, None]
     walks_in = [boxes((10, 10, 50))] * 4 + [
         boxes((200, 0, 100), (10, 10, 50))
     ] * 4  # for half of the clip
-    assert cell.follow_face(walks_in) == [0, 0, 0, 0, 1, 1, 1, 1]
-    assert cell.follow_face([boxes(), boxes()]) == [None, None]
+    assert followed(walks_in) == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert followed([boxes(), boxes()]) == [None, None]
 
 
 def test_a_face_in_front_of_the_followed_one_is_not_taken_for_it():
-    assert cell.follow_face([boxes((40, 40, 50)), boxes((0, 0, 140)), boxes((42, 40, 50))]) == [
-        0,
-        None,
-        0,
-    ]
+    assert followed([boxes((40, 40, 50)), boxes((0, 0, 140)), boxes((42, 40, 50))]) == [0, None, 0]
 
 
 def test_a_face_is_followed_across_the_frame():
     found = [
         boxes((40 * t, 0, 60), (500, 200, 50)) for t in range(8)
     ]  # far from where it was, never a width a step
-    assert cell.follow_face(found) == [0] * 8
+    assert followed(found) == [0] * 8
 
 
 def test_of_two_that_stay_the_larger_wins():
-    assert cell.follow_face([boxes((0, 0, 20), (99, 0, 40)), boxes((99, 2, 41), (0, 0, 20))]) == [
-        1,
-        0,
-    ]
+    assert followed([boxes((0, 0, 20), (99, 0, 40)), boxes((99, 2, 41), (0, 0, 20))]) == [1, 0]
 
 
 def test_crops_are_squares_of_one_size_inside_the_frame():
@@ -963,7 +995,7 @@ def test_the_crop_follows_the_demo_face(demo_set, face_detector):
 
 
 def test_a_second_larger_person_walking_in_does_not_steal_the_crop(face_detector):
-    """One face stays at the left; for half of the clip a face twice its size is there too, at the right."""
+    """One face stays at the left; for half of the clip one twice its size is at the right."""
     portrait = (cell.load_portrait()[..., ::-1] * 255).astype(np.uint8)[60:420, 80:440]
     small, large = (
         cv2.resize(portrait, (side, side), interpolation=cv2.INTER_AREA) for side in (220, 440)
@@ -1122,7 +1154,7 @@ def test_a_demo_fake_differs_from_its_original_in_the_face_only(method):
     ("pairs", "low", "high"), [(24, 0.25, 0.75), pytest.param(60, 0.35, 0.65, marks=SLOW)]
 )
 def test_nothing_trivial_tells_the_demo_classes_apart(pairs, low, high, tmp_path, face_detector):
-    """An AUC near one half from file size, frame count, colours, and all that lies outside the face crop."""
+    """AUC near 0.5 from file size, frame count, colours, and all that is outside the face crop."""
     videos = find_videos(cell.make_demo_set(tmp_path, pairs, seed=7, workers=2))
     two_frames = dataclasses.replace(SMALL, frames=2)
     rows = []
@@ -1156,3 +1188,12 @@ def test_nothing_trivial_tells_the_demo_classes_apart(pairs, low, high, tmp_path
             model, part, videos.label, cv=list(folds), method="predict_proba"
         )[:, 1]
         assert low <= roc_auc_score(videos.label, scores) <= high
+
+
+def test_section_3_shows_a_demo_person_and_its_fakes_with_their_face_crops():
+    figure = cell.plot_demo_person()
+    assert [ax.get_title("left") for ax in figure.axes[:4]] == ["real", *cell.DEMO_METHODS]
+    shapes = [ax.images[0].get_array().shape for ax in figure.axes]
+    assert len(set(shapes[:4])) == 1
+    for frame, crop in zip(shapes[:4], shapes[4:], strict=True):
+        assert crop[0] == crop[1] < min(frame[:2])

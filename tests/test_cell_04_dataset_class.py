@@ -2,11 +2,11 @@ import dataclasses
 from typing import Any
 
 import cv2
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 import cell_04_dataset_class as cell
@@ -27,35 +27,51 @@ def noise():
 def landmarks_in(clips: torch.Tensor) -> torch.Tensor:
     """An upright face in the middle of each frame, (B, T, 5, 2)."""
     size = clips.shape[2]
-    face = torch.view_as_real(cell.standard_face(clips.device) * size / 4 + (0.5 + 0.5j) * size)
+    face = torch.tensor(cell.STANDARD_FACE) * size / 4 + (size - 1) / 2
     return face.expand(*clips.shape[:2], 5, 2)
 
 
-def shown(clips, draws, rows=None, landmarks=None, **changes) -> torch.Tensor:
-    """What `augment` makes of uint8 clips, without self-blends unless `rows` asks for them."""
-    rows = torch.arange(len(clips)) if rows is None else torch.tensor(rows)
+def shown(clips, random, blend=None, landmarks=None, **changes) -> torch.Tensor:
+    """What `augment` makes of uint8 clips, without self-blends unless `blend` asks for them."""
+    blend = torch.zeros(len(clips), dtype=torch.bool) if blend is None else torch.tensor(blend)
     landmarks = landmarks_in(clips) if landmarks is None else landmarks
-    return cell.augment(clips, landmarks, rows, draws, dataclasses.replace(CONFIG, **changes))
+    batch = cell.Batch(clips, landmarks, torch.zeros(len(clips)), torch.arange(len(clips)), blend)
+    return cell.augment(batch, random, dataclasses.replace(CONFIG, **changes))
 
 
 def test_an_item_is_the_cached_clip_with_landmarks_label_and_row(clip_table):
     dataset = cell.ClipDataset(clip_table)
-    clip, landmarks, label, row = dataset[13]
+    item = dataset[13]
     with np.load(clip_table.clip_file[13]) as saved:
-        assert np.array_equal(clip, saved["frames"]) and np.array_equal(
-            landmarks, saved["landmarks"]
-        )
-    assert clip.dtype == torch.uint8 and (label, row) == (clip_table.label[13], 13)
+        assert np.array_equal(item.clips, saved["frames"])
+        assert np.array_equal(item.landmarks, saved["landmarks"])
+    assert item.clips.dtype == torch.uint8 and not item.blend
+    assert (item.labels, item.rows) == (clip_table.label[13], 13)
     assert dataset.name(13) == str(clip_table.path[13])
 
 
 def test_the_self_blend_of_a_real_clip_is_that_clip_called_fake(clip_table):
     dataset, real = cell.ClipDataset(clip_table), int(clip_table.index[clip_table.label == 0][2])
-    clip, _, label, row = dataset[~real]
-    assert (
-        torch.equal(clip, dataset[real][0]) and dataset[real][2] == 0 and (label, row) == (1, ~real)
-    )
-    assert dataset.name(~real) == f"{clip_table.path[real]} (self-blended)"
+    fake = dataset[cell.Sample(real, self_blend=True)]
+    assert torch.equal(fake.clips, dataset[real].clips) and dataset[real].labels == 0
+    assert (fake.labels, fake.rows, fake.blend) == (1, real, True)
+    assert dataset.name(real, True) == f"{clip_table.path[real]} (self-blended)"
+
+
+def test_one_of_the_clips_that_are_interleaved_in_a_file_is_loaded(clip_table):
+    dataset = cell.ClipDataset(clip_table)
+    whole, one = dataset[3], dataset[cell.Sample(3, clip=slice(1, None, 2))]
+    assert len(one.clips) == len(one.landmarks) == 2 < len(whole.clips)
+    assert torch.equal(one.clips, whole.clips[1::2])
+    assert torch.equal(one.landmarks, whole.landmarks[1::2])
+
+
+def test_batches_keep_the_names_of_an_item(clip_table):
+    dataset = cell.ClipDataset(clip_table)
+    samples = [[cell.Sample(2), cell.Sample(2, True)]]
+    (batch,) = DataLoader(dataset, batch_sampler=samples)
+    assert isinstance(batch, cell.Batch) and batch.clips.shape[:2] == (2, 4)
+    assert batch.rows.tolist() == [2, 2] and batch.blend.tolist() == [False, True]
 
 
 def test_several_threads_read_the_same_batches_as_one(clip_table):
@@ -71,12 +87,16 @@ def table(reals: int, fakes_each: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["label", "group"]).assign(original=lambda t: t.group)
 
 
-def epoch_of(
+def samples_of(
     rows: pd.DataFrame, batch: int = 2, seed: int = 1, epoch: int = 0, **share: Any
-) -> list[int]:
+) -> list[cell.Sample]:
     batches = cell.PairBatches(rows, batch, seed, **share)
     batches.set_epoch(epoch)
-    return [row for batch in batches for row in batch]
+    return [sample for batch in batches for sample in batch]
+
+
+def epoch_of(rows: pd.DataFrame, **options: Any) -> list[int]:
+    return [sample.row for sample in samples_of(rows, **options)]
 
 
 def test_an_epoch_pairs_every_real_video_with_a_fake_of_its_recording():
@@ -95,7 +115,8 @@ def test_of_a_group_with_two_recordings_each_gets_the_fake_with_its_own_pictures
         "004",
     ]  # real 004 and 982, then 982_004 and 004_982: all of one group
     rows = pd.DataFrame({"label": [0, 0, 1, 1], "group": "004", "original": names})
-    assert {tuple(batch) for batch in cell.PairBatches(rows, 2, 5)} == {(0, 3), (1, 2)}
+    pairs = {tuple(sample.row for sample in batch) for batch in cell.PairBatches(rows, 2, 5)}
+    assert pairs == {(0, 3), (1, 2)}
 
 
 def test_epochs_differ_and_repeat_with_the_seed():
@@ -128,16 +149,14 @@ def test_processes_share_the_batches_of_one(processes):
 
 
 def test_a_batch_that_cannot_be_shared_is_an_error():
-    with pytest.raises(
-        ValueError, match="batches of 6 clips cannot be shared equally by 4 processes"
-    ):
+    with pytest.raises(ValueError, match="4 processes cannot share batches of 6 equally"):
         cell.PairBatches(table(10, 4), 6, 1, 0, 4)
     with pytest.raises(ValueError, match="2 training clips are too few for 4 processes"):
         cell.PairBatches(table(1, 1), 8, 1, 0, 4)
 
 
-def draws(seed: int = 0, **share: int) -> cell.PairDraws:
-    return cell.PairDraws(torch.device("cpu"), [seed], **share)
+def draws(seed: int = 0, **share: int) -> cell.PairedGenerator:
+    return cell.PairedGenerator(torch.device("cpu"), [seed], **share)
 
 
 def test_plain_augmentation_treats_all_frames_of_a_clip_and_both_clips_of_a_pair_alike(noise):
@@ -177,28 +196,28 @@ def test_pairs_differ_from_each_other_and_from_epoch_to_epoch(noise, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_odd_number_of_clips_is_augmented_too(noise, kind):
-    assert shown(noise[:5], draws(), [0, ~0, 1, 2, ~2], AUGMENTATION=kind).shape == (
-        5,
-        3,
-        3,
-        32,
-        32,
-    )
+    assert shown(
+        noise[:5], draws(), [False, True, False, False, True], AUGMENTATION=kind
+    ).shape == (5, 3, 3, 32, 32)
 
 
 @pytest.mark.parametrize("processes", [2, 3, 6])
 def test_processes_augment_their_shares_as_one_would_augment_the_batch(noise, processes):
-    rows, share = [0, ~0, 1, ~1, 2, ~2], len(noise) // processes
-    whole = shown(noise, draws(3), rows)
+    """Twins may be in different processes, and must look alike there too."""
+    share = len(noise) // processes
+    whole = shown(noise, draws(3))
     parts = [
-        shown(
-            noise[rank * share :][:share],
-            draws(3, rank=rank, processes=processes),
-            rows[rank * share :][:share],
-        )
+        shown(noise[rank * share :][:share], draws(3, rank=rank, processes=processes))
         for rank in range(processes)
     ]
     assert torch.allclose(torch.cat(parts), whole, atol=1e-5)
+
+
+def test_self_blends_of_a_process_leave_the_draws_of_others_alone(noise):
+    alone = shown(noise, draws(3, rank=0, processes=2), AUGMENTATION="plain")
+    blend = [True] + [False] * 5
+    blended = shown(noise, draws(3, rank=0, processes=2), blend, AUGMENTATION="plain")
+    assert torch.equal(blended[1:], alone[1:]) and not torch.equal(blended[0], alone[0])
 
 
 def test_augmentation_depends_on_its_seed_alone(noise):
@@ -211,7 +230,7 @@ def test_augmentation_depends_on_its_seed_alone(noise):
 
 def test_half_of_the_clips_are_mirrored_and_crops_stay_inside():
     ramp = torch.linspace(0, 1, 32).expand(400, 1, 3, 32, 32)
-    out = cell.separable(ramp, *cell.random_crop_and_flip(ramp, draws()))
+    out = cell.crop_and_flip(ramp, draws())
     slope = (out[..., 24] - out[..., 8]).mean(dim=(1, 2, 3)) / 0.5
     assert 0.4 < (slope < 0).float().mean() < 0.6
     assert (slope.abs() > 0.75).all() and (slope.abs() < 1.05).all()
@@ -279,11 +298,10 @@ def test_some_self_blends_tremble_from_frame_to_frame_and_their_twins_never():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_but_the_blend_tells_a_twin_from_its_self_blend(kind):
-    """The same crop, colours, codec and noise: far from the face the two clips of a pair are equal."""
+    """The same crop, colours, codec and noise: far from the face, twins are equal."""
     clips = portrait(clips=40)
     landmarks = landmarks_in(clips) * 0.4  # a small face in one corner
-    rows = [row for real in range(20) for row in (real, ~real)]
-    out = shown(clips, draws(2), rows, landmarks, AUGMENTATION=kind)
+    out = shown(clips, draws(2), [False, True] * 20, landmarks, AUGMENTATION=kind)
     real, fake = out[0::2], out[1::2]
     equal = (real - fake).abs().amax(dim=(1, 2)) < (
         0.01 if kind in ("none", "plain") else 0.08
@@ -294,33 +312,41 @@ def test_nothing_but_the_blend_tells_a_twin_from_its_self_blend(kind):
 
 def test_only_rows_that_ask_for_it_are_blended():
     clips = portrait(clips=4)
-    out = shown(clips, draws(), [0, 1, ~2, 3], AUGMENTATION="none")
+    out = shown(clips, draws(), [False, False, True, False], AUGMENTATION="none")
     same = [torch.equal(clip, cell.to_float(clips)[0]) for clip in out]
     assert same == [True, True, False, True]
 
 
 def test_a_share_of_the_partners_are_self_blends_others_in_each_epoch():
-    rows = table(10, 4)
-    epochs = [epoch_of(rows, self_blend=0.3, epoch=epoch) for epoch in range(20)]
-    for order in epochs:
-        partners = dict(zip(order[::2], order[1::2], strict=True))
-        assert sorted(partners) == list(range(10))
-        assert sum(fake < 0 for fake in partners.values()) == 3
-        assert all(fake == ~real for real, fake in partners.items() if fake < 0)
-    assert {
-        real
-        for order in epochs
-        for real, fake in zip(order[::2], order[1::2], strict=True)
-        if fake < 0
-    } == set(range(10))
+    rows, blended = table(10, 4), set()
+    for epoch in range(20):
+        samples = samples_of(rows, self_blend=0.3, epoch=epoch)
+        assert sorted(sample.row for sample in samples[::2]) == list(range(10))
+        assert not any(sample.self_blend for sample in samples[::2])
+        made = [
+            pair for pair in zip(samples[::2], samples[1::2], strict=True) if pair[1].self_blend
+        ]
+        assert len(made) == 3 and all(real.row == fake.row for real, fake in made)
+        blended |= {real.row for real, _ in made}
+    assert blended == set(range(10))
 
 
 def test_real_videos_are_enough_if_all_fakes_are_self_blends():
-    rows = table(6, 0)
-    order = epoch_of(rows, self_blend=1.0)
-    assert [~row for row in order[::2]] == order[1::2] and sorted(order[::2]) == list(range(6))
-    with pytest.raises(ValueError, match=r"no fakes to train on: SELF_BLEND = 0.5 needs some"):
-        cell.PairBatches(rows, 2, 1, self_blend=0.5)
+    samples = samples_of(table(6, 0), self_blend=1.0)
+    assert [sample.row for sample in samples[::2]] == [sample.row for sample in samples[1::2]]
+    assert sorted(sample.row for sample in samples[::2]) == list(range(6))
+    with pytest.raises(ValueError, match=r"no fakes to train on: SELF_BLEND must be 1, not 0.5"):
+        cell.PairBatches(table(6, 0), 2, 1, self_blend=0.5)
+
+
+def test_a_pair_shows_the_same_clip_of_a_video_and_all_clips_have_their_turn():
+    rows, shown_clips = table(10, 1), set()
+    for epoch in range(10):
+        samples = samples_of(rows, clips_per_video=3, epoch=epoch)
+        assert [real.clip for real in samples[::2]] == [fake.clip for fake in samples[1::2]]
+        assert all(sample.clip.step == 3 for sample in samples)
+        shown_clips |= {sample.clip.start for sample in samples}
+    assert shown_clips == {0, 1, 2}
 
 
 def test_without_pairs_partners_are_any_fakes():
@@ -334,69 +360,31 @@ def test_without_pairs_partners_are_any_fakes():
 
 
 def test_the_landmarks_of_a_frame_have_the_coordinates_of_the_standard_face():
-    turned = torch.tensor(cell.STANDARD_FACE) * 9j + (
-        20 + 17j
-    )  # 18 pixels between the eyes would be 18j
-    where, turn, middle = cell.face_coordinates(torch.view_as_real(turned)[None, None], 40)
-    face = cell.standard_face(torch.device("cpu"))
-    assert torch.allclose(face * turn[0, 0, 0, 0] + middle[0, 0, 0, 0], turned, atol=1e-4)
-    assert torch.allclose((turn * where + middle)[0, 0, 3, 7], torch.tensor(7 + 3j), atol=1e-4)
+    face = torch.tensor(cell.STANDARD_FACE)
+    turned = 18 * torch.stack([-face[:, 1], face[:, 0]], dim=1) + torch.tensor([20.0, 17.0])
+    to_frame, to_face = (each[0, 0] for each in cell.face_transforms(turned[None, None], 40))
+    found = face @ to_frame[:2, :2].T + to_frame[:2, 2]
+    assert torch.allclose(found, (2 * turned + 1) / 40 - 1, atol=1e-5)
+    assert torch.allclose(to_frame @ to_face, torch.eye(3), atol=1e-5)
 
 
 def images(clips: int = 3, size: int = 32) -> torch.Tensor:
     return torch.rand(clips, 2, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def test_cropping_and_mirroring_by_matrix_is_bilinear_sampling():
-    clips = images()
-    scale, across, down = (
-        torch.tensor([0.8, -0.9, 1.0]),
-        torch.tensor([0.2, -0.05, 0.0]),
-        torch.tensor([-0.1, 0.1, 0.0]),
-    )
-    theta = torch.zeros(3, 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1], theta[:, 0, 2], theta[:, 1, 2] = (
-        scale,
-        scale.abs(),
-        across,
-        down,
-    )
-    grid = F.affine_grid(theta, [3, 1, 32, 32], align_corners=False)
-    expected = F.grid_sample(
-        clips.flatten(1, 2), grid, padding_mode="border", align_corners=False
-    ).view_as(clips)
-    rows, columns = (
-        cell.crop_matrix(clips, down, scale.abs()),
-        cell.crop_matrix(clips, across, scale),
-    )
-    assert torch.allclose(cell.separable(clips, rows, columns), expected, atol=1e-5)
-
-
 @pytest.mark.parametrize("factor", [1.0, 0.7, 0.25])
 def test_fewer_pixels_keep_what_is_even_and_lose_what_is_fine(factor):
     clips = images()
-    matrix = cell.resolution_matrix(clips, torch.full((3, 1, 1), factor))
-    assert torch.allclose(
-        cell.separable(torch.full_like(clips, 0.3), matrix, matrix), torch.tensor(0.3), atol=1e-5
-    )
-    worse = cell.separable(clips, matrix, matrix)
-    assert (
-        torch.allclose(worse, clips, atol=1e-5)
-        if factor == 1
-        else worse.std() < factor * clips.std()
-    )
+    even = torch.full_like(clips, 0.3)
+    assert torch.allclose(cell.lower_resolution(even, factor), even, atol=1e-5)
+    worse = cell.lower_resolution(clips, factor)
+    assert torch.allclose(worse, clips) if factor == 1 else worse.std() < factor * clips.std()
 
 
-def test_blur_is_a_gaussian():
-    clips, sigmas = images(), torch.tensor([0.0, 1.0, 2.0])
-    matrix = cell.blur_matrix(clips, sigmas.view(3, 1, 1))
-    blurred = cell.separable(clips, matrix, matrix)
-    assert torch.allclose(blurred[0], clips[0], atol=1e-5)
-    for i in (1, 2):
-        expected = cv2.GaussianBlur(
-            clips[i, 0].permute(1, 2, 0).numpy(), (25, 25), float(sigmas[i])
-        )[8:-8, 8:-8]
-        assert np.allclose(blurred[i, 0].permute(1, 2, 0).numpy()[8:-8, 8:-8], expected, atol=0.01)
+def test_robust_augmentation_degrades_some_pairs_and_leaves_most_alone():
+    clips = images(400)
+    changed = (cell.degrade(clips, draws()) != clips).flatten(1).any(dim=1)
+    assert torch.equal(changed[::2], changed[1::2]) and 0.15 < changed.float().mean() < 0.4
 
 
 @pytest.mark.parametrize("size", [32, 45])
@@ -406,7 +394,7 @@ def test_compression_loses_about_what_jpeg_does(size):
     )
     picture = (picture - picture.min()) / np.ptp(picture)
     clips = torch.from_numpy(picture).permute(2, 0, 1).expand(4, 2, -1, -1, -1)
-    out = cell.compress(clips, torch.tensor([0.0, 0.2, 1.0, 1.7]).view(4, 1, 1))
+    out = cell.compress(clips, torch.tensor([0.0, 0.2, 1.0, 1.7]).view(4, 1, 1, 1, 1))
     losses = (out - clips).square().mean(dim=(1, 2, 3, 4)).sqrt()
     assert losses[0] < 1e-3
     for loss, quality in zip(losses[1:].tolist(), (90, 50, 30), strict=True):
@@ -419,7 +407,7 @@ def test_compression_loses_about_what_jpeg_does(size):
 
 def test_a_lost_frame_shows_the_one_before():
     times = torch.arange(8.0).view(1, 8, 1, 1, 1).expand(400, 8, 3, 2, 2)
-    out = cell.lose_frames(times, draws())[:, :, 0, 0, 0]
+    out = cell.repeat_frames(times, draws())[:, :, 0, 0, 0]
     kept = out == torch.arange(8)
     assert 0.02 < (~kept.all(dim=1)).float().mean() < 0.2 and kept[:, 0].all()
     assert torch.equal(out, torch.where(kept, out, 0).cummax(dim=1).values)
@@ -434,10 +422,14 @@ def test_what_hides_a_part_of_the_face_moves_with_it():
     assert torch.equal(hidden[:, 1, :, 5:], hidden[:, 0, :, :-5])
 
 
-def test_training_draws_one_of_the_clips_that_lie_interleaved():
-    clips = torch.arange(6, dtype=torch.uint8).view(1, 6, 1, 1, 1).expand(200, 6, 8, 8, 3)
-    landmarks = torch.arange(6.0).view(1, 6, 1, 1).expand(200, 6, 5, 2)
-    some, marks = cell.choose_frames(clips, landmarks, 3, draws())
-    assert {tuple(clip) for clip in some[..., 0, 0, 0].tolist()} == {(0, 2, 4), (1, 3, 5)}
-    assert torch.equal(marks[..., 0, 0], some[..., 0, 0, 0].float())
-    assert torch.equal(cell.choose_frames(clips, landmarks, 6, draws())[0], clips)
+def test_figures_of_self_blends_show_up_to_five_clips(clip_table):
+    figure = cell.plot_self_blends(clip_table, seed=1)
+    assert len(figure.axes) == 15
+    assert len(cell.plot_self_blends(clip_table[clip_table.label == 0][:2], seed=1).axes) == 6
+    plt.close("all")
+
+
+def test_the_picture_of_the_augmentation_shows_each_step():
+    titles = [ax.get_title(loc="left") for ax in cell.plot_augmentation().axes]
+    assert titles == ["real", "augmented", "perturbed", "warped", "mask", "self-blend"]
+    plt.close("all")

@@ -4,6 +4,7 @@ import io
 import math
 import time
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -18,9 +19,9 @@ from tqdm import tqdm
 import cell_04_dataset_class
 import cell_07_training_functions as cell
 from cell_02_global_config import CONFIG
-from cell_04_dataset_class import PairDraws
-from cell_05_model_definition import Output
-from cell_06_loss_and_utils import FocalLoss, WeightAverage
+from cell_04_dataset_class import Batch, PairedGenerator, Sample
+from cell_05_model_definition import DetectorOutput
+from cell_06_loss_and_utils import FocalLoss, ModelEMA
 
 CPU = torch.device("cpu")
 TWO_FRAMES = dataclasses.replace(CONFIG, FRAMES_PER_VIDEO=2)
@@ -34,14 +35,14 @@ class Bright(Dataset):
 
     def __getitem__(self, row):
         clip = torch.full((2, 8, 8, 3), 40 + 170 * (row % 2), dtype=torch.uint8)
-        return clip, torch.zeros(2, 5, 2), torch.tensor(float(row % 2)), row
+        return Batch(clip, torch.zeros(2, 5, 2), torch.tensor(float(row % 2)), row, False)
 
-    def name(self, row):
+    def name(self, row, self_blend):
         return f"video{row}.mp4"
 
 
 class Tiny(torch.nn.Module):
-    """A network without batch normalisation. `at` of its calls something happens: what `event` makes of the output."""
+    """A network without batch normalisation. `event` changes its output `at` some of its calls."""
 
     def __init__(self, at=(), event=None):
         super().__init__()
@@ -56,7 +57,9 @@ class Tiny(torch.nn.Module):
             frame_logits = self.event(frame_logits)
         if self.training:
             self.mean.lerp_(frame_logits.detach().mean(), 0.1)
-        return Output(frame_logits.mean(dim=1), frame_logits, torch.full_like(frame_logits, 0.5))
+        return DetectorOutput(
+            frame_logits.mean(dim=1), frame_logits, torch.full_like(frame_logits, 0.5)
+        )
 
 
 def not_a_number(logits):
@@ -71,9 +74,9 @@ def trainer_of(model, precision=None, **options):
 
 
 def run_epoch(trainer, epoch=1, batch=4, **options):
-    draws = PairDraws(CPU, [epoch])
+    random = PairedGenerator(CPU, [epoch])
     return cell.train_one_epoch(
-        trainer, DataLoader(Bright(), batch), CPU, draws, epoch, TWO_FRAMES, **options
+        trainer, DataLoader(Bright(), batch), CPU, random, epoch, TWO_FRAMES, **options
     )
 
 
@@ -102,7 +105,7 @@ def test_gradients_are_clipped():
 def test_a_batch_that_is_not_finite_is_skipped_and_counted_and_changes_nothing():
     torch.manual_seed(0)
     model = Tiny(at=[3], event=not_a_number)
-    trainer = trainer_of(model, average=WeightAverage(model, 0.5))
+    trainer = trainer_of(model, average=ModelEMA(model, 0.5))
     states = []
     take_step = trainer.step
 
@@ -152,11 +155,11 @@ def test_a_stream_of_batches_that_are_not_finite_ends_the_run_and_names_the_plac
 def test_bad_steps_are_counted_across_epochs_of_few_steps():
     trainer = trainer_of(Tiny(at=[1, 2, 4, 5, 6, 7, 8], event=not_a_number))
     assert run_epoch(trainer, 1, batch=7).skipped == 2
-    with pytest.raises(FloatingPointError, match="epoch 2: the loss of every step is nan"):
+    with pytest.raises(FloatingPointError, match="epoch 2: no step has a finite loss"):
         run_epoch(trainer, 2, batch=7)
     trainer = trainer_of(Tiny(at=[4, 5, 6, 7, 8], event=not_a_number))
     assert run_epoch(trainer, 1, batch=6).skipped == 1
-    with pytest.raises(FloatingPointError, match="epoch 2, step 4: step 5 in a row"):
+    with pytest.raises(FloatingPointError, match="epoch 2, step 4: 5 non-finite steps in a row"):
         run_epoch(trainer, 2, batch=6)
 
 
@@ -199,21 +202,22 @@ def fresh_constants():
 @pytest.mark.parametrize("precision", [None, torch.float16])
 @pytest.mark.usefixtures("fresh_constants")
 def test_nothing_in_a_training_step_needs_to_know_a_number(precision):
-    """Tensors without values take part: whoever reads one of them, for which a CPU waits for its GPU, is an error."""
+    """Tensors have no values here: reading one, for which a CPU waits for its GPU, is an error."""
 
     def step(look=lambda loss: None):
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = Tiny()
-            trainer = trainer_of(
-                model, precision, gradient_clip=1.0, average=WeightAverage(model, 0.5)
-            )
+            trainer = trainer_of(model, precision, gradient_clip=1.0, average=ModelEMA(model, 0.5))
             clips, labels = torch.zeros(4, 2, 8, 8, 3, dtype=torch.uint8), torch.zeros(4)
-            landmarks, rows = torch.zeros(4, 2, 5, 2), torch.zeros(4, dtype=torch.long)
-            shown = cell.augment(clips, landmarks, rows, PairDraws(CPU, [0]), TWO_FRAMES)
-            output, loss, _ = trainer.step(cell.normalize(shown), labels)
+            batch = Batch(clips, torch.zeros(4, 2, 5, 2), labels, None, blend)
+            shown = cell.augment(batch, PairedGenerator(CPU, [0]), TWO_FRAMES)
+            output, loss, norm = trainer.step(cell.normalize(shown), labels)
+            meter = cell.EpochMeter(trainer, None, 1, None)
+            meter.update(batch, output, loss, norm)
             look(loss)
-            return cell.part_of(output, loss, labels, rows)
+            return meter.waiting[0][1]
 
+    blend = torch.tensor([False, True, False, True])  # the CPU knows it
     assert step().logits.shape == (4,)
     for look in (float, bool, lambda loss: loss.nonzero()):
         with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
@@ -275,7 +279,7 @@ def test_gradients_of_a_part_that_was_done_before_memory_ran_out_do_not_count_tw
 
 def test_when_not_even_one_clip_fits_the_error_says_what_to_do():
     with pytest.raises(
-        RuntimeError, match="memory ran out, computing 1 at a time. Set GRADIENT_CHECKPOINTING"
+        RuntimeError, match="memory ran out at a micro-batch of 1. Set GRADIENT_CHECKPOINTING"
     ):
         run_epoch(trainer_of(out_of_memory_above(0)()))
 
@@ -325,14 +329,18 @@ def test_what_is_too_large_for_half_precision_is_validated_in_full(capsys):
 
         def forward(self, clips):
             output = super().forward(clips)
-            return Output(*(value * math.nan for value in output)) if self.precision else output
+            return (
+                DetectorOutput(*(value * math.nan for value in output))
+                if self.precision
+                else output
+            )
 
     model = Large()
     scores = cell.validate(model, DataLoader(Bright(), 4), FocalLoss(2.0), CPU)
     assert (
         math.isfinite(scores.loss) and len(scores.rows) == 21 and model.precision == torch.float16
     )
-    assert "scored again in float32" in capsys.readouterr().out
+    assert "scoring again in float32" in capsys.readouterr().out
 
 
 def test_validation_changes_nothing():
@@ -352,15 +360,16 @@ def test_every_batch_gets_to_the_device_in_order_and_is_read_one_ahead(device):
             return super().__getitem__(row)
 
     batches = cell.device_batches(DataLoader(Counting(), 4), torch.device(device))
-    sizes = [[len(part) for part in next(batches)]]
+    sizes = [len(next(batches).clips)]
     if device == "meta":
         while len(read) < 8:
             time.sleep(0.01)
     assert len(read) == {"cpu": 4, "meta": 8}[device]
     for batch in batches:
-        assert all(part.device.type == device for part in batch)
-        sizes.append([len(part) for part in batch])
-    assert sizes == [[4] * 4] * 5 + [[1] * 4] and read == list(range(21))
+        assert all(part.device.type == device for part in batch[:3])
+        assert batch.blend.device == CPU, "a step may look at it without waiting"
+        sizes.append(len(batch.clips))
+    assert sizes == [4] * 5 + [1] and read == list(range(21))
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -376,7 +385,9 @@ def test_an_error_while_reading_a_batch_reaches_the_caller(device):
 
 
 def test_the_frame_loss_uses_the_clips_label():
-    output = Output(torch.zeros(2), torch.tensor([[9.0, 9.0], [-9.0, -9.0]]), torch.zeros(2, 2))
+    output = DetectorOutput(
+        torch.zeros(2), torch.tensor([[9.0, 9.0], [-9.0, -9.0]]), torch.zeros(2, 2)
+    )
     criterion, labels = FocalLoss(0.0), torch.tensor([1.0, 0.0])
     assert cell.total_loss(output, labels, criterion, 1.0).item() == pytest.approx(
         math.log(2), abs=1e-3
@@ -420,48 +431,38 @@ def test_another_error_ends_the_search_for_a_batch(monkeypatch):
         cell.choose_batch_size(TWO_FRAMES, CPU, None)
 
 
-# Warm-up, and validation of real videos alone
-
-
-def test_the_learning_rate_rises_step_by_step_and_then_belongs_to_the_scheduler():
-    torch.manual_seed(0)
-    trainer = trainer_of(Tiny(), warmup_epochs=2)
-    trainer.optimizer.param_groups[0]["initial_lr"] = 0.1
-    rates = []
-    take_step = trainer.step
-    trainer.step = lambda *batch: (
-        rates.append(trainer.optimizer.param_groups[0]["lr"]) or take_step(*batch)
-    )
-    for epoch in (1, 2):
-        run_epoch(trainer, epoch, batch=7)
-    assert np.allclose(rates, [0.1 * step / 6 for step in range(1, 7)])
-    trainer.optimizer.param_groups[0]["lr"] = 0.05  # as a scheduler would
-    run_epoch(trainer, 3, batch=7)
-    assert rates[-3:] == [0.05] * 3
+# Validation of real videos alone
 
 
 def test_self_blends_in_validation_are_fakes_and_the_same_each_time():
     class Textured(Bright):
-        def __getitem__(self, row):
-            clip = torch.randint(
-                0, 256, (2, 24, 24, 3), generator=torch.Generator().manual_seed(max(row, ~row))
-            )
-            return clip.byte(), torch.full((2, 5, 2), math.nan), torch.tensor(float(row < 0)), row
+        def __getitem__(self, index):
+            row, blend, _ = index if isinstance(index, Sample) else Sample(index)
+            generator = torch.Generator().manual_seed(row)
+            clip = torch.randint(0, 256, (2, 24, 24, 3), generator=generator).byte()
+            landmarks = torch.full((2, 5, 2), math.nan)
+            return Batch(clip, landmarks, torch.tensor(float(blend)), row, blend)
 
     class Variance(torch.nn.Module):
         def forward(self, clips):
             logits = clips.var(dim=(2, 3, 4))
-            return Output(logits.mean(dim=1), logits, torch.full_like(logits, 0.5))
+            return DetectorOutput(logits.mean(dim=1), logits, torch.full_like(logits, 0.5))
 
-    rows = [row for real in range(6) for row in (real, ~real)]
+    samples = [Sample(row, blend) for row in range(6) for blend in (False, True)]
     first, second, plain = (
         cell.validate(Variance(), DataLoader(Textured(), 4, sampler=chosen), FocalLoss(), CPU)
-        for chosen in (rows, rows, range(6))
+        for chosen in (samples, samples, range(6))
     )
-    assert (
-        np.array_equal(first.rows, sorted(rows)) and first.labels.tolist() == [1.0] * 6 + [0.0] * 6
-    )
-    assert np.array_equal(first.logits, second.logits) and np.array_equal(
-        first.logits[6:], plain.logits
-    )
-    assert (first.logits[:6][::-1] != first.logits[6:]).all()
+    assert first.rows.tolist() == [row for row in range(6) for _ in range(2)]
+    assert first.labels.tolist() == [0.0, 1.0] * 6
+    assert np.array_equal(first.logits, second.logits)
+    assert np.array_equal(first.logits[::2], plain.logits)
+    assert (first.logits[1::2] != first.logits[::2]).all()
+
+
+def test_twenty_steps_on_toy_clips_lower_the_loss_and_leave_the_random_state_alone():
+    state = torch.get_rng_state()
+    losses = cell.plot_toy_training().axes[0].lines[0].get_ydata()
+    assert len(losses) == 20 and losses[-1] < 0.7 * losses[0]
+    assert torch.equal(torch.get_rng_state(), state)
+    plt.close("all")

@@ -17,7 +17,7 @@ import cell_08_evaluation_functions as cell
 from cell_01_imports_and_setup import save_figure
 from cell_03_data_processing import ClipSettings, VideoError
 from cell_04_dataset_class import ClipDataset
-from cell_05_model_definition import Output
+from cell_05_model_definition import DetectorOutput
 from cell_07_training_functions import validate
 
 SMALL = ClipSettings(**conftest.SMALL)
@@ -299,7 +299,7 @@ class Brightness(torch.nn.Module):
 
     def forward(self, clips):
         frame_logits = self.weight * clips.mean(dim=(2, 3, 4))
-        return Output(frame_logits.mean(dim=1), frame_logits, frame_logits)
+        return DetectorOutput(frame_logits.mean(dim=1), frame_logits, frame_logits)
 
 
 @pytest.fixture(scope="module")

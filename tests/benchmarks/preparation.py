@@ -2,10 +2,11 @@
 
     python tests/benchmarks/preparation.py [--videos 4] [--frames 16] [--folder VIDEOS]
 
-It makes H.264 videos of 1080p, 720p and 480p with a talking-head scene (10 s, 30 frames a second, a key frame every
-8 s), or takes yours, and prints: seconds a video beside the floor (one sequential pass of grab() up to the last frame
-needed, converting only those, with as many threads) and beside 16 seeks; two threads against one; a second run from the
-cache; the peak memory with 20 and with 200 videos.
+It makes H.264 videos of 1080p, 720p and 480p with a talking-head scene (10 s, 30 frames a second, a
+key frame every 8 s), or takes yours, and prints: seconds a video beside the floor (one sequential
+pass of grab() up to the last frame needed, converting only those, with as many threads) and beside
+16 seeks; two threads against one; a second run from the cache; the peak memory with 20 and with 200
+videos.
 """
 
 import argparse
@@ -36,7 +37,7 @@ SIZES = {"1080p": (1920, 1080), "720p": (1280, 720), "480p": (854, 480)}
 
 
 def make_video(file: Path, size: tuple[int, int], number: int, seconds: float = 10) -> None:
-    """A portrait that moves about over a noisy background, as H.264 with long groups of pictures."""
+    """A portrait that moves over a noisy background, as H.264 with long groups of pictures."""
     rng, (width, height) = np.random.default_rng(number), size
     face = (cell.load_portrait() * 255).astype(np.uint8)
     scale = height * rng.uniform(0.5, 0.9) / len(face)
@@ -125,7 +126,7 @@ def one_by_one(name: str, files: list[Path], settings: cell.ClipSettings, detect
 
 
 def in_threads(files: list[Path], settings: cell.ClipSettings, detector, folder: Path) -> None:
-    """All files with one and with two threads, each beside a floor of as many, and again from the cache."""
+    """All files with one and two threads, each beside its floor, and again from the cache."""
     table = pd.DataFrame({"path": files, "label": 0})
     positions = {file: positions_of(file, settings.frames) for file in files}
     took = {}
@@ -138,8 +139,10 @@ def in_threads(files: list[Path], settings: cell.ClipSettings, detector, folder:
         took[workers] = seconds_of(cell.cache_clips, table, settings, cache, detector, workers)
         again = seconds_of(cell.cache_clips, table, settings, cache, detector, workers)
         print(
-            f"{workers} thread{'s' * (workers > 1)}: {len(files)} videos in {took[workers]:.1f} s, floor {base:.1f} s, "
-            f"ratio {took[workers] / base:.2f}; again from the cache {again:.3f} s, {100 * again / took[workers]:.2f} %"
+            f"{workers} thread{'s' * (workers > 1)}: {len(files)} videos in {took[workers]:.1f} s, "
+            f"floor {base:.1f} s, "
+            f"ratio {took[workers] / base:.2f}; again from the cache {again:.3f} s, "
+            f"{100 * again / took[workers]:.2f} %"
         )
     print(f"two threads against one: {took[1] / took[2]:.2f} times as fast")
 
@@ -195,7 +198,8 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             peaks.append(float(done.stdout.split()[-1]))
         print(
-            f"peak memory: {peaks[0]:.0f} MiB with 20 videos, {peaks[1]:.0f} with 200, ratio {peaks[1] / peaks[0]:.2f}"
+            f"peak memory: {peaks[0]:.0f} MiB with 20 videos, {peaks[1]:.0f} with 200, "
+            f"ratio {peaks[1] / peaks[0]:.2f}"
         )
 
 

@@ -1,13 +1,16 @@
-"""Train on real videos alone, with self-blending, and score fakes of every kind: does it hold outside the demo set?
+"""Train on real videos alone, with self-blending, and score fakes of every kind: does it hold
+outside the demo set?
 
-    python tests/benchmarks/real_footage.py /data/clips/manifest.csv [--seeds 3] [--offline] [-p NAME VALUE]
+    python tests/benchmarks/real_footage.py /data/clips/manifest.csv [--seeds 3] [--offline]
+        [-p NAME VALUE]
 
-The manifest lists real and fake videos (columns path, label, method, group; see README). All manipulations are held
-out: training sees real videos only, and whoever is in it is not in the test. Each seed splits, trains and tests anew.
-AUCs are means over the seeds; their 95 % intervals come from drawing the groups of each test set again, 2,000 times.
-Beside them stand the AUCs of two things that have nothing to do with faces, the size of the picture and the bytes a
-second: where these come near the detector's, the sources of the videos tell the classes apart, and its number says
-little.
+The manifest lists real and fake videos (columns path, label, method, group; see README). All
+manipulations are held out: training sees real videos only, and whoever is in it is not in the test.
+Each seed splits, trains and tests anew. AUCs are means over the seeds; their 95 % intervals come
+from drawing the groups of each test set again, 2,000 times. Beside them stand the AUCs of two
+things that have nothing to do with faces, the size of the picture and the bytes a second: where
+these come near the detector's, the sources of the videos tell the classes apart, and its number
+says little.
 """
 
 import argparse
@@ -140,7 +143,8 @@ def main() -> None:
         counts = test.label.value_counts()
         auc = roc_auc_score(test.label, test.logit)
         print(
-            f"seed {seed}: {counts[0]} real and {counts[1]} fake videos in {test.group.nunique()} groups, AUC {auc:.3f}"
+            f"seed {seed}: {counts[0]} real and {counts[1]} fake videos in "
+            f"{test.group.nunique()} groups, AUC {auc:.3f}"
         )
     print(report(tests).to_string(index=False))
 

@@ -32,7 +32,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from cell_02_global_config import CONFIG, Config
-from cell_04_dataset_class import IMAGENET_MEAN, IMAGENET_STD, ClipDataset, PairBatches, PairDraws
+from cell_04_dataset_class import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ClipDataset,
+    PairBatches,
+    PairedGenerator,
+)
 from cell_05_model_definition import build_model
 from cell_06_loss_and_utils import FocalLoss, build_loss, free_memory
 from cell_07_training_functions import (
@@ -40,6 +46,7 @@ from cell_07_training_functions import (
     Trainer,
     amp_dtype,
     choose_batch_size,
+    device_batches,
     train_one_epoch,
 )
 
@@ -118,7 +125,7 @@ class FromDevice:
 
     def __init__(self, loader: DataLoader) -> None:
         self.dataset = loader.dataset
-        self.batches = [[part.to(DEVICE) for part in batch] for batch in loader]
+        self.batches = list(device_batches(loader, DEVICE))
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -133,8 +140,6 @@ class Ours:
     def __init__(self, table: pd.DataFrame, config: Config, batch: int) -> None:
         self.config, self.model = config, build_model(config).to(DEVICE)
         self.model.precision = precision = amp_dtype(config.AMP, DEVICE)
-        if config.COMPILE:
-            self.model.backbone.compile()
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         scaler = LossScaler(DEVICE, precision)
         self.trainer = Trainer(self.model, build_loss(config), optimizer, scaler, 0.5, 1.0)
@@ -149,7 +154,12 @@ class Ours:
     def epoch(self, loader: Any = None) -> float:
         started = time.perf_counter()
         scores = train_one_epoch(
-            self.trainer, loader or self.loader, DEVICE, PairDraws(DEVICE, [0]), 1, self.config
+            self.trainer,
+            loader or self.loader,
+            DEVICE,
+            PairedGenerator(DEVICE, [0]),
+            1,
+            self.config,
         )
         return len(scores.labels) / (time.perf_counter() - started)
 
@@ -294,15 +304,6 @@ def main() -> None:
                     f"{speed:.1f} clips/s, peak {memory:.2f} GiB, activations {activations:.2f} GiB"
                 )
                 print(f"batch {size}, {'GRADIENT_CHECKPOINTING' if how else 'ours'}: {words}")
-
-        compiled = Ours(table, dataclasses.replace(config, COMPILE=True), batch)
-        started = time.perf_counter()
-        compiled.warm_up()
-        compiling, eager = time.perf_counter() - started, Ours(table, config, batch)
-        eager.warm_up()
-        rounds = [[eager.epoch(), compiled.epoch()] for _ in range(given.rounds)]
-        ratio = statistics.median(row[1] / row[0] for row in rounds)
-        print(f"COMPILE: {compiling:.0f} s at the start, then {ratio:.2f} times as fast")
 
 
 if __name__ == "__main__":
