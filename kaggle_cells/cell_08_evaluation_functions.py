@@ -159,7 +159,11 @@ VERDICT_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {  # of 
 METRIC_FUNCTIONS = RANKING_METRICS | VERDICT_METRICS
 METRIC_FUNCTIONS |= {"log_loss": log_loss, "brier": brier_score, "ece": calibration_error}
 METRIC_NAMES = {"auc_roc": "AUC-ROC", "auc_pr": "AUC-PR", "eer": "EER", "ece": "ECE", "f1": "F1"}
-METRIC_NAMES |= {"tpr_at_1_fpr": "TPR at 1 % FPR", "tpr_at_5_fpr": "TPR at 5 % FPR"}
+METRIC_NAMES |= {
+    "brier": "Brier score",
+    "tpr_at_1_fpr": "TPR at 1 % FPR",
+    "tpr_at_5_fpr": "TPR at 5 % FPR",
+}
 
 
 def metric_name(metric: str) -> str:
@@ -436,7 +440,7 @@ def plot_history(history: pd.DataFrame) -> Figure:
             ax.plot(history.epoch, history[f"{split}_{quantity}"], ".-", color=colour, label=label)
         ax.axvline(best.epoch, color="0.3", linewidth=0.8, linestyle=":", label="best epoch")
         ax.set(xlabel="epoch", ylabel=name)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.locator_params(axis="x", integer=True)
     axes[0].legend(fontsize=10)
     found = f"Best validation AUC {best.val_auc:.3f}, in epoch {best.epoch:.0f} of {len(history)}"
     title_figure(figure, found)
@@ -520,6 +524,7 @@ def plot_confusion(labels: np.ndarray, probs: np.ndarray, threshold: float) -> F
     style |= dict(xticklabels=["real", "fake"], yticklabels=["real", "fake"])
     sns.heatmap(shares, annot=np.reshape(cells, (2, 2)), fmt="", annot_kws={"size": 14}, **style)
     ax.set(xlabel=f"called (threshold {threshold:.2f})", ylabel="truth")
+    ax.grid(False)
     ax.set_title(f"{counts.trace()} of {counts.sum()} videos called right")
     return figure
 
@@ -616,11 +621,11 @@ def draw_explanation(
         middle.imshow(heat[t], cmap="inferno", vmin=0, vmax=1, alpha=0.15 + 0.6 * heat[t])
         top.set_axis_off()
         middle.set_axis_off()
-    ax, times = part.add_subplot(grid[2, :]), np.arange(1, len(clip) + 1)
+    times, ax = np.arange(1, len(clip) + 1), part.add_subplot(grid[2, :])
     ax.bar(times, attention / attention.max(), color="0.85", label="attention (of the largest)")
     ax.plot(times, scores, ".-", color=FAKE_COLOUR, label="P(fake) of the frame")
     ax.set(xlabel="frame", ylim=(0, 1.05), xlim=(0.4, len(clip) + 0.6))
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(axis="x", integer=True)
     ax.legend(fontsize=9, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1), borderaxespad=0.1)
 
 
