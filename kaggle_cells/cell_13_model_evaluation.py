@@ -50,7 +50,7 @@ DETECTOR, MODEL_INFO = load_detector(MODEL_FILE, DEVICE)
 TEMPERATURE, THRESHOLD = MODEL_INFO["temperature"], MODEL_INFO["threshold"]
 PREDICTIONS = SPLIT_TABLES["test"].drop(columns="split")
 METRICS, INTERVALS, FORMATTED_METRICS = {}, {}, {}  # by threshold
-BY_METHOD, BY_DATASET, ROBUSTNESS_TABLE = 3 * [pd.DataFrame()]
+SCORE_TABLE, VERDICT_TABLE, BY_METHOD, BY_DATASET, ROBUSTNESS_TABLE = 5 * [pd.DataFrame()]
 
 # %%
 if len(PREDICTIONS):
@@ -76,10 +76,10 @@ if len(PREDICTIONS):
         METRICS[name] = compute_metrics(test_labels, test_probs, threshold)
         INTERVALS[name] = bootstrap(test_labels, test_probs, threshold, test_groups)
         FORMATTED_METRICS[name] = format_metrics(METRICS[name], INTERVALS[name])
-    metrics_table = pd.DataFrame(FORMATTED_METRICS).rename(index=metric_name)
-    by_threshold = metrics_table.index.isin([metric_name(metric) for metric in VERDICT_METRICS])
-    display(metrics_table.iloc[:, :1][~by_threshold].set_axis(["test set"], axis=1))
-    display(metrics_table[by_threshold].set_axis([f"at {THRESHOLD:.3f}", "at 0.5"], axis=1))
+    formatted = pd.DataFrame(FORMATTED_METRICS).set_axis([f"at {THRESHOLD:.3f}", "at 0.5"], axis=1)
+    VERDICT_TABLE = formatted.loc[[*VERDICT_METRICS]].rename(index=metric_name)
+    SCORE_TABLE = formatted.iloc[:, :1].drop(index=[*VERDICT_METRICS]).rename(index=metric_name)
+    display(SCORE_TABLE.set_axis(["test set"], axis=1), VERDICT_TABLE)
 
 # %% [markdown]
 # Each manipulation against all real videos of the test set, and each dataset by itself if there are

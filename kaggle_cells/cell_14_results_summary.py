@@ -1,14 +1,15 @@
 # %% [markdown]
 # <a id="section-14"></a>
-# ## 14. Results for people and for programs
+# ## 14. Results to read, and results for programs
 #
-# `experiment_report.txt` is for reading, `experiment_results.json` for comparing many runs; both say which data,
-# settings and weights the numbers belong to.
+# `experiment_report.txt` is for reading, `experiment_results.json` for comparing many runs. Both
+# name the data, settings and weights that the numbers belong to.
 
 # %%
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
@@ -23,7 +24,7 @@ from cell_01_imports_and_setup import (
     replacing,
 )
 from cell_02_global_config import CONFIG
-from cell_08_evaluation_functions import VERDICT_METRICS, format_metric, metric_name
+from cell_08_evaluation_functions import TOO_FEW, format_metric
 from cell_09_data_preparation import DATA_ORIGIN, LEAKING, PREPARATION_SECONDS, SKIPPED, VIDEOS
 from cell_10_data_loaders import BATCH_SIZE_USED, PRECISION
 from cell_11_model_setup import HISTORY, TRAINED_ON, WEIGHTS_ORIGIN
@@ -38,23 +39,23 @@ from cell_13_model_evaluation import (
     MODEL_INFO,
     RESULTS,
     ROBUSTNESS_TABLE,
+    SCORE_TABLE,
     SCORED,
     TEMPERATURE,
     THRESHOLD,
+    VERDICT_TABLE,
 )
 
 
-def records(table: pd.DataFrame) -> list[dict]:
-    """The rows of a table for JSON, which knows null but no NaN."""
+# %%
+def json_rows(table: pd.DataFrame) -> list[dict]:
+    """The rows of a table, with None for NaN, which JSON does not know."""
     return table.astype(object).where(table.notna(), None).to_dict(orient="records")
 
 
-counts = VIDEOS.groupby(["split", "label"]).size()
-results: dict[str, Any] = {
-    "format": 2,
-    "config": dataclasses.asdict(CONFIG),
-    "environment": dataclasses.asdict(ENVIRONMENT),
-    "data": {
+def describe_data() -> dict[str, Any]:
+    counts = VIDEOS.groupby(["split", "label"]).size()
+    return {
         "origin": DATA_ORIGIN,
         "datasets": VIDEOS.dataset.value_counts().to_dict(),
         "groups": VIDEOS.group.nunique(),
@@ -67,241 +68,236 @@ results: dict[str, Any] = {
         "without_face": int((VIDEOS.face_share == 0).sum()) if CONFIG.FACE_CROP else None,
         "with_repeated_frames": int((VIDEOS.distinct_frames < CONFIG.FRAMES_PER_VIDEO).sum()),
         "skipped": [{"path": str(row.path), "reason": row.reason} for row in SKIPPED.itertuples()],
-    },
-    "model": {
-        "file": str(MODEL_FILE),
-        "initial_weights": WEIGHTS_ORIGIN,
-        "trained_on": sorted(TRAINED_ON),
-        "epoch": MODEL_INFO["epoch"],
-        "validation_auc": MODEL_INFO["val_auc"],
-        "temperature": TEMPERATURE,
-        "threshold": THRESHOLD,
-    },
-    "training": {
-        "epochs": len(HISTORY),
-        "skipped_steps": sum(epoch["skipped_steps"] for epoch in HISTORY),
-        "batch_size": BATCH_SIZE_USED,
-        "precision": str(PRECISION or "torch.float32").removeprefix("torch."),
-    },
-    "seconds": {
-        "preparation": PREPARATION_SECONDS,
-        "training": sum(epoch["seconds"] for epoch in HISTORY),
-        "evaluation": EVALUATION_SECONDS,
-        "this_session": time.time() - STARTED,
-    },
-    "metrics": METRICS,
-    "intervals": INTERVALS,
-    "metrics_by_method": records(BY_METHOD),
-    "metrics_by_dataset": records(BY_DATASET),
-    "robustness": records(ROBUSTNESS_TABLE),
-    "predictions": {"videos": len(SCORED), "errors": int((SCORED.error != "").sum())}
-    if len(SCORED)
-    else None,
-}
-with replacing(RESULTS / "experiment_results.json") as partial_file:
-    partial_file.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-# %% [markdown]
-# The report:
+    }
 
 
 # %%
-def count(number: int, name: str) -> str:
+def build_results() -> dict[str, Any]:
+    """Everything that the run found, as it goes to JSON; `format` counts changes of its keys."""
+    errors = int((SCORED.error != "").sum())
+    return {
+        "format": 2,
+        "config": dataclasses.asdict(CONFIG),
+        "environment": dataclasses.asdict(ENVIRONMENT),
+        "data": describe_data(),
+        "model": {
+            "file": str(MODEL_FILE),
+            "initial_weights": WEIGHTS_ORIGIN,
+            "trained_on": sorted(TRAINED_ON),
+            "epoch": MODEL_INFO["epoch"],
+            "validation_auc": MODEL_INFO["val_auc"],
+            "temperature": TEMPERATURE,
+            "threshold": THRESHOLD,
+        },
+        "training": {
+            "epochs": len(HISTORY),
+            "skipped_steps": sum(epoch["skipped_steps"] for epoch in HISTORY),
+            "batch_size": BATCH_SIZE_USED,
+            "precision": str(PRECISION or "torch.float32").removeprefix("torch."),
+        },
+        "seconds": {
+            "preparation": PREPARATION_SECONDS,
+            "training": sum(epoch["seconds"] for epoch in HISTORY),
+            "evaluation": EVALUATION_SECONDS,
+            "this_session": time.time() - STARTED,
+        },
+        "metrics": METRICS,
+        "intervals": INTERVALS,
+        "metrics_by_method": json_rows(BY_METHOD),
+        "metrics_by_dataset": json_rows(BY_DATASET),
+        "robustness": json_rows(ROBUSTNESS_TABLE),
+        "predictions": {"videos": len(SCORED), "errors": errors} if len(SCORED) else None,
+    }
+
+
+results = build_results()
+with replacing(RESULTS / "experiment_results.json") as partial_file:
+    partial_file.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+print(f"{len(results)} entries: {', '.join(results)}")
+
+# %% [markdown]
+# The report says how far its own numbers can be trusted:
+
+
+# %%
+def plural(number: int, name: str) -> str:
     return f"{number} {name}{'s' * (number != 1)}"
 
 
-def with_interval(row: dict) -> str:
-    return format_metric(row["auc_roc"], (row["auc_low"], row["auc_high"]))
+SPLIT_SIZES = results["data"]["videos"]
+TESTED_VIDEOS = f"{plural(SPLIT_SIZES['test']['real'], 'real video')} and "
+TESTED_VIDEOS += plural(SPLIT_SIZES["test"]["fake"], "fake")
+AT_CHANCE = f"The model is hardly better than chance: validation AUC {MODEL_INFO['val_auc']:.3f}."
 
 
-def lowest(rows: list[dict]) -> list[dict]:
-    """The row with the lowest AUC, if there is one."""
-    return sorted(
-        (row for row in rows if row["auc_roc"] is not None), key=lambda row: row["auc_roc"]
-    )[:1]
+def caveats() -> Iterator[str]:
+    if METRICS and min(SPLIT_SIZES["test"].values()) < 10:
+        yield f"The test is tiny ({TESTED_VIDEOS}): its numbers and their intervals say little."
+    if MODEL_INFO["val_auc"] < 0.65:
+        yield AT_CHANCE
+    yield "Numbers from one dataset say little about manipulations and cameras it does not contain."
+    yield "P(fake) assumes that real and fake videos are equally frequent."
+    if WEIGHTS_ORIGIN.startswith("random"):
+        yield "The backbone did not start from ImageNet weights, which would have helped much."
+    if HISTORY and not SPLIT_SIZES["val"]["fake"]:
+        yield "Without fakes in validation, epoch and threshold were chosen on self-blends."
+    if LEAKING:
+        yield f"Leakage: {len(LEAKING)} groups are in several splits, which makes the test easier."
+    if faceless := results["data"]["without_face"]:
+        yield f"In {faceless} videos no face was found; the network saw the middle of their frames."
+    if SCORED.face_share.eq(0).any():
+        yield "In some of your own videos no face was found: their verdicts mean little."
 
 
-sizes = results["data"]["videos"]
-tested_videos = (
-    f"{count(sizes['test']['real'], 'real video')} and {count(sizes['test']['fake'], 'fake')}"
-)
-trained = "in another run, perhaps on some of these recordings"
-if HISTORY:
-    trained = f"{count(len(HISTORY), 'epoch')} with {', '.join(sorted(TRAINED_ON)) or 'real videos alone'}"
-notes = [
-    "Numbers within one dataset say little about manipulations and cameras that it does not contain.",
-    "P(fake) is meant for real and fake videos that are equally frequent.",
-]
-if WEIGHTS_ORIGIN.startswith("random"):
-    notes.append(
-        "The backbone did not start from ImageNet's weights, with which it would have learned far more."
+# %%
+def setup_text() -> str:
+    """Data, method and training, as the report says it."""
+    methods, seconds = ", ".join(sorted(TRAINED_ON)) or "real videos alone", results["seconds"]
+    trained = f"{plural(len(HISTORY), 'epoch')} with {methods}"
+    return f"""\
+Data
+  {DATA_ORIGIN}: {plural(len(VIDEOS), "video")}, {plural(VIDEOS.group.nunique(), "group")}
+  {len(SKIPPED)} skipped; of each split:
+{pd.DataFrame(SPLIT_SIZES).T.to_string()}
+
+Method
+  clips      {CONFIG.CLIPS_PER_VIDEO} x {CONFIG.FRAMES_PER_VIDEO} frames per video
+  crop       {CONFIG.IMAGE_SIZE} pixels of the {"face" if CONFIG.FACE_CROP else "frame's middle"}
+  model      {CONFIG.BACKBONE} + BiLSTM + self-attention
+             initial weights: {WEIGHTS_ORIGIN}
+  training   {trained if HISTORY else "in another run, perhaps on some of these recordings"}
+             best epoch {MODEL_INFO["epoch"]}, validation AUC {MODEL_INFO["val_auc"]:.3f}
+  decision   temperature {TEMPERATURE:.2f}, threshold {THRESHOLD:.3f}, fitted on validation
+  time       preparation {duration(PREPARATION_SECONDS)}, training {duration(seconds["training"])}
+             evaluation {duration(EVALUATION_SECONDS)}
+  machine    {", ".join(ENVIRONMENT.gpus) or "the CPU"}
+"""
+
+
+def metrics_text() -> str:
+    """The metrics of the test set, those that depend on the threshold at both thresholds."""
+    new = HISTORY and not LEAKING and not CONFIG.CHECKPOINT
+    text = f"Result: test set of {TESTED_VIDEOS}{', recordings never trained on' if new else ''}\n"
+    text += "  Fake is the positive class; in brackets 95 % intervals, from resampled groups.\n\n"
+    text += f"{SCORE_TABLE.to_string(header=False)}\n\n{VERDICT_TABLE.to_string()}\n"
+    for kind, number in SPLIT_SIZES["test"].items():
+        if not number:
+            text += f"  undefined, for the test set has no {kind} videos: metrics that need both\n"
+    return text
+
+
+# %%
+def format_auc(row: Any) -> str:
+    return format_metric(row.auc_roc, (row.auc_low, row.auc_high))
+
+
+def auc_text(title: str, table: pd.DataFrame, columns: list[str]) -> list[str]:
+    """A titled table of AUCs with intervals; nothing if there are none."""
+    aucs = [format_auc(row) for row in table.itertuples()]
+    return (
+        [f"{title}\n{table[columns].assign(AUC=aucs).to_string(index=False, na_rep='')}\n"]
+        if aucs
+        else []
     )
-if HISTORY and not sizes["val"]["fake"]:
-    notes.append(
-        "Validation has no fakes: epoch, calibration and threshold were chosen on self-blends."
-    )
-at_chance = f"The model is hardly better than chance: validation AUC {MODEL_INFO['val_auc']:.3f}."
-if MODEL_INFO["val_auc"] < 0.65:
-    notes.insert(0, at_chance)
-if METRICS and min(sizes["test"].values()) < 10:
-    notes.insert(
-        0, f"The test is tiny, {tested_videos}: neither its numbers nor their intervals say much."
-    )
-if LEAKING:
-    notes.append(
-        f"Leakage: {len(LEAKING)} groups are in several of the given splits: the test is easier than it looks"
-    )
-if CONFIG.FACE_CROP and (faceless := results["data"]["without_face"]):
-    notes.append(
-        f"In {faceless} videos no face was found; the network saw the middle of their frames."
-    )
-if SCORED.get("face_share", pd.Series(dtype=float)).eq(0).any():
-    notes.append("In some of your own videos no face was found: their verdicts mean little.")
-report = [
-    "VIDEO DEEPFAKE DETECTION: EXPERIMENT REPORT",
-    "",
-    "Data",
-    f"  {DATA_ORIGIN}: {count(len(VIDEOS), 'video')}, {count(VIDEOS.group.nunique(), 'group')}; {len(SKIPPED)} skipped",
-    *(
-        f"  {split:10} {n['real']:5} real, {n['fake']:5} fake"
-        for split, n in sizes.items()
-        if any(n.values())
-    ),
-    "",
-    "Method",
-    f"  clips      {CONFIG.CLIPS_PER_VIDEO} x {CONFIG.FRAMES_PER_VIDEO} frames a video, {CONFIG.IMAGE_SIZE} pixels, "
-    + ("of the face" if CONFIG.FACE_CROP else "of the middle of the frame"),
-    f"  model      {CONFIG.BACKBONE} + BiLSTM + self-attention; initial weights: {WEIGHTS_ORIGIN}",
-    f"  training   {trained}; epoch {MODEL_INFO['epoch']} was the best, validation AUC {MODEL_INFO['val_auc']:.3f}",
-    f"  decision   temperature {TEMPERATURE:.2f} and threshold {THRESHOLD:.3f}, fitted on the validation set",
-    f"  time       preparation {duration(PREPARATION_SECONDS)}, training {duration(results['seconds']['training'])}, "
-    f"evaluation {duration(EVALUATION_SECONDS)}, on {', '.join(ENVIRONMENT.gpus) or 'the CPU'}",
-]
-if METRICS:
-    fitted, plain = FORMATTED_METRICS.values()
-    unseen = (
-        ", recordings never trained on" if HISTORY and not LEAKING and not CONFIG.CHECKPOINT else ""
-    )
-    report += [
-        "",
-        f"Result: test set of {tested_videos}{unseen}",
-        "  Fake is the positive class; in brackets 95 % intervals, from resampled groups.",
-        *(
-            f"  {metric_name(name):20}{fitted[name]}"
-            for name in fitted
-            if name not in VERDICT_METRICS
-        ),
-        "",
-        f"  {'':20}{f'threshold {THRESHOLD:.3f}':26}threshold 0.5",
-        *(f"  {metric_name(name):20}{fitted[name]:26}{plain[name]}" for name in VERDICT_METRICS),
-        *(
-            f"  undefined, for the test set has no {kind} videos: the metrics that need both"
-            for kind in ("real", "fake")
-            if not sizes["test"][kind]
-        ),
-        "",
-        "By manipulation: AUC against all real videos",
-        *(
-            f"  {row['method']:20}{with_interval(row):26}"
-            f"{count(row['fakes'], 'fake')}{', never trained on' * row['never_trained_on']}"
-            for row in results["metrics_by_method"]
-        ),
-    ]
-if results["metrics_by_dataset"]:
-    report += ["", "By dataset: AUC of its own videos"]
-    report += [
-        f"  {row['dataset'][:19]:20}{with_interval(row):26}{row['reals']} real, {count(row['fakes'], 'fake')}"
-        for row in results["metrics_by_dataset"]
-    ]
-if results["robustness"]:
-    videos = results["robustness"][0]["videos"]
-    report += [
-        "",
-        f"Robustness: AUC of {count(videos, 'test video')} after a change to the face crops",
-    ]
-    for row in results["robustness"]:
-        strength = f"{row['strength']:g}" if row["strength"] else ""
-        report.append(f"  {row['degradation']:22} {strength:5} {with_interval(row)}")
-if len(SCORED):
-    verdicts, unread = SCORED.verdict.value_counts(), results["predictions"]["errors"]
-    report += ["", f"Your own videos, below {CONFIG.PREDICT_DIR}"]
-    report += [
-        f"  {verdicts.get('fake', 0)} called fake, {verdicts.get('real', 0)} real; {unread} could not be read"
-    ]
-report += ["", "Caveats", *(f"  {note}" for note in notes)]
-report += [
-    "",
-    "To use the model",
-    f"  set CHECKPOINT={MODEL_FILE}, EPOCHS=0, and PREDICT_DIR to your videos;",
-    "  or in Python, with kaggle_cells/ in sys.path:",
-    f'  from cell_08_evaluation_functions import Predictor; Predictor.load("{MODEL_FILE}").predict_video("video.mp4")',
-]
-with replacing(RESULTS / "experiment_report.txt") as partial_file:
-    partial_file.write_text("\n".join(report) + "\n", encoding="utf-8")
-print("\n".join(report))
+
+
+def use_text() -> str:
+    """Your own videos, caveats, and how to use the model."""
+    text = f"Your own videos, below {CONFIG.PREDICT_DIR}\n" if len(SCORED) else ""
+    if len(SCORED):
+        verdicts, unread = SCORED.verdict.value_counts(), results["predictions"]["errors"]
+        text += f"  {verdicts.get('fake', 0)} called fake, {verdicts.get('real', 0)} real; "
+        text += f"{unread} could not be read\n\n"
+    lines = "".join(f"  {caveat}\n" for caveat in caveats())
+    return f"""{text}Caveats
+{lines}
+To use the model
+  set CHECKPOINT={MODEL_FILE}, EPOCHS=0, and PREDICT_DIR to your videos;
+  or in Python, with kaggle_cells/ in sys.path:
+  from cell_08_evaluation_functions import Predictor
+  Predictor.load("{MODEL_FILE}").predict_video("video.mp4")
+"""
+
+
+def write_report() -> str:
+    """Write experiment_report.txt and return its text."""
+    parts = ["VIDEO DEEPFAKE DETECTION: EXPERIMENT REPORT\n", setup_text()]
+    parts += [metrics_text()] if METRICS else []
+    columns = ["fakes", "never_trained_on"]
+    parts += auc_text("By manipulation, against all real videos", BY_METHOD, ["method", *columns])
+    parts += auc_text("By dataset", BY_DATASET, ["dataset", "reals", "fakes"])
+    changes = ["degradation", "strength", "videos"]
+    parts += auc_text("Robustness: after a change to the face crops", ROBUSTNESS_TABLE, changes)
+    report = "\n".join([*parts, use_text()])
+    with replacing(RESULTS / "experiment_report.txt") as partial_file:
+        partial_file.write_text(report, encoding="utf-8")
+    return report
+
+
+print(write_report())
 
 # %% [markdown]
 # What was achieved, what to try next, and where everything is:
 
+
+# %%
+def hardest(table: pd.DataFrame) -> Any:
+    """The row with the lowest AUC, if any; manipulations with too few fakes do not count."""
+    known = table.dropna(subset=["auc_roc"]) if len(table) else table
+    known = known[known.fakes >= TOO_FEW] if "fakes" in known else known
+    return known.loc[known.auc_roc.astype(float).idxmin()] if len(known) else None
+
+
+def achievements() -> Iterator[str]:
+    if METRICS:
+        fitted = FORMATTED_METRICS["at_fitted_threshold"]
+        yield f"**Test AUC {fitted['auc_roc']}**, accuracy {fitted['accuracy']}; {TESTED_VIDEOS}."
+    if (row := hardest(BY_METHOD)) is not None:
+        yield f"Hardest to tell from real: `{row.method}`, AUC {format_auc(row)}."
+    if (row := hardest(ROBUSTNESS_TABLE[1:])) is not None:
+        yield f"Hardest condition: {row.degradation} {row.strength:g}, AUC {format_auc(row)}."
+    if MODEL_INFO["val_auc"] < 0.65:
+        yield AT_CHANCE
+    if len(SCORED):
+        yield f"Your own videos: {sum(SCORED.verdict == 'fake')} of {len(SCORED)} called fake."
+
+
+def ideas() -> Iterator[str]:
+    if len(ROBUSTNESS_TABLE) and CONFIG.AUGMENTATION != "robust":
+        yield '`AUGMENTATION = "robust"`, if your videos look like the hardest condition'
+    if not len(SCORED):
+        yield '`predict_video("my_video.mp4")` in a new cell, or `PREDICT_DIR`, for your own videos'
+    if DATA_ORIGIN.startswith("demo"):
+        yield "a real dataset: the demo set shows that everything works, not how well"
+    if WEIGHTS_ORIGIN == "random":
+        yield "`PRETRAINED = True`: from ImageNet weights it would learn far more"
+    elif WEIGHTS_ORIGIN.startswith("random"):
+        yield f"ImageNet weights: internet on, or a dataset attached with `{CONFIG.BACKBONE}.pth`"
+    if HISTORY and MODEL_INFO["epoch"] > 0.9 * CONFIG.EPOCHS:
+        yield f"more than {CONFIG.EPOCHS} `EPOCHS`: the best one was among the last"
+    if HISTORY and len(TRAINED_ON) > 1 and not CONFIG.HOLDOUT_METHODS:
+        yield f"`HOLDOUT_METHODS = {sorted(TRAINED_ON)[:1]}`, to test on fakes of an unseen kind"
+    if HISTORY and 0 < CONFIG.MAX_VIDEOS_PER_CLASS < 1000:
+        yield f"more than {CONFIG.MAX_VIDEOS_PER_CLASS} videos per class, and another `SEED`"
+
+
+summary = "\n".join(f"- {line}" for line in achievements())
+if next_steps := "\n".join(f"- {idea}" for idea in ideas()):
+    summary += f"\n\nTo try next:\n\n{next_steps}"
+display(Markdown(summary)) if IN_NOTEBOOK else print(summary)
+
 # %%
 WHAT_FILES_ARE = {
     "models/best_model.pth": "the detector: this is the one to keep",
-    "models/last_checkpoint.pth": "to go on with training",
+    "models/last_checkpoint.pth": "to resume training",
     "results/experiment_report.txt": "the report above",
     "results/experiment_results.json": "the same and more, for programs",
     "results/test_predictions.csv": "each test video with its score",
     "results/predictions.csv": "your own videos with their scores",
-    "results/training_history.csv": "a row an epoch",
+    "results/training_history.csv": "one row per epoch",
     "results/evaluation/": "all figures of the test",
-    "data/": "which video was used for what, and which was not, and why",
+    "data/": "which video was used for what, and which was skipped, and why",
 }
-achieved, ideas = [], []
-if METRICS:
-    achieved += [
-        f"**Test AUC {fitted['auc_roc']}**, accuracy {fitted['accuracy']}, on {tested_videos}."
-    ]
-    for row in lowest(results["metrics_by_method"]):
-        achieved += [f"Hardest to tell from real: `{row['method']}`, AUC {with_interval(row)}."]
-for row in lowest(results["robustness"][1:]):
-    achieved += [
-        f"Hardest condition: {row['degradation']} {row['strength']:g}, AUC {with_interval(row)}."
-    ]
-    if CONFIG.AUGMENTATION != "robust":
-        ideas += [
-            '`AUGMENTATION = "robust"`, if your videos are as small, blurred or dark as in the hardest condition'
-        ]
-if at_chance in notes:
-    achieved += [at_chance]
-if len(SCORED):
-    achieved += [f"Your own videos: {verdicts.get('fake', 0)} of {len(SCORED)} called fake."]
-else:
-    ideas += [
-        '`predict_video("my_video.mp4")` in a new cell, or `PREDICT_DIR`, to score videos of your own'
-    ]
-if DATA_ORIGIN.startswith("demo"):
-    ideas += [
-        "a real dataset: the demo set shows that everything works, not how well it works on deepfakes"
-    ]
-if WEIGHTS_ORIGIN == "random":
-    ideas += ["`PRETRAINED = True`: from ImageNet weights it would learn far more"]
-elif WEIGHTS_ORIGIN.startswith("random"):
-    ideas += [
-        f"ImageNet weights: turn the internet on, or attach a dataset that holds `{CONFIG.BACKBONE}.pth`"
-    ]
-if HISTORY and MODEL_INFO["epoch"] > 0.9 * CONFIG.EPOCHS:
-    ideas += [f"more than {CONFIG.EPOCHS} `EPOCHS`: the best one was among the last"]
-if HISTORY and len(TRAINED_ON) > 1 and not CONFIG.HOLDOUT_METHODS:
-    ideas += [
-        f"`HOLDOUT_METHODS = {sorted(TRAINED_ON)[:1]}`, to see how it does on fakes of a kind it never saw"
-    ]
-if HISTORY and 0 < CONFIG.MAX_VIDEOS_PER_CLASS < 1000:
-    ideas += [
-        f"more than {CONFIG.MAX_VIDEOS_PER_CLASS} videos a class, and another `SEED`: single runs differ"
-    ]
-summary = "\n".join(f"- {line}" for line in achieved)
-if ideas:
-    summary += "\n\nTo try next:\n\n" + "\n".join(f"- {idea}" for idea in ideas)
-display(Markdown(summary)) if IN_NOTEBOOK else print(summary)
 files = {}
 for name, meaning in WHAT_FILES_ARE.items():
     parts = [CONFIG.work_dir / name, *(CONFIG.work_dir / name).rglob("*")]
