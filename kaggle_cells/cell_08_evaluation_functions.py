@@ -546,6 +546,11 @@ def plot_confusion(labels: np.ndarray, probs: np.ndarray, threshold: float) -> F
     return figure
 
 
+# %% [markdown]
+# Calibration: of the videos with about the same P(fake), how many are fake?
+
+
+# %%
 @styled
 def plot_calibration(labels: np.ndarray, probs: np.ndarray) -> Figure:
     """Share of fakes by P(fake), with Wilson's 95 % intervals, over a histogram of P(fake)."""

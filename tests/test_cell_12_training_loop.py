@@ -396,8 +396,8 @@ def test_two_processes_train_as_one_and_validate_every_clip_once(
 ):
     """Five clips to validate do not divide by two.
 
-    Without what processes draw for themselves, or do not synchronise on CPUs: augmentation, dropout,
-    batch normalisation.
+    Without what processes draw for themselves, or do not synchronise on CPUs: augmentation,
+    dropout, batch normalisation.
     """
     videos = manifest(tmp_path, finished_run.folder, slice(5))
     alike = {"AUGMENTATION": "none", "SELF_BLEND": 0, "DROPOUT": 0.0, "LEARNING_RATE": 1e-5}

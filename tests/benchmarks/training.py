@@ -1,11 +1,13 @@
 """How fast and in how much memory a network trains, against a plain loop measured in the same run.
 
-    python tests/benchmarks/training.py [--backbone resnet50 --size 160 --frames 16] [--clips 240] [--rounds 3]
+    python tests/benchmarks/training.py [--backbone resnet50 --size 160 --frames 16]
+        [--clips 240] [--rounds 3]
 
-On a GPU the default is the user's setting: ResNet50, 16 frames of 160 pixels. On the CPU it is that of demo.yaml:
-resnet18, 6 frames of 96 pixels. The plain loop is what most notebooks have: float32, frames augmented one at a time on
-the CPU by two worker processes, float clips sent to the device, the loss read at every step. Everything is measured in
-turns, `--rounds` times, and ratios are medians over the rounds. Each memory figure comes from a process of its own.
+On a GPU the default is the user's setting: ResNet50, 16 frames of 160 pixels. On the CPU it is that
+of demo.yaml: resnet18, 6 frames of 96 pixels. The plain loop is what most notebooks have: float32,
+frames augmented one at a time on the CPU by two worker processes, float clips sent to the device,
+the loss read at every step. Everything is measured in turns, `--rounds` times, and ratios are
+medians over the rounds. Each memory figure comes from a process of its own.
 """
 
 import argparse
@@ -54,7 +56,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def make_clips(folder: Path, count: int, config: Config) -> pd.DataFrame:
-    """Cached clips of smooth noise, and the table that goes with them: half real, half fake, in pairs."""
+    """Cached clips of smooth noise, and the table that goes with them: half real, half fake, in
+    pairs.
+    """
     rng, rows = np.random.default_rng(0), []
     shape = (config.FRAMES_PER_VIDEO, config.IMAGE_SIZE, config.IMAGE_SIZE, 3)
     for number in range(count):
@@ -186,7 +190,9 @@ class Peak:
 
 
 def activation_memory(config: Config, batch: int) -> float:
-    """GiB that forward and backward of one batch need beyond weights, gradients and the batch itself."""
+    """GiB that forward and backward of one batch need beyond weights, gradients and the batch
+    itself.
+    """
     model = build_model(config).to(DEVICE).train()
     model.precision = amp_dtype(config.AMP, DEVICE)
     clips = torch.rand(
@@ -209,7 +215,9 @@ def activation_memory(config: Config, batch: int) -> float:
 
 
 def in_process(given: argparse.Namespace, what: str) -> list[float]:
-    """Figures that a fresh process measures: `plain BATCH`, `ours BATCH CHECKPOINTING` or `activations ...`."""
+    """Figures that a fresh process measures: `plain BATCH`, `ours BATCH CHECKPOINTING` or
+    `activations ...`.
+    """
     options = [
         f"--{name}={getattr(given, name)}"
         for name in ("backbone", "size", "frames", "clips", "folder")
@@ -267,7 +275,8 @@ def main() -> None:
         )
         precision = str(amp_dtype(config.AMP, DEVICE) or torch.float32).removeprefix("torch.")
         print(
-            f"{name}; {given.backbone}, {given.frames} frames of {given.size} pixels; ours in {precision}"
+            f"{name}; {given.backbone}, {given.frames} frames of {given.size} pixels; "
+            f"ours in {precision}"
         )
 
         batch = 8
@@ -287,7 +296,8 @@ def main() -> None:
         waiting = 100 * statistics.median(1 - row[1] / row[2] for row in rounds)
         print(f"batch {batch}: plain loop {plain:.1f} clips/s, ours {fast:.1f}, ratio {ratio:.2f}")
         print(
-            f"fed from the device's memory {from_device:.1f} clips/s: {waiting:.1f} % of the time waits for data"
+            f"fed from the device's memory {from_device:.1f} clips/s: "
+            f"{waiting:.1f} % of the time waits for data"
         )
         del ours, fed
         free_memory()
