@@ -74,7 +74,7 @@ def describe_data() -> dict[str, Any]:
 # %%
 def build_results() -> dict[str, Any]:
     """Everything that the run found, as it goes to JSON; `format` counts changes of its keys."""
-    errors = int((SCORED.error != "").sum())
+    predictions = {"videos": len(SCORED), "errors": int(sum(SCORED.error != ""))}
     return {
         "format": 2,
         "config": dataclasses.asdict(CONFIG),
@@ -106,7 +106,7 @@ def build_results() -> dict[str, Any]:
         "metrics_by_method": json_rows(BY_METHOD),
         "metrics_by_dataset": json_rows(BY_DATASET),
         "robustness": json_rows(ROBUSTNESS_TABLE),
-        "predictions": {"videos": len(SCORED), "errors": errors} if len(SCORED) else None,
+        "predictions": predictions if len(SCORED) else None,
     }
 
 
