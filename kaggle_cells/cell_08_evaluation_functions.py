@@ -415,9 +415,8 @@ def heat_maps(model: DeepfakeDetector, clips: torch.Tensor) -> tuple[torch.Tenso
             hook.remove()
     heat = (gradient.clamp(min=0) * maps[0]).sum(dim=1, keepdim=True).clamp(min=0).detach().float()
     heat = nn.functional.interpolate(heat, clips.shape[-2:], mode="bilinear", align_corners=False)
-    return heat.view(*clips.shape[:2], *clips.shape[-2:]), DetectorOutput(
-        *(x.detach() for x in output)
-    )
+    heat = heat.view(*clips.shape[:2], *clips.shape[-2:])
+    return heat, DetectorOutput(*(part.detach() for part in output))
 
 
 # %% [markdown]
@@ -783,25 +782,20 @@ class Predictor:
         if isinstance(clip, str):
             return row | {"error": clip}
         started = time.perf_counter()
-        found = self.predict_clip(clip)
-        row |= {"probability": found.probability, "verdict": found.verdict}
-        seconds += time.perf_counter() - started
-        return row | {"face_share": found.face_share, "seconds": round(seconds, 3)}
+        row |= vars(self.predict_clip(clip))
+        return row | {"seconds": round(seconds + time.perf_counter() - started, 3)}
 
     def predict_folder(
         self, folder: Path, workers: int = 2, file: Path | None = None
     ) -> pd.DataFrame:
-        """Score all videos below a folder, or one file; unusable ones get an `error`, no score.
-
-        `file` is written every 20 seconds, so that an interrupted run loses little.
-        """
+        """Score all videos below a folder, or one file, into a table with an `error` for bad ones."""
         paths = videos_below(folder) if folder.is_dir() else [folder]
         columns = ["path", "probability", "verdict", "threshold", "face_share", "seconds", "error"]
         rows, saved_at = [], time.perf_counter()
         clips = clips_ahead(paths, workers, self.settings, self.face_detector)
         for clip in tqdm(clips, "your videos", len(paths), leave=False, disable=NO_BARS):
             rows.append(self.table_row(*clip))
-            if file and time.perf_counter() - saved_at > 20:
+            if file and time.perf_counter() - saved_at > 20:  # an interrupted run loses little
                 save_csv(pd.DataFrame(rows, columns=columns), file)
                 saved_at = time.perf_counter()
         table = pd.DataFrame(rows, columns=columns)

@@ -71,9 +71,18 @@ def describe_data() -> dict[str, Any]:
     }
 
 
+def describe_training() -> dict[str, Any]:
+    return {
+        "epochs": len(HISTORY),
+        "skipped_steps": sum(epoch["skipped_steps"] for epoch in HISTORY),
+        "batch_size": BATCH_SIZE_USED,
+        "precision": str(PRECISION or "torch.float32").removeprefix("torch."),
+    }
+
+
 # %%
 def build_results() -> dict[str, Any]:
-    """Everything that the run found, as it goes to JSON; `format` counts changes of its keys."""
+    """Everything the run found, as JSON has it; `format` counts changes of the keys."""
     predictions = {"videos": len(SCORED), "errors": int(sum(SCORED.error != ""))}
     return {
         "format": 2,
@@ -89,12 +98,7 @@ def build_results() -> dict[str, Any]:
             "temperature": TEMPERATURE,
             "threshold": THRESHOLD,
         },
-        "training": {
-            "epochs": len(HISTORY),
-            "skipped_steps": sum(epoch["skipped_steps"] for epoch in HISTORY),
-            "batch_size": BATCH_SIZE_USED,
-            "precision": str(PRECISION or "torch.float32").removeprefix("torch."),
-        },
+        "training": describe_training(),
         "seconds": {
             "preparation": PREPARATION_SECONDS,
             "training": sum(epoch["seconds"] for epoch in HISTORY),
