@@ -415,9 +415,8 @@ def heat_maps(model: DeepfakeDetector, clips: torch.Tensor) -> tuple[torch.Tenso
             hook.remove()
     heat = (gradient.clamp(min=0) * maps[0]).sum(dim=1, keepdim=True).clamp(min=0).detach().float()
     heat = nn.functional.interpolate(heat, clips.shape[-2:], mode="bilinear", align_corners=False)
-    return heat.view(*clips.shape[:2], *clips.shape[-2:]), DetectorOutput(
-        *(x.detach() for x in output)
-    )
+    heat = heat.view(*clips.shape[:2], *clips.shape[-2:])
+    return heat, DetectorOutput(*(part.detach() for part in output))
 
 
 # %% [markdown]
@@ -530,6 +529,7 @@ def plot_scores(table: pd.DataFrame, by_method: pd.DataFrame, threshold: float) 
     return figure
 
 
+# %%
 @styled
 def plot_confusion(labels: np.ndarray, probs: np.ndarray, threshold: float) -> Figure:
     """Counts and shares of real and fake videos by verdict."""
@@ -722,15 +722,28 @@ class Prediction:
         return self.face_share > 0
 
 
-PREDICTION_COLUMNS = [
-    "path",
-    "probability",
-    "verdict",
-    "threshold",
-    "face_share",
-    "seconds",
-    "error",
-]
+def clip_or_error(path: Path, *how: Any) -> tuple[Path, Clip | str, float]:
+    """A video, what `make_clip` makes of it or what is wrong with it, and the seconds that took."""
+    started = time.perf_counter()
+    try:
+        result: Clip | str = make_clip(path, *how)
+    except (VideoError, cv2.error) as error:
+        result = str(error)
+    return path, result, time.perf_counter() - started
+
+
+def clips_ahead(
+    paths: list[Path], workers: int, *how: Any
+) -> Iterator[tuple[Path, Clip | str, float]]:
+    """`clip_or_error` of each video in order, with threads up to 2 * `workers` videos ahead."""
+    ahead = deque[Future]()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for path in paths:
+            if len(ahead) == 2 * workers:
+                yield ahead.popleft().result()
+            ahead.append(pool.submit(clip_or_error, path, *how))
+        while ahead:
+            yield ahead.popleft().result()
 
 
 # %%
@@ -769,57 +782,31 @@ class Predictor:
         except VideoError as error:
             raise VideoError(f"{path}: {error}") from error
 
-    def clip_or_error(self, path: Path) -> tuple[Path, Clip | str, float]:
-        """A video, its clip or what is wrong with it, and the seconds that took."""
-        started = time.perf_counter()
-        try:
-            result: Clip | str = make_clip(path, self.settings, self.face_detector)
-        except (VideoError, cv2.error) as error:
-            result = str(error)
-        return path, result, time.perf_counter() - started
-
-    def clips_of(self, paths: list[Path], workers: int) -> Iterator[tuple[Path, Clip | str, float]]:
-        """`clip_or_error` of each video in order, with threads up to 2 * `workers` videos ahead."""
-        ahead = deque[Future]()
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for path in paths:
-                if len(ahead) == 2 * workers:
-                    yield ahead.popleft().result()
-                ahead.append(pool.submit(self.clip_or_error, path))
-            while ahead:
-                yield ahead.popleft().result()
-
-    def predict_folder(
-        self, folder: Path, workers: int = 2, file: Path | None = None
-    ) -> pd.DataFrame:
-        """Score all videos below a folder, or one file; unusable ones get an `error`, no score.
-
-        `file` is written every 20 seconds, so that an interrupted run loses little.
-        """
-        paths = videos_below(folder) if folder.is_dir() else [folder]
-        rows, saved_at = [], time.perf_counter()
-        clips = self.clips_of(paths, workers)
-        for path, clip, seconds in tqdm(
-            clips, "your videos", len(paths), leave=False, disable=NO_BARS
-        ):
-            rows.append(self.table_row(path, clip, seconds))
-            if file and time.perf_counter() - saved_at > 20:
-                save_csv(pd.DataFrame(rows, columns=PREDICTION_COLUMNS), file)
-                saved_at = time.perf_counter()
-        table = pd.DataFrame(rows, columns=PREDICTION_COLUMNS)
-        if file:
-            save_csv(table, file)
-        return table
-
     def table_row(self, path: Path, clip: Clip | str, seconds: float) -> dict[str, object]:
         row = {"path": str(path), "threshold": self.threshold, "error": ""}
         if isinstance(clip, str):
             return row | {"error": clip}
         started = time.perf_counter()
-        found = self.predict_clip(clip)
-        row |= {"probability": found.probability, "verdict": found.verdict}
-        row |= {"face_share": found.face_share}
+        row |= vars(self.predict_clip(clip))
         return row | {"seconds": round(seconds + time.perf_counter() - started, 3)}
+
+    def predict_folder(
+        self, folder: Path, workers: int = 2, file: Path | None = None
+    ) -> pd.DataFrame:
+        """Score all videos below a folder, or one file, into a table with an `error` for bad ones."""
+        paths = videos_below(folder) if folder.is_dir() else [folder]
+        columns = ["path", "probability", "verdict", "threshold", "face_share", "seconds", "error"]
+        rows, saved_at = [], time.perf_counter()
+        clips = clips_ahead(paths, workers, self.settings, self.face_detector)
+        for clip in tqdm(clips, "your videos", len(paths), leave=False, disable=NO_BARS):
+            rows.append(self.table_row(*clip))
+            if file and time.perf_counter() - saved_at > 20:  # an interrupted run loses little
+                save_csv(pd.DataFrame(rows, columns=columns), file)
+                saved_at = time.perf_counter()
+        table = pd.DataFrame(rows, columns=columns)
+        if file:
+            save_csv(table, file)
+        return table
 
 
 # %% [markdown]

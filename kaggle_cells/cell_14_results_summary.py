@@ -71,10 +71,19 @@ def describe_data() -> dict[str, Any]:
     }
 
 
+def describe_training() -> dict[str, Any]:
+    return {
+        "epochs": len(HISTORY),
+        "skipped_steps": sum(epoch["skipped_steps"] for epoch in HISTORY),
+        "batch_size": BATCH_SIZE_USED,
+        "precision": str(PRECISION or "torch.float32").removeprefix("torch."),
+    }
+
+
 # %%
 def build_results() -> dict[str, Any]:
-    """Everything that the run found, as it goes to JSON; `format` counts changes of its keys."""
-    errors = int((SCORED.error != "").sum())
+    """Everything the run found, as JSON has it; `format` counts changes of the keys."""
+    predictions = {"videos": len(SCORED), "errors": int(sum(SCORED.error != ""))}
     return {
         "format": 2,
         "config": dataclasses.asdict(CONFIG),
@@ -89,12 +98,7 @@ def build_results() -> dict[str, Any]:
             "temperature": TEMPERATURE,
             "threshold": THRESHOLD,
         },
-        "training": {
-            "epochs": len(HISTORY),
-            "skipped_steps": sum(epoch["skipped_steps"] for epoch in HISTORY),
-            "batch_size": BATCH_SIZE_USED,
-            "precision": str(PRECISION or "torch.float32").removeprefix("torch."),
-        },
+        "training": describe_training(),
         "seconds": {
             "preparation": PREPARATION_SECONDS,
             "training": sum(epoch["seconds"] for epoch in HISTORY),
@@ -106,7 +110,7 @@ def build_results() -> dict[str, Any]:
         "metrics_by_method": json_rows(BY_METHOD),
         "metrics_by_dataset": json_rows(BY_DATASET),
         "robustness": json_rows(ROBUSTNESS_TABLE),
-        "predictions": {"videos": len(SCORED), "errors": errors} if len(SCORED) else None,
+        "predictions": predictions if len(SCORED) else None,
     }
 
 
