@@ -1,12 +1,14 @@
 """Do the heat maps point to what was done to a video?
 
-    python build_notebook.py run demo --output runs/demo && python tests/benchmarks/explanations.py runs/demo
+    python build_notebook.py run demo --output runs/demo && \\
+        python tests/benchmarks/explanations.py runs/demo
 
-Of every fake in the test set of a run on the demo set, the mean heat inside the altered region is compared with that
-outside of it. The region is exact: each frame is drawn twice more, with white and with black in place of what the
-manipulation changes, and lies where these two differ. The baseline is the same for a network with random weights (the
-sanity check of Adebayo et al., 2018): what a map gains by knowing no more than where there is something to see. `peak`
-is the share of frames whose hottest pixel is in the altered region, `area` that of a pixel drawn at random.
+Of every fake in the test set of a run on the demo set, the mean heat inside the altered region is
+compared with that outside of it. The region is exact: each frame is drawn twice more, with white
+and with black in place of what the manipulation changes, and lies where these two differ. The
+baseline is the same for a network with random weights (the sanity check of Adebayo et al., 2018):
+what a map gains by knowing no more than where there is something to see. `peak` is the share of
+frames whose hottest pixel is in the altered region, `area` that of a pixel drawn at random.
 """
 
 import argparse
