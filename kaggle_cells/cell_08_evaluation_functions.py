@@ -793,7 +793,7 @@ class Predictor:
     def predict_folder(
         self, folder: Path, workers: int = 2, file: Path | None = None
     ) -> pd.DataFrame:
-        """Score all videos below a folder, or one file, into a table with an `error` for bad ones."""
+        """A table of the scores of all videos in a folder, or of one; bad ones get an `error`."""
         paths = videos_below(folder) if folder.is_dir() else [folder]
         columns = ["path", "probability", "verdict", "threshold", "face_share", "seconds", "error"]
         rows, saved_at = [], time.perf_counter()

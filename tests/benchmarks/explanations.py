@@ -1,7 +1,7 @@
 """Do the heat maps point to what was done to a video?
 
-    python build_notebook.py run demo --output runs/demo
-    python tests/benchmarks/explanations.py runs/demo
+    python build_notebook.py run demo --output runs/demo && \\
+        python tests/benchmarks/explanations.py runs/demo
 
 Of every fake in the test set of a run on the demo set, the mean heat inside the altered region is
 compared with that outside of it. The region is exact: each frame is drawn twice more, with white

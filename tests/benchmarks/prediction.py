@@ -1,7 +1,6 @@
 """How fast a folder of videos is scored, with the default setting.
 
-    python tests/benchmarks/prediction.py [--videos 8] [--backbone resnet50] [--frames 16]
-        [--clips 3] [--size 160]
+    python tests/benchmarks/prediction.py [--videos 8] [--backbone resnet50] [--frames 16] ...
 
 It makes H.264 videos (see preparation.py) and a network with random weights, and prints: videos a
 second of `predict_folder`, which decodes ahead in threads, beside the same videos one by one;
@@ -75,10 +74,8 @@ def main() -> None:
         in_turn, together = (sorted(times)[1] for times in zip(*rounds, strict=True))
         print(f"{given.videos} videos of {given.resolution}, 10 s, on {device}, {workers} threads:")
         print(f"  one after the other  {given.videos / in_turn:.2f} videos/s")
-        print(
-            f"  predict_folder       {given.videos / together:.2f} videos/s, "
-            f"{in_turn / together:.2f} times as fast"
-        )
+        faster = f"{in_turn / together:.2f} times as fast"
+        print(f"  predict_folder       {given.videos / together:.2f} videos/s, {faster}")
         process = psutil.Process()
         before = process.memory_info().rss
         predictor.predict_folder(many, workers)
