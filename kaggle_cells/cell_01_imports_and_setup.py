@@ -30,7 +30,7 @@
 # | [11. Model, optimizer, and where the last run stopped](#section-11) | new or resumed |
 # | [12. Training](#section-12) | the long part |
 # | [13. The test set, and your own videos](#section-13) | **the results** |
-# | [14. Results for people and for programs](#section-14) | report, files, what to try next |
+# | [14. Results to read, and results for programs](#section-14) | report, files, what to try next |
 
 # %% [markdown]
 # <a id="section-1"></a>
