@@ -64,12 +64,11 @@ def test_a_preparation_killed_again_and_again_ends_as_if_it_never_was(
         program = start_script("cell_09_data_preparation", tmp_path, **preparation(videos))
         while clips(tmp_path).keys() <= kept.keys() and program.is_running:
             time.sleep(0.002)
-        time.sleep(delays.uniform(0, 0.1))
+        time.sleep(delays.uniform(0, 0.03))
         program.kill()
         now = clips(tmp_path)
-        assert kept.items() < now.items(), (
-            "finished clips are kept, and not made again, and there are more of them"
-        )
+        assert kept.items() <= now.items(), "finished clips are kept, and not made again"
+        assert len(now) > len(kept) or len(kept) == 24, "each start makes some of those missing"
         kept = now
     prepare(tmp_path, videos)
     assert kept.items() <= clips(tmp_path).items()
