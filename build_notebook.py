@@ -4,6 +4,7 @@
     python build_notebook.py check           exit 1 and show the difference if it is stale
     python build_notebook.py run demo        run it on the demo set, in minutes on a laptop's CPU
     python build_notebook.py run t4x2 -p DATA_DIR /data/ff-c23 -p SEED 1 --output runs/seed1
+    python build_notebook.py score VIDEO     real or fake? With the model in pretrained/
     python build_notebook.py import EDITED.ipynb --dry-run    show what its edits would change here
     python build_notebook.py import EDITED.ipynb              apply them to the scripts
 
@@ -35,6 +36,7 @@ ROOT = Path(__file__).resolve().parent
 CELLS = ROOT / "kaggle_cells"
 NOTEBOOK = ROOT / "notebooks" / "deepfake_detection.ipynb"
 PARAMETER_SETS = ROOT / "notebooks" / "params"
+PRETRAINED = ROOT / "pretrained" / "deepfake_detector.pth"
 # comment_magics: a comment such as "# %matplotlib inline" stays a comment
 FORMAT = {"extension": ".py", "format_name": "percent", "comment_magics": False}
 SOURCE_KEY = "deepfake_source"  # notebook cell metadata: the file the cell came from
@@ -471,6 +473,9 @@ def run(source: str, overrides: list[list[str]], output: Path | None) -> None:
     folder = (output or Path(work_dir or ROOT / "runs" / name)).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     parameters["WORK_DIR"] = str(folder)
+    for name in ("CHECKPOINT", "INITIAL_MODEL"):
+        if parameters.get(name) == "pretrained":
+            parameters[name] = str(PRETRAINED)
     assembled, executed = folder / ".assembled.ipynb", folder / NOTEBOOK.name
     # the notebook of an earlier run is kept until this one has finished
     written = executed.with_suffix(".unfinished.ipynb") if executed.exists() else executed
@@ -494,11 +499,32 @@ def run(source: str, overrides: list[list[str]], output: Path | None) -> None:
             print(f"  {folder / name}")
 
 
+def score(places: list[Path], model: Path) -> None:
+    """Print a verdict on each video. Raises Failure if the model or a video is not there."""
+    for place in (model, *places):
+        if not place.exists():
+            raise Failure(f"{place} does not exist")
+    sys.path.insert(0, str(CELLS))
+    from cell_03_data_processing import videos_below
+    from cell_08_evaluation_functions import Predictor
+
+    predictor = Predictor.load(model)
+    print(f"{'P(fake)':>7}  {'verdict':<8} video")
+    for place in places:
+        for video in videos_below(place) if place.is_dir() else [place]:
+            row = predictor.predict_folder(video).iloc[0]
+            if row.error:
+                print(f"{'':>7}  {'error':<8} {video}: {row.error}")
+                continue
+            caution = "" if row.face_share else " (no face found: the verdict means little)"
+            print(f"{row.probability:7.3f}  {row.verdict:<8} {video}{caution}", flush=True)
+
+
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", metavar="build | check | run | import")
+    commands = parser.add_subparsers(dest="command", metavar="build | check | run | score | import")
     commands.add_parser("build", help="build the notebook (the default)")
     commands.add_parser("check", help="fail if the committed notebook is stale")
     runner = commands.add_parser("run", help="execute the notebook")
@@ -506,6 +532,11 @@ def read_arguments() -> argparse.Namespace:
     pair: Any = dict(nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     runner.add_argument("-p", **pair, help="set a parameter")
     runner.add_argument("--output", type=Path, help="the run's folder (default: runs/NAME-TIME)")
+    scorer = commands.add_parser("score", help="say of videos whether they are fake")
+    scorer.add_argument(
+        "places", nargs="+", type=Path, metavar="VIDEO", help="or folders of videos"
+    )
+    scorer.add_argument("--model", type=Path, default=PRETRAINED, help="a best_model.pth")
     importer = commands.add_parser("import", help="apply the edits in a notebook to the scripts")
     importer.add_argument(
         "notebook", type=Path, help="as downloaded from Kaggle or saved by Jupyter"
@@ -519,6 +550,8 @@ def main() -> int:
     try:
         if arguments.command == "check":
             check()
+        elif arguments.command == "score":
+            score(arguments.places, arguments.model)
         elif arguments.command == "run":
             run(arguments.parameters, arguments.p, arguments.output)
         elif arguments.command == "import":

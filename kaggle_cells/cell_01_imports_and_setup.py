@@ -93,6 +93,7 @@ REQUIREMENTS = {
     "scipy": "scipy>=1.11.1",
     "sklearn": "scikit-learn>=1.3",
     "networkx": "networkx>=3.0",
+    "PIL": "pillow>=10.0",
     "matplotlib": "matplotlib>=3.8",
     "seaborn": "seaborn>=0.13",
     "IPython": "ipython>=8.0",

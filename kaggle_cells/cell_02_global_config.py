@@ -9,11 +9,11 @@
 # `DEEPFAKE_<NAME>` from the environment. Misspelt names are errors.
 
 # %% tags=["parameters"]
-# Paths
 DATA_DIR: str = "auto"  # folder or CSV manifest; auto: /kaggle/input, ./data, else demo; or none
 WORK_DIR: str = "."  # where models/, results/ and data/ are written
 CACHE_DIR: str = ""  # clip cache; empty: /tmp/clip_cache on Kaggle, WORK_DIR/cache elsewhere
-CHECKPOINT: str = ""  # start from this best_model.pth; with EPOCHS 0, only evaluate and use it
+CHECKPOINT: str = ""  # a best_model.pth, or pretrained: with EPOCHS 0 use it, else train it further
+INITIAL_MODEL: str = ""  # same, but only what fits is taken over: clips and network may differ
 PREDICT_DIR: str = ""  # score all videos in this folder into results/predictions.csv
 # Videos and clips
 MAX_VIDEOS_PER_CLASS: int = 120  # fakes are sampled evenly over manipulations; 0: all videos
@@ -32,21 +32,22 @@ BACKBONE: str = "resnet50"  # any torchvision classification model, by name
 PRETRAINED: bool = True  # start from ImageNet weights: cached, attached or downloaded
 WEIGHTS_PATH: str = ""  # a .pth file with other weights for the backbone
 LSTM_HIDDEN: int = 256  # LSTM units in each direction
-LSTM_LAYERS: int = 1  # number of LSTM layers
+LSTM_LAYERS: int = 1  # number of LSTM layers; 0: no LSTM, a clip's score is its frames' mean
 ATTENTION_HEADS: int = 8  # self-attention heads; must divide 2 * LSTM_HIDDEN
 DROPOUT: float = 0.5  # before the classifier
 GRADIENT_CHECKPOINTING: bool = False  # recompute activations: less memory, more time
 # What training sees
 PAIRS: bool = True  # put each real clip and a fake of it in one batch, augmented alike
 SELF_BLEND: float = 0.5  # share of fakes made from real clips during training; 1: no others
-AUGMENTATION: str = "codec"  # none; plain: crop, flip, colour; codec: + compression; robust: + blur
+AUGMENTATION: str = "codec"  # none; plain: crop, flip, colour; codec: + compression; robust: more
+EPOCH_VIDEOS: int = 0  # real videos per epoch, from all datasets equally; 0: each of them once
+DATASET_SHARES: list = []  # unless equally: ["DFDC 3", "my_videos 1"]
 # Training
 EPOCHS: int = 25  # upper bound; early stopping usually ends sooner
 BATCH_SIZE: int = 0  # clips per step on all devices; 0: up to 8 per GPU, as memory allows
 LEARNING_RATE: float = 1e-4  # for AdamW; without pretrained weights, try 3e-4
 WEIGHT_DECAY: float = 1e-2  # for AdamW, on all weights
-LOSS: str = "focal"  # focal or bce (binary cross-entropy)
-FOCAL_GAMMA: float = 2.0  # focal loss: how strongly to focus on hard clips; 0 equals bce
+FOCAL_GAMMA: float = 2.0  # focal loss: how strongly to focus on hard clips; 0: cross-entropy
 FRAME_LOSS_WEIGHT: float = 0.5  # weight of the same loss applied to single frames
 GRADIENT_CLIP: float = 1.0  # maximum gradient norm; 0: no clipping
 LR_PATIENCE: int = 3  # halve the learning rate after this many epochs without a better val loss
@@ -82,7 +83,13 @@ import torchvision
 import yaml
 from IPython.display import display
 
-from cell_01_imports_and_setup import IN_NOTEBOOK, ON_KAGGLE, SHOW_TABLES, WORLD_SIZE
+from cell_01_imports_and_setup import (
+    IN_NOTEBOOK,
+    ON_KAGGLE,
+    SHOW_TABLES,
+    WORLD_SIZE,
+    attached_files,
+)
 
 
 # %%
@@ -99,6 +106,7 @@ class Parameters:
     WORK_DIR: str
     CACHE_DIR: str
     CHECKPOINT: str
+    INITIAL_MODEL: str
     PREDICT_DIR: str
     MAX_VIDEOS_PER_CLASS: int = allow(0, 10**6)
     METHODS: list
@@ -115,18 +123,19 @@ class Parameters:
     PRETRAINED: bool
     WEIGHTS_PATH: str
     LSTM_HIDDEN: int = allow(1, 4096)
-    LSTM_LAYERS: int = allow(1, 8)
+    LSTM_LAYERS: int = allow(0, 8)
     ATTENTION_HEADS: int = allow(1, 64)
     DROPOUT: float = allow(0, 0.95)
     GRADIENT_CHECKPOINTING: bool
     PAIRS: bool
     SELF_BLEND: float = allow(0, 1)
     AUGMENTATION: str = allow("none", "plain", "codec", "robust")
+    EPOCH_VIDEOS: int = allow(0, 10**7)
+    DATASET_SHARES: list
     EPOCHS: int = allow(0, 10**4)
     BATCH_SIZE: int = allow(0, 4096)
     LEARNING_RATE: float = allow(1e-8, 1)
     WEIGHT_DECAY: float = allow(0, 1)
-    LOSS: str = allow("focal", "bce")
     FOCAL_GAMMA: float = allow(0, 10)
     FRAME_LOSS_WEIGHT: float = allow(0, 10)
     GRADIENT_CLIP: float = allow(0, 10**3)
@@ -142,12 +151,22 @@ class Parameters:
 
 
 PARAMETERS = [item.name for item in dataclasses.fields(Parameters)]
+PRETRAINED_FILE = "deepfake_detector.pth"
 
 # %% [markdown]
 # Types and ranges come first, then what only works together.
 
 
 # %%
+def parse_share(text: str) -> tuple[str, float]:
+    """An entry of DATASET_SHARES: a name and its weight. Raises ValueError."""
+    name, _, weight = text.rpartition(" ")
+    with suppress(ValueError):
+        if name and 0 < float(weight) < math.inf:
+            return name, float(weight)
+    raise ValueError(f"DATASET_SHARES: {text!r} is not a dataset's name and a number above 0")
+
+
 def checked_value(name: str, kind: type, value: Any, allowed: Any) -> Any:
     """The value as `kind`. Raises TypeError, or ValueError if it is not in `allowed`.
 
@@ -169,6 +188,7 @@ def checked_value(name: str, kind: type, value: Any, allowed: Any) -> Any:
     return value
 
 
+# %%
 @dataclass(frozen=True, kw_only=True)
 class Config(Parameters):
     """Checked parameters; TypeError and ValueError name the parameter and what is allowed."""
@@ -179,16 +199,22 @@ class Config(Parameters):
             allowed = item.metadata.get("allowed", ())
             value = checked_value(item.name, kind, getattr(self, item.name), allowed)
             object.__setattr__(self, item.name, value)
+        for name in ("CHECKPOINT", "INITIAL_MODEL"):
+            object.__setattr__(self, name, model_path(getattr(self, name)))
         check_together(self)
+
+    @property
+    def time_budget(self) -> float:
+        """Seconds for the whole run."""
+        return 3600 * (self.TIME_BUDGET_HOURS or (11 if ON_KAGGLE else math.inf))
 
     @property
     def work_dir(self) -> Path:
         return Path(self.WORK_DIR)
 
     @property
-    def time_budget(self) -> float:
-        """Seconds for the whole run."""
-        return 3600 * (self.TIME_BUDGET_HOURS or (11 if ON_KAGGLE else math.inf))
+    def dataset_shares(self) -> dict[str, float]:
+        return dict(map(parse_share, self.DATASET_SHARES))
 
     @property
     def last_checkpoint(self) -> Path:
@@ -200,15 +226,34 @@ class Config(Parameters):
 
 
 # %%
+def model_path(name: str) -> str:
+    """The file of `pretrained`, which comes with the project; any other name as it is.
+
+    It is looked for beside the scripts, in the current folder and those above, and in attached
+    datasets. Raises ValueError if it is nowhere.
+    """
+    if name != "pretrained":
+        return name
+    here = Path.cwd() if IN_NOTEBOOK else Path(__file__).resolve().parent
+    places = [folder / "pretrained" / PRETRAINED_FILE for folder in (here, *here.parents)]
+    for file in [*places, *attached_files(PRETRAINED_FILE)]:
+        if file.is_file():
+            return str(file)
+    raise ValueError(
+        f"'pretrained' needs {PRETRAINED_FILE} from the project's folder pretrained/: put it into "
+        f"{here / 'pretrained'}, or attach a dataset that holds it"
+    )
+
+
 def check_together(config: Config) -> None:
     """Raises ValueError for values that do not work together or on this machine."""
-    for name in ("CHECKPOINT", "WEIGHTS_PATH", "PREDICT_DIR"):
+    for name in ("CHECKPOINT", "INITIAL_MODEL", "WEIGHTS_PATH", "PREDICT_DIR"):
         if (path := getattr(config, name)) and not Path(path).exists():
             raise ValueError(f"{name} = {path!r} does not exist (current folder: {Path.cwd()})")
     known = torchvision.models.list_models(module=torchvision.models)
     near = difflib.get_close_matches(config.BACKBONE, known) or known
     width, heads, batch = 2 * config.LSTM_HIDDEN, config.ATTENTION_HEADS, config.BATCH_SIZE
-    shares = config.VAL_FRACTION + config.TEST_FRACTION
+    shares, _ = config.VAL_FRACTION + config.TEST_FRACTION, config.dataset_shares
     unlabelled = config.DATA_DIR == "none" and (config.EPOCHS or not config.PREDICT_DIR)
     problems = {
         f"BACKBONE = {config.BACKBONE!r} is not a torchvision classification model; "
@@ -221,6 +266,9 @@ def check_together(config: Config) -> None:
         "DATA_DIR = 'none' is for scoring PREDICT_DIR with a CHECKPOINT and EPOCHS = 0": unlabelled,
         "EPOCHS = 0 does not train: set CHECKPOINT to a trained model": (
             not config.EPOCHS and not config.CHECKPOINT
+        ),
+        "CHECKPOINT and INITIAL_MODEL are two starts: set one": (
+            config.CHECKPOINT and config.INITIAL_MODEL
         ),
     }
     for problem, found in problems.items():
@@ -317,7 +365,9 @@ if SHOW_TABLES:
         "clips": f"{CONFIG.CLIPS_PER_VIDEO} per video, {CONFIG.FRAMES_PER_VIDEO} frames each, "
         f"{CONFIG.IMAGE_SIZE} x {CONFIG.IMAGE_SIZE} pixels",
         "network": f"{CONFIG.BACKBONE}, BiLSTM with 2 x {CONFIG.LSTM_HIDDEN} units, "
-        f"self-attention with {CONFIG.ATTENTION_HEADS} heads",
+        f"self-attention with {CONFIG.ATTENTION_HEADS} heads"
+        if CONFIG.LSTM_LAYERS
+        else f"{CONFIG.BACKBONE} on single frames",
         "training": f"up to {CONFIG.EPOCHS} epochs"
         if CONFIG.EPOCHS
         else f"none; evaluate {CONFIG.CHECKPOINT}",

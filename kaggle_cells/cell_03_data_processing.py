@@ -1,9 +1,11 @@
 # %% [markdown]
 # <a id="section-3"></a>
-# ## 3. From a folder of videos to clips
+# ## 3. From a folder of videos or pictures to clips
 #
 # Each video is decoded once. What the network sees of it is cached as a small `uint8` file: 16 face
-# crops of 160 x 160 pixels take 1.2 MB. From then on, an epoch decodes nothing.
+# crops of 160 x 160 pixels take 1.2 MB. From then on, an epoch decodes nothing. A picture is a clip
+# of one frame, and a folder of numbered frames is a clip like a video. Pictures that are face crops
+# already need neither detector nor cache: they are read where they are.
 #
 # **Finding videos.** Each known layout is one function that takes a folder and returns a row per
 # video, or nothing. A row gives the `label` and `method` and, as `sources`, what the video was made
@@ -13,14 +15,17 @@
 import csv
 import hashlib
 import json
+import math
+import mmap
 import os
 import re
 import shutil
+import struct
 import unicodedata
 import warnings
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +40,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+from PIL import Image, ImageOps
 from torchvision.ops import box_iou
 from tqdm.auto import tqdm
 
@@ -51,11 +57,12 @@ from cell_01_imports_and_setup import (
 from cell_02_global_config import CONFIG, Config
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 SPLITS = {name: name[:5] for name in ("train", "training")}  # the names of folders and their splits
 SPLITS |= {"test": "test", "testing": "test", "val": "val", "valid": "val", "validation": "val"}
 CLASSES = {"real": 0, "0": 0, "fake": 1, "1": 1}
 VIDEO_COLUMNS = ("path", "label", "method", "split", "dataset", "original", "group")
-CLIP_COLUMNS = ("clip_file", "face_share", "distinct_frames")  # what the cache adds
+CLIP_COLUMNS = ("clip_file", "face_share", "distinct_frames", "note")  # what the cache adds
 # The labels that each split needs.
 EVERY_CLASS: dict[str, tuple[int, ...]] = dict.fromkeys(("train", "val", "test"), (0, 1))
 
@@ -81,7 +88,12 @@ def list_folder(path: Path) -> Folder:
     return Folder(path, folders, [entry.name for entry in visible if entry.name not in folders])
 
 
-def videos_below(folder: Path) -> list[Path]:
+# %%
+def is_picture(path: str | Path) -> bool:
+    return str(path).lower().endswith(PICTURE_SUFFIXES)
+
+
+def videos_below(folder: Path, suffixes: tuple[str, ...] = VIDEO_SUFFIXES) -> list[Path]:
     """Every video below `folder`, sorted, without hidden ones; linked folders are entered once.
 
     Includes folders that cannot be read, or are named like a video but hold none: `check_files`
@@ -96,16 +108,32 @@ def videos_below(folder: Path) -> list[Path]:
             folders.clear()
             continue
         entered.add(real_path)
-        names = [n for n in files if n.lower().endswith(VIDEO_SUFFIXES) and n[0] != "."]
-        is_named_like_video = where.lower().endswith(VIDEO_SUFFIXES)
+        names = [n for n in files if n.lower().endswith(suffixes) and n[0] != "."]
+        is_named_like_video = where.lower().endswith(suffixes)
         found += [Path(where, name) for name in names] or [Path(where)] * is_named_like_video
     return sorted([*found, *(Path(error.filename) for error in unreadable)])
 
 
-def rows_below(folder: Path, method: str, label: int | None = None) -> list[dict]:
+def media_below(folder: Path, stills: bool = False) -> list[Path]:
+    """Videos, pictures and folders of frames below `folder`, sorted.
+
+    A folder is one clip if its pictures have one name with different numbers, frame_001.png, ...,
+    and they are not `stills`.
+    """
+    found = videos_below(folder, VIDEO_SUFFIXES + PICTURE_SUFFIXES)
+    names: dict[Path, list[str]] = {}
+    for path in filter(is_picture, found):
+        names.setdefault(path.parent, []).append(re.sub(r"\d+$", "", path.stem))
+    clips = {place for place, kinds in names.items() if len(kinds) > len(set(kinds)) == 1}
+    return sorted({path.parent if path.parent in clips and not stills else path for path in found})
+
+
+def rows_below(
+    folder: Path, method: str, label: int | None = None, stills: bool = False
+) -> list[dict]:
     """A row for each video below `folder`, all of one method; `real` is the method of real ones."""
     row = dict(label=int(method != "real") if label is None else label, method=method, split="")
-    return [dict(path=path, **row, sources=[]) for path in videos_below(folder)]
+    return [dict(path=path, **row, sources=[]) for path in media_below(folder, stills)]
 
 
 # %% [markdown]
@@ -131,7 +159,10 @@ def read_manifest(file: Path) -> pd.DataFrame | None:
         raise ValueError(f"{file} is not a CSV file in UTF-8: {error}") from error
     table.columns = [name.strip().lower() for name in table]
     table = table.apply(lambda column: column.str.strip())
-    return table if table.path.str.lower().str.endswith(VIDEO_SUFFIXES).any() else None
+    names, labels = table.path.str.lower(), table.label.str.lower()
+    lists_videos = names.str.endswith(VIDEO_SUFFIXES).any()
+    lists_faces = names.str.endswith(PICTURE_SUFFIXES).any() and labels.isin(CLASSES).any()
+    return table if lists_videos or lists_faces else None
 
 
 def find_manifest(folder: Folder) -> list[dict]:
@@ -207,37 +238,54 @@ def find_celeb_df(folder: Folder) -> list[dict]:
 
 
 # %% [markdown]
-# DFDC describes its videos in a file beside them; in your own folders, names do.
+# DFDC describes its videos, or face crops of them, in a file beside them; in your own folders,
+# names do.
 
 
 # %%
+def read_dfdc_list(folder: Folder) -> dict:
+    """What `metadata.json` says of videos, or `metadata.csv` of pictures in a folder beside it."""
+    if "metadata.json" in folder.files:
+        return json.loads((folder.path / "metadata.json").read_text(encoding="utf-8-sig"))
+    if "metadata.csv" not in folder.files:
+        return {}
+    table = pd.read_csv(folder.path / "metadata.csv", dtype=str, keep_default_na=False)
+    if not {"videoname", "label", "original"} <= set(table) or len(folder.folders) != 1:
+        return {}
+    (faces,) = folder.folders
+    names = faces + "/" + table.videoname.str.rpartition(".")[0] + ".jpg"
+    return dict(zip(names, table[["label", "original"]].to_dict("records"), strict=True))
+
+
 def find_dfdc(folder: Folder) -> list[dict]:
-    """A part of the DFDC: `metadata.json` gives label, split and original of each video."""
-    if "metadata.json" not in folder.files:
-        return []
+    """A part of the DFDC; its list gives label, split and original of each video."""
     try:
-        entries = json.loads((folder.path / "metadata.json").read_text(encoding="utf-8-sig"))
+        entries = read_dfdc_list(folder)
     except ValueError as error:
-        warnings.warn(f"{folder.path / 'metadata.json'} is not used: {error}", stacklevel=2)
+        warnings.warn(f"the metadata in {folder.path} is not used: {error}", stacklevel=2)
         return []
     rows = []
     for name, entry in entries.items() if isinstance(entries, dict) else ():
         if isinstance(entry, dict) and entry.get("label") in ("REAL", "FAKE"):
             label, method = (0, "real") if entry["label"] == "REAL" else (1, "DFDC")
             split = SPLITS.get(str(entry.get("split")).lower(), "")
+            original = Path(str(entry.get("original") or name)).stem if label else Path(name).stem
             row = dict(path=folder.path / name, label=label, method=method, split=split)
-            rows.append(dict(row, sources=[Path(str(entry.get("original") or name)).stem]))
+            rows.append(dict(row, sources=[original]))
     return rows
 
 
 def find_real_fake(folder: Folder) -> list[dict]:
     """`real/` and `fake/`; a subfolder of `fake`, or what follows `__` in a name, is the method.
 
-    Folders named like splits may lie above these (the search handles that) or below.
+    Folders named like splits may lie above these (the search handles that) or below. If pictures
+    lie in one of these folders itself, all pictures are stills, not frames of videos.
     """
-    rows = []
-    for part in (path for name, path in folder.folders.items() if name.lower() in ("real", "fake")):
-        for row in rows_below(part, part.name.lower()):
+    parts = [path for name, path in folder.folders.items() if name.lower() in ("real", "fake")]
+    tops = [top for part in parts for top in (part, *map(part.joinpath, SPLITS)) if top.is_dir()]
+    stills, rows = any(is_picture(name) for top in tops for name in os.listdir(top)), []
+    for part in parts:
+        for row in rows_below(part, part.name.lower(), stills=stills):
             *below, _ = row["path"].relative_to(part).parts
             split = SPLITS[below.pop(0).lower()] if below and below[0].lower() in SPLITS else ""
             named = [*row["path"].stem.split("__")[1:], *below, "fake"]
@@ -391,32 +439,40 @@ NAME_PATTERNS = (
 )
 
 
-def names_pattern(reals: Iterable[str]) -> re.Pattern:
-    """Finds the names of real videos as whole words within other names, longer names first."""
-    names = "|".join(re.escape(name) for name in sorted(reals, key=len, reverse=True))
-    return re.compile(rf"(?<![^\W_])(?:{names})(?![^\W_])" if names else "(?!)")
+def names_within(stem: str, names: Collection[str]) -> list[str]:
+    """Which of the `names` are whole words of a file name, from the left, the longest first."""
+    words, found, start = [word.span() for word in re.finditer(r"[^\W_]+", stem)], [], 0
+    while start < len(words):
+        ends = range(len(words), start, -1)
+        texts = {stem[words[start][0] : words[end - 1][1]]: end for end in ends}
+        name = next((text for text in texts if text in names), "")
+        found += [name] * bool(name)
+        start = texts.get(name, start + 1)
+    return found
 
 
-def named_sources(stem: str, reals: re.Pattern) -> list[str]:
+def named_sources(stem: str, reals: Collection[str]) -> list[str]:
     """The sources that a lower-case file name gives, first the recording that the video shows.
 
-    For names of no known dataset these are the `reals` it contains and what stands before `__`;
-    without either, the name itself.
+    For names of no known dataset these are the `reals` it contains and what stands before `__`, or
+    before `_frame12` in the name of a still; without any, the name itself.
     """
     for pattern, recording, people in NAME_PATTERNS:
         if match := re.fullmatch(pattern, stem):
             return [match.expand(recording), *(match[i] for i in people if match[i])]
+    stem = re.sub(r"[-_ ]?frames?[-_ ]?\d+$", "", stem) or stem
     head, mark, _ = stem.partition("__")
-    sources = reals.findall(stem) + [head] * bool(head and mark)
+    sources = names_within(stem, reals) + [head] * bool(head and mark)
     return list(dict.fromkeys(sources)) or [stem]
 
 
+# %%
 def sources_by_name(videos: pd.DataFrame) -> pd.Series:
     """The sources that the names of one dataset's videos give, a list for each."""
     stems = videos.path.map(lambda path: unicodedata.normalize("NFC", path.stem).lower())
-    patterns = names_pattern(set(stems[videos.label == 0])), names_pattern([])
+    reals = set(stems[videos.label == 0])
     sources = [
-        named_sources(stem, patterns[0 if label else 1])
+        named_sources(stem, reals if label else ())
         for stem, label in zip(stems, videos.label, strict=True)
     ]
     # real_004 is the recording 004 if a fake is called fake_004_982.
@@ -457,20 +513,35 @@ def file_problem(path: Path) -> str:
         str(path).encode()  # OpenCV crashes on names that are not UTF-8
         if not os.access(path, os.R_OK):
             return "cannot be read: no permission" if path.exists() else "does not exist"
-        return "is a folder" if path.is_dir() else "" if path.stat().st_size else "is empty"
+        if path.is_dir():
+            return "" if frame_files(path) else "is a folder"
+        return "" if path.stat().st_size else "is empty"
     except UnicodeEncodeError:
         return "its name is not valid UTF-8: rename it"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
 
 
+def frame_files(path: Path) -> list[Path]:
+    """The pictures in a folder of frames, in order of their numbers; a file is its own list."""
+    if not path.is_dir():
+        return [path]
+    files = [file for file in path.iterdir() if is_picture(file) and file.name[0] != "."]
+    return sorted(files, key=lambda file: (len(file.name), file.name))
+
+
+def content_size(path: Path) -> int:
+    return sum(map(os.path.getsize, frame_files(path)))
+
+
 def content_digest(path: Path) -> str:
-    """A hash of a file's content, or its path if it can't be read: decoding will say why."""
+    """A hash of a video's content, or its path if it can't be read: decoding will say why."""
     content = hashlib.blake2b(digest_size=16)
     try:
-        with path.open("rb") as stream:
-            while chunk := stream.read(2**20):
-                content.update(chunk)
+        for file in frame_files(path):
+            with file.open("rb") as stream:
+                while chunk := stream.read(2**20):
+                    content.update(chunk)
     except OSError:
         return str(path)
     return content.hexdigest()
@@ -498,7 +569,7 @@ def check_files(videos: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, pd.Da
         problems = list(pool.map(file_problem, videos.path))
         reasons = pd.Series(problems, index=videos.index, dtype=object)
         readable = videos[reasons == ""]
-        sizes = pd.Series(list(pool.map(os.path.getsize, readable.path)), index=readable.index)
+        sizes = pd.Series(list(pool.map(content_size, readable.path)), index=readable.index)
         suspects = readable[sizes.duplicated(keep=False)]
         digests = pd.Series(list(pool.map(content_digest, suspects.path)), index=suspects.index)
     for row, reason in contradictions(suspects, digests).items():
@@ -614,13 +685,21 @@ def require_classes(videos: pd.DataFrame, needed: dict[str, tuple[int, ...]] = E
         raise ValueError(f"no {kind} videos among the {len(videos)} that can be used")
     table = pd.crosstab(videos.split, videos.label)
     table = table.reindex(index=["train", "val", "test"], columns=[0, 1], fill_value=0)
-    if not all(table.loc[s].any() and table.loc[s, list(needed[s])].all() for s in needed):
-        raise ValueError(
-            f"a split lacks a class: {len(videos)} usable videos in {videos.group.nunique()} groups"
-            f" became\n{table.rename(columns={0: 'real', 1: 'fake'})}\nAdd recordings, increase "
-            "MAX_VIDEOS_PER_CLASS, or change VAL_FRACTION, TEST_FRACTION or HOLDOUT_METHODS. With "
-            "SELF_BLEND = 1 only the test set needs fakes. data/skipped.csv lists unusable videos."
+    if all(table.loc[s].any() and table.loc[s, list(needed[s])].all() for s in needed):
+        return
+    linked, hint = videos.group.value_counts().max(), ""
+    if linked > 0.6 * len(videos):
+        hint = (
+            f"{linked} of the videos are linked into one group through the people in fakes, and no "
+            "group may cross a split. Leave out a method with METHODS, or give a CSV manifest with "
+            "a split column that accepts this. "
         )
+    raise ValueError(
+        f"a split lacks a class: {len(videos)} usable videos in {videos.group.nunique()} groups"
+        f" became\n{table.rename(columns={0: 'real', 1: 'fake'})}\n{hint}Add recordings, increase "
+        "MAX_VIDEOS_PER_CLASS, or change VAL_FRACTION, TEST_FRACTION or HOLDOUT_METHODS. With "
+        "SELF_BLEND = 1 only the test set needs fakes. data/skipped.csv lists unusable videos."
+    )
 
 
 # %% [markdown]
@@ -697,7 +776,7 @@ def sample_per_class(videos: pd.DataFrame, per_class: int, seed: int) -> pd.Data
 # and the network would learn to tell durations.
 
 # %%
-CLIP_VERSION = 3  # part of each cached clip's name: increased when clips are made differently
+CLIP_VERSION = 4  # part of each cached clip's name: increased when clips are made differently
 LONG_LEAD = 1500  # frames before the first one wanted, beyond which one seek saves time
 LONGEST_SIDE = 1920  # pixels; larger frames are reduced: faces stay large enough, memory small
 
@@ -772,20 +851,43 @@ def decode_after_seek(path: Path, wanted: np.ndarray, fps: float) -> Decoded | N
     return decode_forward(capture, wanted, before + 1)
 
 
-def read_frames(path: Path, count: int, seconds: float) -> tuple[list[np.ndarray], np.ndarray]:
-    """`count` RGB frames (H, W, 3) uint8 of a video and their numbers; short videos repeat some.
+# %%
+def seconds_to_play(path: Path) -> float:
+    """What an MP4 or MOV file says it plays, after any edit list; infinite for other files.
 
-    Raises VideoError with the reason if it is not a video, or ends before it should.
+    From the movie header (ISO/IEC 14496-12): times of creation and change, time scale, duration.
     """
-    capture = open_video(path)
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        place = data.find(b"mvhd")
+        header = data[place + 4 : place + 36]
+    if place < 0 or len(header) < 32:
+        return math.inf
+    layout = ">4x16xIQ" if header[0] == 1 else ">4x8xII"
+    scale, length = struct.unpack_from(layout, header)
+    return length / scale if scale else math.inf
+
+
+Frames = tuple[list[np.ndarray], np.ndarray, str]
+
+
+def read_frames(path: Path, count: int, seconds: float) -> Frames:
+    """`count` RGB frames (H, W, 3) uint8 of a video, their numbers, and a note if some are hidden.
+
+    Short videos repeat frames. Raises VideoError with the reason if it is not a video, or ends
+    before it should.
+    """
+    capture, note = open_video(path), ""
     total, fps = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
     positions = frame_positions(total if total > 1 else 2**31, count, fps, seconds)
     is_long = total > 1 and positions[0] > LONG_LEAD
     decoded = decode_after_seek(path, positions, fps) if is_long else None
     frames, end, time = decoded or decode_forward(capture, positions)
-    if end <= positions[-1]:  # damaged, or the container guessed its number of frames
+    if end <= positions[-1]:  # damaged, trimmed, or the container guessed its number of frames
         if max(end, time * fps + 1) < 0.95 * total:
-            raise VideoError(f"decoding ends after {end} of {total} frames: truncated or damaged")
+            if max(end, time * fps + 1) < 0.95 * fps * seconds_to_play(path):
+                ends = f"decoding ends after {end} of {total} frames"
+                raise VideoError(f"{ends}: truncated or damaged")
+            note = f"an edit list shows {end} of {total} frames"
         _, end, time = decode_forward(open_video(path), positions)
         if end < 2:
             raise VideoError(f"holds {end or 'no'} frame{'s' * (end != 1)}")
@@ -793,7 +895,42 @@ def read_frames(path: Path, count: int, seconds: float) -> tuple[list[np.ndarray
         frames, *_ = decode_forward(open_video(path), positions)
     if len({frame.shape for frame in frames.values()}) > 1:
         raise VideoError("changes its frame size midway")
-    return [frames[position] for position in positions.tolist()], positions
+    return [frames[position] for position in positions.tolist()], positions, note
+
+
+# %% [markdown]
+# **Pictures** are read with Pillow, which tells a truncated file and reduces large JPEGs while it
+# decodes them.
+
+
+# %%
+def read_picture(path: Path, size: int = 0) -> np.ndarray:
+    """A picture as RGB (H, W, 3) uint8, upright; with a `size`, its middle square of that side.
+
+    Raises VideoError with the reason if it cannot be decoded.
+    """
+    if problem := file_problem(path):
+        raise VideoError(problem)
+    try:
+        with Image.open(path) as file:
+            if size:
+                file.draft("RGB", (size, size))
+            picture = ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise VideoError(f"not a picture, truncated or damaged: {error}") from error
+    if size and picture.size != (size, size):
+        picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(picture)
+
+
+def read_pictures(path: Path, count: int) -> Frames:
+    """A picture, or `count` pictures of a folder of frames, as `read_frames` returns them."""
+    files = frame_files(path)
+    positions = frame_positions(len(files), count if len(files) > 1 else 1, 0, 0)
+    wanted = {position: read_picture(files[position]) for position in set(positions.tolist())}
+    if len({frame.shape for frame in wanted.values()}) > 1:
+        raise VideoError("its pictures differ in size")
+    return [wanted[position] for position in positions.tolist()], positions, ""
 
 
 # %% [markdown]
@@ -957,7 +1094,8 @@ class Clip:
 
     `frames` (T, S, S, 3) uint8 RGB; `squares` (T, 3), left, top, side of the crops in the video's
     pixels; `landmarks` (T, 5, 2), eyes, nose, corners of the mouth in the crops' pixels, NaN where
-    no face is; `face_share` of the frames looked at; `positions` (T,), frame numbers.
+    no face is; `face_share` of the frames looked at; `positions` (T,), frame numbers; `note`, what
+    is unusual about the video. T is 1 for a single picture.
     """
 
     frames: np.ndarray
@@ -965,11 +1103,14 @@ class Clip:
     landmarks: np.ndarray
     face_share: float
     positions: np.ndarray
+    note: str = ""
 
 
 def make_clip(path: Path, settings: ClipSettings, detector: torch.nn.ModuleList | None) -> Clip:
     """Decode, crop and resize one video. Raises VideoError with the reason if it cannot be used."""
-    frames, positions = read_frames(path, settings.frames, settings.seconds)
+    is_video = not (path.is_dir() or is_picture(path))
+    given = (settings.frames, settings.seconds) if is_video else (settings.frames,)
+    frames, positions, note = (read_frames if is_video else read_pictures)(path, *given)
     height, width = frames[0].shape[:2]
     boxes, landmarks, share = find_face(frames, detector if settings.face_crop else None)
     squares = crop_squares(boxes, height, width, settings.margin)
@@ -981,7 +1122,8 @@ def make_clip(path: Path, settings: ClipSettings, detector: torch.nn.ModuleList 
         for frame, (x, y, _) in zip(frames, squares, strict=True)
     ]
     landmarks = (landmarks - squares[:, None, :2]) * (settings.size / side)
-    return Clip(np.stack(crops), squares, landmarks.round(2).astype(np.float32), share, positions)
+    landmarks = landmarks.round(2).astype(np.float32)
+    return Clip(np.stack(crops), squares, landmarks, share, positions, note)
 
 
 # %%
@@ -1001,12 +1143,25 @@ def is_intact(file: Path) -> bool:
         return False
 
 
+# %%
 def cached_clip(
-    path: Path, settings: ClipSettings, cache_dir: Path, detector: torch.nn.ModuleList | None
+    path: Path,
+    settings: ClipSettings,
+    cache_dir: Path,
+    detector: torch.nn.ModuleList | None,
+    is_crop: bool = False,
 ) -> dict:
-    """Make sure that a video's clip is in the cache; its CLIP_COLUMNS, or the `reason` it fails."""
+    """Make sure that a video's clip is in the cache; its CLIP_COLUMNS, or the `reason` it fails.
+
+    A picture that `is_crop` is only checked: it is its own clip.
+    """
     try:
+        if is_crop:
+            read_picture(path, settings.size)
+            return dict(clip_file=str(path), face_share=1.0, distinct_frames=1, note="")
         file = clip_file(path, settings, cache_dir)
+    except VideoError as error:
+        return dict(reason=str(error))
     except OSError as error:
         return dict(reason=f"cannot be read: {error.strerror}")
     if not is_intact(file):
@@ -1018,7 +1173,53 @@ def cached_clip(
             np.savez(stream, **vars(clip))
     with np.load(file) as saved:
         share, distinct = float(saved["face_share"]), len(np.unique(saved["positions"]))
-    return dict(clip_file=str(file), face_share=share, distinct_frames=distinct)
+        note = str(saved["note"])
+    return dict(clip_file=str(file), face_share=share, distinct_frames=distinct, note=note)
+
+
+# Eyes, nose, corners of the mouth in face crops, as shares of the side: the means of what MTCNN
+# finds in DFDC's faces_224 and in UTKFace.
+CROP_LANDMARKS = ((0.25, 0.19), (0.73, 0.19), (0.49, 0.44), (0.28, 0.7), (0.69, 0.7))
+
+
+def load_clip(file: str | Path, size: int = CONFIG.IMAGE_SIZE) -> tuple[np.ndarray, np.ndarray]:
+    """Frames (T, S, S, 3) uint8 and landmarks (T, 5, 2) of a cached clip, or of a face crop."""
+    if is_picture(file):
+        return read_picture(Path(file), size)[None], np.array([CROP_LANDMARKS], np.float32) * size
+    with np.load(file) as saved:
+        return saved["frames"], saved["landmarks"]
+
+
+# %% [markdown]
+# Many datasets for this job consist of face crops. Whether pictures are crops is decided for each
+# dataset as a whole, from a few of them: where the usual crop around the face would take in nearly
+# all of the picture, the pictures are used whole.
+
+# %%
+PICTURES_LOOKED_AT = 24
+
+
+def crop_share(path: Path, detector: torch.nn.ModuleList) -> float:
+    """The crop's side around a picture's face as a share of the picture's; NaN without a face."""
+    try:
+        picture = read_picture(path)
+        boxes, *_ = find_face([picture], detector)
+    except VideoError:
+        return np.nan
+    return (boxes[0, 2:] - boxes[0, :2]).max() * 1.5 / min(picture.shape[:2])
+
+
+def find_face_crops(
+    videos: pd.DataFrame, settings: ClipSettings, detector: torch.nn.ModuleList | None
+) -> pd.Series:
+    """Which of the videos are pictures to be used whole."""
+    pictures = videos[videos.path.map(is_picture)]
+    crops = pd.Series(False, index=videos.index)
+    for _, part in pictures.groupby("dataset"):
+        step = max(1, len(part) // PICTURES_LOOKED_AT)
+        shares = [crop_share(path, detector) for path in part.path[::step]] if detector else [1.0]
+        crops[part.index] = not settings.face_crop or float(np.nanmedian([*shares, 0.0])) > 0.8
+    return crops
 
 
 # %%
@@ -1034,11 +1235,12 @@ def cache_clips(
     Returns the usable videos with CLIP_COLUMNS, and the others with a `reason`.
     """
     outcomes: dict[int, dict] = {}
+    crops = find_face_crops(videos, settings, detector)
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         jobs = {
-            pool.submit(cached_clip, row.path, settings, cache_dir, detector): row.Index
-            for row in videos.itertuples()
+            pool.submit(cached_clip, path, settings, cache_dir, detector, crops[row]): row
+            for row, path in videos.path.items()
         }
         for job in tqdm(as_completed(jobs), "making clips", len(jobs), False, disable=NO_BARS):
             outcomes[jobs[job]] = job.result()
@@ -1090,7 +1292,7 @@ def require_space(videos: pd.DataFrame, settings: ClipSettings, cache_dir: Path)
         raise OSError(
             f"CACHE_DIR {cache_dir} is not a writable folder: {error.strerror}"
         ) from error
-    present = [path for path in videos.path if path.exists()]
+    present = [path for path in videos.path if not is_picture(path) and path.exists()]
     missing = sum(not clip_file(path, settings, cache_dir).exists() for path in present)
     needed = missing * (settings.frames * settings.size**2 * 3 + 4096) / 2**30
     free = shutil.disk_usage(cache_dir).free / 2**30

@@ -20,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch.utils.data import Dataset, Sampler
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from cell_01_imports_and_setup import IN_NOTEBOOK, WIDTH, show_figure, show_row, styled
 from cell_02_global_config import Config, mixed_seed
-from cell_03_data_processing import FACE_CENTRE, load_portrait
+from cell_03_data_processing import FACE_CENTRE, is_picture, load_clip, load_portrait
 
 
 class Sample(NamedTuple):
@@ -50,7 +49,8 @@ class ClipDataset(Dataset):
     """Cached clips of a table with `path`, `clip_file` and `label`, indexed by `Sample` or row.
 
     A plain row loads all frames. `workers` threads read a batch: unlike worker processes they need
-    not import the notebook or copy clips. `change` is applied to each clip's array.
+    not import the notebook or copy clips. `change` is applied to each clip's array. A still is
+    repeated to `frames` frames.
     """
 
     def __init__(
@@ -58,8 +58,10 @@ class ClipDataset(Dataset):
         table: pd.DataFrame,
         workers: int = 1,
         change: Callable[[np.ndarray], np.ndarray] = lambda clip: clip,
+        frames: int = 1,
     ) -> None:
         self.files, self.videos = list(table.clip_file), list(table.path)
+        self.stills, self.frames = [is_picture(path) for path in self.videos], frames
         self.labels = table.label.to_numpy(np.float32)
         self.workers, self.change, self.pool = workers, change, ThreadPoolExecutor(workers)
 
@@ -68,8 +70,12 @@ class ClipDataset(Dataset):
 
     def __getitem__(self, index: Sample | int) -> Batch:
         row, blend, clip = index if isinstance(index, Sample) else Sample(index)
-        with np.load(self.files[row]) as saved:
-            frames, landmarks = self.change(saved["frames"][clip]), saved["landmarks"][clip]
+        parts = load_clip(self.files[row])
+        if self.stills[row]:
+            frames, landmarks = (part.repeat(self.frames, axis=0) for part in parts)
+        else:
+            frames, landmarks = (part[clip] for part in parts)
+        frames = self.change(np.ascontiguousarray(frames))
         label = torch.tensor(1.0 if blend else self.labels[row])
         return Batch(torch.from_numpy(frames), torch.from_numpy(landmarks), label, row, blend)
 
@@ -81,34 +87,79 @@ class ClipDataset(Dataset):
         return f"{self.videos[row]}{' (self-blended)' if self_blend else ''}"
 
 
+def batches_of_one_length(
+    dataset: ClipDataset, samples: Sequence[Sample], size: int, stills: int
+) -> list[list[Sample]]:
+    """Batches of `size` clips, then of `stills` stills: what is collated must have one length."""
+    batches = []
+    for kind, count in ((False, size), (True, stills)):
+        part = [sample for sample in samples if dataset.stills[sample.row] == kind]
+        batches += [part[first : first + count] for first in range(0, len(part), count)]
+    return batches
+
+
 # %% [markdown]
 # **Pairs.** An epoch shows every real training video once, next to a fake of the same recording
 # if there is one. The classes are balanced whatever the dataset's ratio, and what differs within
-# a pair is the manipulation, not the person. Each epoch draws other fakes and other clips.
-# `SELF_BLEND` of the fakes are made from the real clip itself (below).
+# a pair is the manipulation, not the person. Each epoch draws other fakes and other clips, evenly
+# from the manipulations. `SELF_BLEND` of the fakes are made from the real clip itself (below), and
+# all those of a dataset that has none. With `EPOCH_VIDEOS`, an epoch is that many real videos, in
+# equal parts from the datasets, or a dataset of a hundred videos would drown in one of thousands.
 
 
 # %%
 def possible_partners(table: pd.DataFrame) -> list[np.ndarray]:
-    """Rows of fakes for each real video: of its `original`, else of its `group`, else any."""
-    reals, fakes = table[table.label == 0], table[table.label == 1]
-    rows = np.flatnonzero(table.label == 1)
-    of_original, of_group = fakes.groupby("original").indices, fakes.groupby("group").indices
-    return [
-        rows[of_original.get(original, of_group.get(group, slice(None)))]
-        for original, group in zip(reals.original, reals.group, strict=True)
-    ]
+    """Rows of fakes for each real video: of its `original`, else of its `group` or `dataset`."""
+    rows, fakes = np.flatnonzero(table.label == 1), table[table.label == 1]
+    keys = ("original", "group", "dataset")
+    found = [(key, fakes.groupby(key).indices) for key in keys if key in table]
+    reals, none = table[table.label == 0], np.array([], int)
+
+    def partners(real: Any) -> np.ndarray:
+        places = (fakes_of.get(getattr(real, key)) for key, fakes_of in found)
+        return rows[next((place for place in places if place is not None), none)]
+
+    return [partners(real) for real in reals.itertuples()]
+
+
+def draw_evenly(
+    datasets: dict[str, np.ndarray], shares: dict[str, float], count: int, rng: np.random.Generator
+) -> np.ndarray:
+    """`count` of the videos of all datasets by their `shares` (1 if not named); 0: each once."""
+    if not count:
+        return rng.permutation(np.concatenate(list(datasets.values())))
+    weights = np.array([shares.get(name, 1.0) for name in datasets])
+    counts = np.ceil(count * weights / weights.sum()).astype(int)
+    parts = zip(datasets.values(), counts, strict=True)
+    drawn = [np.resize(rng.permutation(part), number) for part, number in parts]
+    return rng.permutation(np.concatenate(drawn))[:count]
+
+
+def pick_fakes(
+    partners: list[np.ndarray], blended: np.ndarray, methods: list[str], rng: np.random.Generator
+) -> Iterator[int | None]:
+    """For each real video one of its partners, of the method least used; None: its self-blend."""
+    uses = rng.random(len(methods))  # fractions break ties at random
+    used = {method: rng.random() for method in dict.fromkeys(methods)}
+    for rows, blend in zip(partners, blended, strict=True):
+        if blend or not len(rows):
+            yield None
+            continue
+        some = rng.choice(rows, 200) if len(rows) > 200 else rows
+        fake = min(some.tolist(), key=lambda row: (used[methods[row]], uses[row]))
+        used[methods[fake]] += 1
+        uses[fake] += 1
+        yield fake
 
 
 # %%
 class PairBatches(Sampler[list[Sample]]):
     """Batches of samples: real, fake, real, fake, ... The order depends on seed and epoch alone.
 
-    Each real video meets its least used partner, or for a share `self_blend` its self-blend. Both
-    show the same one of `clips_per_video` clips. Batches are full (batch normalisation needs more
-    than a clip or two) and shared equally by the `processes`.
-
-    Raises ValueError if a batch cannot be shared equally or there are too few clips.
+    Each real video meets a fake or, for a share `self_blend`, its self-blend. Both show the same
+    one of `clips_per_video` clips. Batches are full (batch normalisation needs more than a clip or
+    two) and shared equally by the `processes`. `videos` and `shares`: see `draw_evenly`. Raises
+    ValueError if a batch cannot be shared equally or there are too few clips.
     """
 
     def __init__(
@@ -122,17 +173,20 @@ class PairBatches(Sampler[list[Sample]]):
         pairs: bool = True,
         self_blend: float = 0.0,
         clips_per_video: int = 1,
+        videos: int = 0,
+        shares: dict[str, float] | None = None,
     ) -> None:
-        self.reals, self.fakes = (np.flatnonzero(table.label == label) for label in (0, 1))
-        clips = 2 * len(self.reals)
+        self.reals = np.flatnonzero(table.label == 0)
+        self.datasets = table[table.label == 0].groupby("dataset").indices
+        self.videos, self.shares, self.methods = videos, shares or {}, list(table.method)
+        clips = 2 * (videos or len(self.reals))
         if batch_size % processes:
             raise ValueError(f"{processes} processes cannot share batches of {batch_size} equally")
-        if not len(self.fakes) and self_blend < 1:
-            raise ValueError(f"no fakes to train on: SELF_BLEND must be 1, not {self_blend}")
         if clips < processes:
             raise ValueError(f"{clips} training clips are too few for {processes} processes")
         self.share = min(batch_size, clips) // processes
-        self.partners = possible_partners(table) if pairs else [self.fakes] * len(self.reals)
+        fakes = np.flatnonzero(table.label == 1)
+        self.partners = possible_partners(table) if pairs else [fakes] * len(self.reals)
         self.seed, self.rank, self.processes = seed, rank, processes
         self.self_blend, self.clips_per_video, self.epoch = self_blend, clips_per_video, 0
 
@@ -140,7 +194,7 @@ class PairBatches(Sampler[list[Sample]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return 2 * len(self.reals) // (self.share * self.processes)
+        return 2 * (self.videos or len(self.reals)) // (self.share * self.processes)
 
     def __iter__(self) -> Iterator[list[Sample]]:
         samples = self.draw_epoch()
@@ -149,24 +203,24 @@ class PairBatches(Sampler[list[Sample]]):
             yield samples[first : first + self.share]
 
     def draw_epoch(self) -> list[Sample]:
-        rng, count = np.random.default_rng([self.seed, self.epoch]), len(self.reals)
-        uses = rng.random(count + len(self.fakes))  # fractions break ties at random
-        blended = rng.permutation(count) < round(self.self_blend * count)
+        rng = np.random.default_rng([self.seed, self.epoch])
+        places = draw_evenly(self.datasets, self.shares, self.videos, rng)
+        blended = rng.permutation(len(places)) < round(self.self_blend * len(places))
+        fakes = pick_fakes([self.partners[i] for i in places], blended, self.methods, rng)
         samples: list[Sample] = []
-        for place, blend in zip(rng.permutation(count), blended, strict=True):
+        for real, fake in zip(self.reals[places].tolist(), fakes, strict=True):
             clip = slice(int(rng.integers(self.clips_per_video)), None, self.clips_per_video)
-            real = fake = int(self.reals[place])
-            if not blend:
-                fake = int(min(self.partners[place], key=uses.__getitem__))
-                uses[fake] += 1
-            samples += Sample(real, False, clip), Sample(fake, bool(blend), clip)
+            other = Sample(real, True, clip) if fake is None else Sample(fake, False, clip)
+            samples += Sample(real, False, clip), other
         return samples
 
 
 # %% [markdown]
 # **Random numbers** depend on the seed alone, so a resumed run repeats them exactly. The two
 # clips of a pair get the same draws, and so do all frames of a clip: camera, codec and crop must
-# not reveal which of the two is fake, and whatever differs between frames is evidence.
+# not reveal which of the two is fake, and whatever differs between frames is evidence. `robust`
+# augmentation gives half of the twins draws of their own: then quality differs within pairs too,
+# and tells just as little.
 
 
 # %%
@@ -188,23 +242,42 @@ class DeviceRandom:
         chosen = self.uniform(count, 0, 1, *shape) < share
         return chosen * self.uniform(count, 0, high, *shape)
 
+    def numbers(self, count: int, low: float, high: float) -> np.ndarray:
+        """(count,) on the CPU, for what decides about shapes."""
+        return self.host.uniform(low, high, count)
+
 
 class PairedGenerator(DeviceRandom):
     """The same numbers for rows 2i and 2i + 1 of a batch that `processes` share.
 
-    `blends` draws independently for each self-blend.
+    Only a share `same` of the twins has them. `blends` draws independently for each self-blend.
     """
 
     def __init__(
-        self, device: torch.device, seed: Sequence[int], rank: int = 0, processes: int = 1
+        self,
+        device: torch.device,
+        seed: Sequence[int],
+        rank: int = 0,
+        processes: int = 1,
+        same: float = 1.0,
     ) -> None:
         super().__init__(device, seed)
-        self.rank, self.processes = rank, processes
+        self.rank, self.processes, self.same = rank, processes, same
         self.blends = DeviceRandom(device, [*seed, 1 + rank])
 
     def uniform(self, count: int, low: float, high: float, *shape: int) -> torch.Tensor:
-        pairs = super().uniform((self.processes * count + 1) // 2, low, high, *shape)
-        return pairs.repeat_interleave(2, dim=0)[self.rank * count :][:count]
+        pairs = (self.processes * count + 1) // 2
+        first = super().uniform(pairs, low, high, *shape)
+        second = first
+        if self.same < 1:
+            follows = super().uniform(pairs, 0, 1, *[1] * len(shape)) < self.same
+            second = torch.where(follows, first, super().uniform(pairs, low, high, *shape))
+        return torch.stack([first, second], dim=1).flatten(0, 1)[self.rank * count :][:count]
+
+    def numbers(self, count: int, low: float, high: float) -> np.ndarray:
+        first, second = self.host.uniform(low, high, (2, (self.processes * count + 1) // 2))
+        second = np.where(self.host.random(len(first)) < self.same, first, second)
+        return np.stack([first, second], axis=1).ravel()[self.rank * count :][:count]
 
 
 # %%
@@ -229,10 +302,10 @@ def normalize(clips: torch.Tensor) -> torch.Tensor:
 
 # %%
 def change_colours(clips: torch.Tensor, random: DeviceRandom, strength: Any) -> torch.Tensor:
-    """Clips (B, T, 3, S, S) with channel gains, contrast and saturation of 1 +- `strength`."""
-    factors = 1 + strength * random.uniform(len(clips), -1, 1, 1, 5, 1, 1)
-    gains, contrast, saturation = factors.split([3, 1, 1], dim=2)
-    clips = clips * gains
+    """Clips (B, T, 3, S, S) with contrast and saturation of 1 +- `strength`, gains of half that."""
+    changes = strength * random.uniform(len(clips), -1, 1, 1, 5, 1, 1)
+    gains, contrast, saturation = (1 + changes).split([3, 1, 1], dim=2)
+    clips = clips * (1 + gains) / 2  # a face is red or green at less than it is dull or garish
     clips = clips.mean(dim=(1, 2, 3, 4), keepdim=True).lerp(clips, contrast)
     return clips.mean(dim=2, keepdim=True).lerp(clips, saturation).clamp(0, 1)
 
@@ -332,7 +405,7 @@ def blend_mask(to_face: torch.Tensor, size: int, random: DeviceRandom) -> torch.
         return random.uniform(len(to_face), low, high, 1, 1, 1, *shape)
 
     x, y = pixel_grid(to_face, size).unbind(-1)
-    x, y = (x - draw(-0.2, 0.2)) / draw(0.8, 1.3), (y - draw(-0.2, 0.4)) / draw(0.7, 1.5)
+    x, y = (x - draw(-0.2, 0.2)) / draw(0.6, 1.1), (y - draw(-0.2, 0.4)) / draw(0.6, 1.3)
     angle, waves = torch.atan2(y, x), device_constant((2.0, 3.0, 5.0), x.device)
     outline = torch.cos(waves * angle[..., None] + draw(0, 2 * math.pi, 3))
     radius = torch.hypot(x, y) * (1 + (draw(0, 0.2, 3) / waves * outline).sum(dim=-1))
@@ -371,8 +444,8 @@ def with_self_blends(
 # %% [markdown]
 # **Augmentation.** `plain` crops, mirrors and recolours. `codec` adds noise and compression,
 # which in a real video follow the manipulation; without them, smoothness alone would give
-# self-blends away. `robust` also lowers resolution, blurs, repeats frames and covers part of the
-# face, as a hand or a microphone does.
+# self-blends away. `robust` gives each clip the history of another video: resolution, sharpness,
+# gamma and a second, coarser compression.
 
 
 # %%
@@ -386,26 +459,6 @@ def crop_and_flip(clips: torch.Tensor, random: DeviceRandom) -> torch.Tensor:
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     out = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     return out.view_as(clips)
-
-
-def repeat_frames(clips: torch.Tensor, random: DeviceRandom) -> torch.Tensor:
-    """In some clips, lost frames are replaced by the one before, as players do."""
-    times = torch.arange(clips.shape[1], device=clips.device)
-    lost = random.uniform(len(clips), 0, 1, len(times)) < random.sometimes(len(clips), 0.1, 0.5, 1)
-    shown = torch.where(lost, 0, times).cummax(dim=1).values
-    return clips.gather(1, shown.view(*shown.shape, 1, 1, 1).expand_as(clips))
-
-
-def cut_out(clips: torch.Tensor, landmarks: torch.Tensor, random: DeviceRandom) -> torch.Tensor:
-    """In some clips, an oval of one colour covers the surroundings of a landmark in all frames."""
-    size, draw = clips.shape[-1], functools.partial(random.uniform, len(clips))
-    grid = pixel_grid(face_transforms(landmarks, size)[1], size)
-    face = device_constant(STANDARD_FACE, clips.device)
-    centre = face[draw(0, 5).long().clamp(max=4)].view(-1, 1, 1, 1, 2)
-    radius, aspect = random.sometimes(len(clips), 0.15, 0.5, 1, 1, 1), draw(0.6, 1.6, 1, 1, 1)
-    x, y = (grid - centre).unbind(-1)
-    covered = torch.hypot(x * aspect, y / aspect) < radius
-    return torch.where(covered[:, :, None], draw(0, 1, 1, 3, 1, 1), clips)
 
 
 # %%
@@ -444,17 +497,38 @@ def compress(clips: torch.Tensor, coarseness: torch.Tensor) -> torch.Tensor:
 
 
 # %%
-def degrade(clips: torch.Tensor, random: DeviceRandom) -> torch.Tensor:
-    """Fewer pixels for a fifth of the clips, blur for a tenth."""
-    sigma = random.host.uniform(0.1, 1)
-    changes = (
-        (0.2, lower_resolution(clips, 2.0 ** random.host.uniform(-1, 0))),
-        (0.1, gaussian_blur(clips, [7, 7], [sigma, sigma])),
-    )
-    for share, changed in changes:
-        chosen = random.uniform(len(clips), 0, 1, 1, 1, 1, 1) < share
-        clips = torch.where(chosen, changed, clips)
-    return clips
+REDUCE = ("area", "bilinear", "bicubic")
+
+
+def change_resolutions(clips: torch.Tensor, random: DeviceRandom) -> torch.Tensor:
+    """Four in ten clips (B, T, 3, S, S) are reduced, at most to a third, and enlarged again."""
+    size, changed = clips.shape[-1], []
+    sides = np.rint(size * 2.0 ** random.numbers(len(clips), -1.5, 2)).astype(int)
+    filters = random.numbers(len(clips), 0, len(REDUCE)).astype(int)
+    enlarge = random.numbers(len(clips), 0, 2).astype(int)
+    for clip, side, down, up in zip(clips, sides, filters, enlarge, strict=True):
+        if side < size:
+            how: dict[str, Any] = dict(mode=REDUCE[down], antialias=True if down else None)
+            small = F.interpolate(clip, size=max(4, int(side)), **how)
+            clip = F.interpolate(small, size=size, mode=REDUCE[1 + up])
+        changed.append(clip)
+    return torch.stack(changed).clamp(0, 1)
+
+
+def change_quality(clips: torch.Tensor, random: DeviceRandom) -> torch.Tensor:
+    """Clips (B, T, 3, S, S) with another compression, resolution, sharpness and gamma."""
+    draw = functools.partial(random.uniform, len(clips))
+    rows = np.flatnonzero(random.numbers(len(clips), 0, 1) < 0.3)
+    if len(rows):
+        index = torch.from_numpy(rows).to(clips.device, non_blocking=True)
+        coarseness = draw(0.1, 1, 1, 1, 1, 1)[index]
+        clips = clips.index_copy(0, index, compress(clips[index], coarseness))
+    clips = change_resolutions(clips, random)
+    pool = functools.partial(F.avg_pool2d, stride=1, padding=1, count_include_pad=False)
+    blurred = pool(pool(clips.flatten(0, 1), 3), 3).view_as(clips)
+    sharpness = draw(-0.8, 1, 1, 1, 1, 1) * (draw(0, 1, 1, 1, 1, 1) < 0.5)
+    clips = blurred.lerp(clips, 1 + sharpness).clamp(1e-3, 1)
+    return clips ** draw(-0.3, 0.3, 1, 1, 1, 1).exp()
 
 
 def augment(batch: Batch, random: PairedGenerator, config: Config) -> torch.Tensor:
@@ -463,17 +537,16 @@ def augment(batch: Batch, random: PairedGenerator, config: Config) -> torch.Tens
     clips = with_self_blends(clips, batch.landmarks, batch.blend, random.blends)
     if config.AUGMENTATION == "none":
         return clips
-    if config.AUGMENTATION == "robust":
-        clips = repeat_frames(cut_out(clips, batch.landmarks, random), random)
     clips = crop_and_flip(clips, random)
     if config.AUGMENTATION == "robust":
-        clips = degrade(clips, random)
+        clips = change_quality(clips, random)
     clips = change_colours(clips, random, 0.2)
     if config.AUGMENTATION in ("codec", "robust"):
         # one noise for all clips, with a gain for each pair: the twins must have the same
         noise = torch.empty_like(clips[0]).normal_(generator=random.generator)
         clips = torch.addcmul(clips, random.sometimes(count, 0.7, 0.03, 1, 1, 1, 1), noise)
-        clips = compress(clips, random.sometimes(count, 0.7, 0.8, 1, 1, 1, 1))
+        coarsest = 1.2 if config.AUGMENTATION == "robust" else 0.8
+        clips = compress(clips, random.sometimes(count, 0.7, coarsest, 1, 1, 1, 1))
     return clips
 
 

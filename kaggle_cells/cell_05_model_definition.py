@@ -45,8 +45,9 @@ class DetectorOutput(NamedTuple):
 class DeepfakeDetector(nn.Module):
     """Frames -> backbone -> BiLSTM -> multi-head self-attention -> one logit per clip.
 
-    `backbone` maps (N, 3, S, S) to (N, `features`); `frames` is T. Set `precision` to a dtype for
-    mixed precision: DataParallel's threads would not inherit the caller's autocast.
+    `backbone` maps (N, 3, S, S) to (N, `features`); `frames` is T. Without `lstm_layers` the logit
+    is the mean of the frames'. `precision` is a dtype for mixed precision, noted here because
+    DataParallel's threads do not inherit the caller's autocast.
     """
 
     precision: torch.dtype | None = None
@@ -65,11 +66,13 @@ class DeepfakeDetector(nn.Module):
         width = 2 * lstm_hidden
         self.backbone, self.frames = backbone, frames
         self.frame_head = nn.Sequential(nn.Dropout(dropout), nn.Linear(features, 1))
-        lstm = partial(nn.LSTM, batch_first=True, bidirectional=True)
-        self.lstm = lstm(features, lstm_hidden, lstm_layers)
-        self.attention = nn.MultiheadAttention(width, attention_heads, batch_first=True)
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(2 * width, 1))
+        self.reads_order = lstm_layers > 0
+        if self.reads_order:
+            lstm = partial(nn.LSTM, batch_first=True, bidirectional=True)
+            self.lstm = lstm(features, lstm_hidden, lstm_layers)
+            self.attention = nn.MultiheadAttention(width, attention_heads, batch_first=True)
+            self.norm = nn.LayerNorm(width)
+            self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(2 * width, 1))
 
     def forward(self, clips: torch.Tensor) -> DetectorOutput:
         """Normalised clips (B, T, 3, S, S). In evaluation, K * T frames are K interleaved clips."""
@@ -80,24 +83,24 @@ class DeepfakeDetector(nn.Module):
         """One clip, of any length T, for each of B videos: (B, T, 3, S, S)."""
         described = self.backbone(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
         frame_logits = self.frame_head(described).squeeze(-1)
+        if not self.reads_order:
+            equal = torch.full_like(frame_logits, 1 / frame_logits.shape[1])
+            return DetectorOutput(frame_logits.mean(dim=1), frame_logits, equal)
         self.lstm.flatten_parameters()  # DataParallel's replicas have scattered weights
         in_order, _ = self.lstm(described)
         attended, weights = self.attention(in_order, in_order, in_order)
         seen = self.norm(in_order + attended)
         spread = (seen.var(dim=1, correction=0) + 1e-5).sqrt()
         clip_logit = self.head(torch.cat([seen.mean(dim=1), spread], dim=1)).squeeze(-1)
-        return DetectorOutput(
-            clip_logit + frame_logits.mean(dim=1), frame_logits, weights.mean(dim=1)
-        )
+        logit = clip_logit + frame_logits.mean(dim=1)
+        return DetectorOutput(logit, frame_logits, weights.mean(dim=1))
 
     def average_views(self, clips: torch.Tensor) -> DetectorOutput:
         """The mean over K interleaved clips; frame outputs stay in the order of the frames."""
         count = clips.shape[1] // self.frames if clips.shape[1] % self.frames == 0 else 1
         views = [self.score_clip(clips[:, start::count]) for start in range(count)]
-        logit = torch.stack([view.logit for view in views]).mean(dim=0)
-        frame_logits = torch.stack([view.frame_logits for view in views], dim=2).flatten(1)
-        attention = torch.stack([view.attention for view in views], dim=2).flatten(1) / count
-        return DetectorOutput(logit, frame_logits, attention)
+        logit, frames, attention = (torch.stack(part, dim=-1) for part in zip(*views, strict=True))
+        return DetectorOutput(logit.mean(dim=-1), frames.flatten(1), attention.flatten(1) / count)
 
 
 # %% [markdown]
@@ -278,6 +281,22 @@ def build_model(config: Config | SimpleNamespace) -> DeepfakeDetector:
     sizes = config.LSTM_HIDDEN, config.LSTM_LAYERS, config.ATTENTION_HEADS
     model = DeepfakeDetector(backbone, features, *sizes, config.DROPOUT, config.FRAMES_PER_VIDEO)
     return model.to(memory_format=torch.channels_last)
+
+
+def load_fitting_weights(model: DeepfakeDetector, config: Config, path: str) -> tuple[str, dict]:
+    """Take over the tensors of a model file that fit; returns their origin and the file's content.
+
+    Raises ValueError if the backbone is another one.
+    """
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if saved["config"]["BACKBONE"] != config.BACKBONE:
+        backbone = saved["config"]["BACKBONE"]
+        raise ValueError(f"{path} has BACKBONE = {backbone!r}, not {config.BACKBONE!r}: set that")
+    own = model.state_dict()
+    fits = {name: value for name, value in saved["model"].items() if name in own}
+    fits = {name: value for name, value in fits.items() if value.shape == own[name].shape}
+    model.load_state_dict(fits, strict=False)
+    return f"{len(fits)} of {len(own)} tensors from {path}", saved
 
 
 def load_detector(path: Path, device: str | torch.device = "cpu") -> tuple[DeepfakeDetector, dict]:

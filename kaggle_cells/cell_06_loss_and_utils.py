@@ -51,7 +51,7 @@ class FocalLoss(nn.Module):
 
 
 def build_loss(config: Config) -> FocalLoss:
-    return FocalLoss(config.FOCAL_GAMMA if config.LOSS == "focal" else 0.0)
+    return FocalLoss(config.FOCAL_GAMMA)
 
 
 # %% [markdown]
@@ -322,7 +322,8 @@ def model_file(
     `calibration` is temperature, offset and threshold: P(fake) is
     `sigmoid((logit - offset) / temperature)`. `trained_on` names manipulations.
     """
-    paths = ("DATA_DIR", "WORK_DIR", "CACHE_DIR", "CHECKPOINT", "PREDICT_DIR", "WEIGHTS_PATH")
+    paths = ["DATA_DIR", "WORK_DIR", "CACHE_DIR", "PREDICT_DIR", "WEIGHTS_PATH"]
+    paths += ["CHECKPOINT", "INITIAL_MODEL"]
     weights = model.state_dict().items()
     return {
         "format": 2,

@@ -301,8 +301,15 @@ class Scores:
 
 # %%
 def concat_scores(parts: list[BatchScores]) -> BatchScores:
-    """All batches as NumPy arrays."""
-    return BatchScores(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
+    """All batches as NumPy arrays; stills, which have fewer frames, are filled up with NaN."""
+    longest = max(part.frame_logits.shape[1] for part in parts)
+
+    def filled(value: torch.Tensor) -> torch.Tensor:
+        missing = longest - value.shape[1] if value.ndim == 2 else 0
+        return nn.functional.pad(value, (0, missing), value=math.nan) if missing else value
+
+    columns = [torch.cat([*map(filled, column)]) for column in zip(*parts, strict=True)]
+    return BatchScores(*(column.cpu().numpy() for column in columns))
 
 
 def auc_of(labels: np.ndarray, logits: np.ndarray) -> float:

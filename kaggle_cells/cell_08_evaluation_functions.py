@@ -47,11 +47,12 @@ from cell_03_data_processing import (
     Clip,
     ClipSettings,
     VideoError,
+    load_clip,
     load_face_detector,
     make_clip,
     videos_below,
 )
-from cell_04_dataset_class import ClipDataset, normalize, to_float
+from cell_04_dataset_class import ClipDataset, Sample, batches_of_one_length, normalize, to_float
 from cell_05_model_definition import DeepfakeDetector, DetectorOutput, load_detector
 from cell_07_training_functions import validate
 
@@ -361,6 +362,7 @@ def measure_robustness(
     picked = np.linspace(0, len(table) - 1, min(videos, len(table))).round().astype(int)
     table, device, rows = table.iloc[picked], next(model.parameters()).device, []
     dataset: Any = loader.dataset
+    size = len(next(iter(loader.batch_sampler or ())))
 
     def add_row(name: str, strength: float | None, logits: np.ndarray) -> None:
         probs = probabilities(logits, 1.0)
@@ -369,8 +371,10 @@ def measure_robustness(
 
     add_row("none", None, table.logit.to_numpy())
     for name, change, strength in tqdm(CHANGES, "robustness", leave=False, disable=NO_BARS):
-        changed = ClipDataset(table, dataset.workers, partial(change_frames, change, strength))
-        batches = DataLoader(changed, loader.batch_size, pin_memory=loader.pin_memory)
+        change_clip = partial(change_frames, change, strength)
+        changed = ClipDataset(table, dataset.workers, change_clip, dataset.frames)
+        samples = batches_of_one_length(changed, [*map(Sample, range(len(table)))], size, size)
+        batches = DataLoader(changed, batch_sampler=samples, pin_memory=loader.pin_memory)
         scores = validate(model, batches, nn.BCEWithLogitsLoss(), device, title=name)
         add_row(name, strength, scores.logits)
     return pd.DataFrame(rows)
@@ -436,10 +440,9 @@ def plot_samples(table: pd.DataFrame, per_clip: int = 5) -> Figure:
     size = (WIDTH, 1.15 * len(firsts))
     figure, axes = plt.subplots(len(firsts), per_clip, figsize=size, squeeze=False)
     for row, sample in zip(axes, firsts.itertuples(), strict=True):
-        with np.load(sample.clip_file) as saved:
-            frames = saved["frames"]
+        frames, _ = load_clip(sample.clip_file)
         picked = np.linspace(0, len(frames) - 1, per_clip).round().astype(int)
-        show_row(row, sample.method, frames[picked])
+        show_row(row, sample.method, frames[np.minimum(picked, len(frames) - 1)])
     return figure
 
 
@@ -659,8 +662,8 @@ def plot_explanations(
     """Frames, heat maps on one common scale, frame scores and attention of each example."""
     device, clips, heats, outputs = next(model.parameters()).device, [], [], []
     for file in examples.clip_file:
-        with np.load(file) as saved:  # its clips are interleaved: this takes the first one
-            clips.append(saved["frames"][:: max(1, len(saved["frames"]) // model.frames)])
+        frames, _ = load_clip(file)  # its clips are interleaved: this takes the first one
+        clips.append(frames[:: max(1, len(frames) // model.frames)])
         batch = torch.from_numpy(clips[-1].copy())[None].to(device)
         heat, output = heat_maps(model, normalize(to_float(batch)))
         heats.append(heat[0].cpu().numpy())
@@ -686,8 +689,8 @@ def plot_mistakes(table: pd.DataFrame, threshold: float, most: int = 9) -> Figur
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, row in zip(axes.flat, worst.itertuples(), strict=False):
-        with np.load(row.clip_file) as saved:
-            ax.imshow(saved["frames"][len(saved["frames"]) // 2])
+        frames, _ = load_clip(row.clip_file)
+        ax.imshow(frames[len(frames) // 2])
         title = f"{short_name(row.path, 22)}\n{row.method}, P(fake) {row.probability:.2f}"
         ax.set_title(title, fontsize=10, loc="center")
     title = f"{len(wrong)} of {len(table)} videos called wrong"
@@ -816,7 +819,8 @@ class Predictor:
 if IN_NOTEBOOK:
     toy_labels, toy_groups = np.tile([0, 1], 20), np.arange(20).repeat(2)
     toy_probs = probabilities(np.random.default_rng(0).normal(2 * toy_labels - 1), 1.0)
+    toy_intervals = bootstrap(toy_labels, toy_probs, 0.5, toy_groups, ["auc_roc", "eer", "f1"])
     toy_metrics = compute_metrics(toy_labels, toy_probs, 0.5)
-    toy_intervals = bootstrap(toy_labels, toy_probs, 0.5, toy_groups)
+    toy_metrics = {metric: toy_metrics[metric] for metric in toy_intervals}
     toy_table = pd.Series(format_metrics(toy_metrics, toy_intervals), name="toy test set")
     display(toy_table.rename(metric_name).to_frame())

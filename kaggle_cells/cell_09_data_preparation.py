@@ -28,6 +28,7 @@ from cell_03_data_processing import (
     check_files,
     crossing_groups,
     find_videos,
+    is_picture,
     load_face_detector,
     make_demo_set,
     remove_partial_files,
@@ -169,9 +170,18 @@ def report_preparation() -> None:
     faceless = int((VIDEOS.face_share == 0).sum()) if CONFIG.FACE_CROP else 0
     if faceless:
         print(f"No face found in {faceless} of {len(VIDEOS)} videos: their centre is cropped.")
-    short = int((VIDEOS.distinct_frames < CONFIG.FRAMES_PER_VIDEO).sum())
+    stills, wanted = VIDEOS.path.map(is_picture).astype(bool), CONFIG.FRAMES_PER_VIDEO
+    short = int((VIDEOS.distinct_frames[~stills] < wanted).sum())
     if short:
-        print(f"{short} videos repeat frames: they have fewer than {CONFIG.FRAMES_PER_VIDEO}.")
+        print(f"{short} videos repeat frames: they have fewer than {wanted}.")
+    if stills.any() and wanted > 1:
+        print(
+            f"{stills.sum()} pictures are shown {wanted} times, as clips in which nothing moves. "
+            "FRAMES_PER_VIDEO = 1 learns as much from them in a fraction of the time."
+        )
+    noted = VIDEOS[VIDEOS.note.fillna("") != ""]
+    for row in noted.head(5).itertuples():
+        print(f"{row.path.name}: {row.note}")
 
 
 # %%

@@ -16,7 +16,13 @@ from torch.utils.data import DataLoader
 
 from cell_01_imports_and_setup import ENVIRONMENT, RANK, WORLD_SIZE, save_figure
 from cell_02_global_config import CONFIG
-from cell_04_dataset_class import ClipDataset, PairBatches, Sample, plot_self_blends
+from cell_04_dataset_class import (
+    ClipDataset,
+    PairBatches,
+    Sample,
+    batches_of_one_length,
+    plot_self_blends,
+)
 from cell_06_loss_and_utils import (
     attached_checkpoints,
     find_resume_checkpoint,
@@ -70,31 +76,34 @@ def scored_samples(name: str) -> list[Sample]:
     return [Sample(row, blend) for row in range(len(table)) for blend in kinds]
 
 
-def make_loader(name: str, **sampling: Any) -> DataLoader:
-    dataset = ClipDataset(SPLIT_TABLES[name], CONFIG.NUM_WORKERS)
-    return DataLoader(dataset, pin_memory=DEVICE.type == "cuda", **sampling)
+def make_loader(name: str, batches: Any = None) -> DataLoader:
+    """A loader of `batches` of samples, or else of all of a split."""
+    frames, workers = CONFIG.FRAMES_PER_VIDEO, CONFIG.NUM_WORKERS
+    dataset = ClipDataset(SPLIT_TABLES[name], workers, frames=frames)
+    if batches is None:  # process 1 of 3 scores the clips 1, 4, 7, ...
+        samples, stills = scored_samples(name)[RANK::WORLD_SIZE], CONFIG.CLIPS_PER_VIDEO
+        batches = batches_of_one_length(dataset, samples, SCORED_AT_ONCE, SCORED_AT_ONCE * stills)
+    return DataLoader(dataset, batch_sampler=batches, pin_memory=DEVICE.type == "cuda")
 
 
 # %%
 BATCH_SIZE_USED = batch_size_to_use()
 TRAIN_BATCHES: Any = None
 TRAIN_LOADER: Any = []
-scored_at_once = 8 * max(1, len(ENVIRONMENT.gpus))
+SCORED_AT_ONCE = 8 * max(1, len(ENVIRONMENT.gpus))
 if CONFIG.EPOCHS:
     drawn: Any = {"pairs": CONFIG.PAIRS, "self_blend": CONFIG.SELF_BLEND}
-    drawn["clips_per_video"] = CONFIG.CLIPS_PER_VIDEO
+    drawn |= {"clips_per_video": CONFIG.CLIPS_PER_VIDEO, "videos": CONFIG.EPOCH_VIDEOS}
+    drawn["shares"] = CONFIG.dataset_shares
     share = BATCH_SIZE_USED, CONFIG.SEED, RANK, WORLD_SIZE
     TRAIN_BATCHES = PairBatches(SPLIT_TABLES["train"], *share, **drawn)
-    TRAIN_LOADER = make_loader("train", batch_sampler=TRAIN_BATCHES)
-    scored_at_once = min(scored_at_once, TRAIN_BATCHES.share)
-VAL_LOADER, TEST_LOADER = (  # process 1 of 3 scores the clips 1, 4, 7, ...
-    make_loader(name, batch_size=scored_at_once, sampler=scored_samples(name)[RANK::WORLD_SIZE])
-    for name in ("val", "test")
-)
+    TRAIN_LOADER = make_loader("train", TRAIN_BATCHES)
+    SCORED_AT_ONCE = min(SCORED_AT_ONCE, TRAIN_BATCHES.share)
+VAL_LOADER, TEST_LOADER = make_loader("val"), make_loader("test")
 if len(TEST_LOADER):
     shared = f", shared by {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
     dtype = str(PRECISION or torch.float32).removeprefix("torch.")
-    print(f"Batches of {BATCH_SIZE_USED or scored_at_once} clips{shared} on {DEVICE} in {dtype}:")
+    print(f"Batches of {BATCH_SIZE_USED or SCORED_AT_ONCE} clips{shared} on {DEVICE} in {dtype}:")
     lengths = [len(loader) for loader in (TRAIN_LOADER, VAL_LOADER, TEST_LOADER)]
     display(pd.DataFrame({"batches": lengths}, index=["training", "validation", "test"]))
 

@@ -13,7 +13,13 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cell_01_imports_and_setup import ENVIRONMENT, RANK, WORLD_SIZE
 from cell_02_global_config import CONFIG, seed_everything
-from cell_05_model_definition import build_model, load_backbone_weights, shape_table
+from cell_05_model_definition import (
+    DeepfakeDetector,
+    build_model,
+    load_backbone_weights,
+    load_fitting_weights,
+    shape_table,
+)
 from cell_06_loss_and_utils import EarlyStopping, ModelEMA, RunState, build_loss
 from cell_07_training_functions import LossScaler, Trainer, broadcast_object, synchronise_batch_norm
 from cell_10_data_loaders import (
@@ -26,8 +32,11 @@ from cell_10_data_loaders import (
 )
 
 
-def load_initial_weights(model: nn.Module) -> tuple[str, set[str]]:
+def load_initial_weights(model: DeepfakeDetector) -> tuple[str, set[str]]:
     """Load what training starts from; returns its origin and the manipulations it has seen."""
+    if CONFIG.INITIAL_MODEL:
+        origin, saved = load_fitting_weights(model, CONFIG, CONFIG.INITIAL_MODEL)
+        return origin, {*saved.get("trained_on", ())}
     if not CONFIG.CHECKPOINT:
         backbone, name = model.get_submodule("backbone"), CONFIG.BACKBONE
         return load_backbone_weights(backbone, name, CONFIG.PRETRAINED, CONFIG.WEIGHTS_PATH), set()
@@ -54,7 +63,7 @@ MODEL = build_model(CONFIG)
 TRAINED_ON = {*SPLIT_TABLES["train"].method} - {"real"}  # manipulations
 resume_from, initial_weights = checkpoint_to_resume(), ""
 # The processes of torchrun get initial weights from the first one.
-if CONFIG.CHECKPOINT or (RANK == 0 and not resume_from):
+if CONFIG.CHECKPOINT or CONFIG.INITIAL_MODEL or (RANK == 0 and not resume_from):
     initial_weights, earlier_methods = load_initial_weights(MODEL)
     TRAINED_ON |= earlier_methods
 MODEL.to(DEVICE)

@@ -107,7 +107,8 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
     epoch, epoch_started = len(HISTORY) + 1, time.time()
     # The draws of an epoch depend on its number alone, so that a resumed run repeats them.
     seed_everything(CONFIG.SEED, epoch, RANK)
-    draws = PairedGenerator(DEVICE, [CONFIG.SEED, epoch], RANK, WORLD_SIZE)
+    same = 0.5 if CONFIG.AUGMENTATION == "robust" else 1.0
+    draws = PairedGenerator(DEVICE, [CONFIG.SEED, epoch], RANK, WORLD_SIZE, same)
     TRAIN_LOADER.batch_sampler.set_epoch(epoch)
     with progress(f"epoch {epoch}", TRAIN_LOADER, VAL_LOADER) as bar:
         trained = train_one_epoch(TRAINER, TRAIN_LOADER, DEVICE, draws, epoch, CONFIG, bar)

@@ -60,7 +60,9 @@ if len(PREDICTIONS):
     PREDICTIONS["probability"] = probabilities(test_scores.logits, TEMPERATURE)
     PREDICTIONS["verdict"] = np.where(PREDICTIONS.probability >= THRESHOLD, "fake", "real")
     frame_probs = probabilities(test_scores.frame_logits, TEMPERATURE)
-    PREDICTIONS["frame_scores"] = [" ".join(f"{prob:.3f}" for prob in row) for row in frame_probs]
+    PREDICTIONS["frame_scores"] = [
+        " ".join(f"{prob:.3f}" for prob in row if prob == prob) for row in frame_probs
+    ]
     PREDICTIONS["correct"] = (PREDICTIONS.verdict == "fake") == (PREDICTIONS.label == 1)
     save_csv(PREDICTIONS.drop(columns="clip_file"), RESULTS / "test_predictions.csv")
     display(PREDICTIONS[["method", "group", "probability", "verdict", "correct"]].head())

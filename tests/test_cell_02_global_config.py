@@ -24,7 +24,7 @@ def changed(**parameters) -> Config:
         ("DROPOUT", float("nan"), "out of range"),
         ("LEARNING_RATE", "fast", "str, not float"),
         ("FACE_CROP", 1, "int, not bool"),
-        ("LOSS", "hinge", "use one of focal, bce"),
+        ("AMP", "fp8", "use one of auto, off"),
         ("BACKBONE", "resnet5O", "not a torchvision classification model; try resnet50, "),
         ("AMP", "fp8", "one of auto"),
         ("METHODS", [1], "list, not list of str"),

@@ -84,7 +84,9 @@ def table(reals: int, fakes_each: int) -> pd.DataFrame:
     rows = [(0, f"g{g}") for g in range(reals)] + [
         (1, f"g{g}") for g in range(reals) for _ in range(fakes_each)
     ]
-    return pd.DataFrame(rows, columns=["label", "group"]).assign(original=lambda t: t.group)
+    return pd.DataFrame(rows, columns=["label", "group"]).assign(
+        original=lambda t: t.group, dataset="d", method=lambda t: t.label.map(str)
+    )
 
 
 def samples_of(
@@ -114,7 +116,9 @@ def test_of_a_group_with_two_recordings_each_gets_the_fake_with_its_own_pictures
         "982",
         "004",
     ]  # real 004 and 982, then 982_004 and 004_982: all of one group
-    rows = pd.DataFrame({"label": [0, 0, 1, 1], "group": "004", "original": names})
+    rows = pd.DataFrame(
+        {"label": [0, 0, 1, 1], "group": "004", "original": names, "dataset": "d", "method": "m"}
+    )
     pairs = {tuple(sample.row for sample in batch) for batch in cell.PairBatches(rows, 2, 5)}
     assert pairs == {(0, 3), (1, 2)}
 
@@ -128,7 +132,7 @@ def test_epochs_differ_and_repeat_with_the_seed():
 def test_without_a_fake_of_its_recording_a_real_video_gets_another_and_all_take_turns():
     rows = pd.DataFrame(
         {"label": [0] * 6 + [1] * 3, "group": list("abcdefxyz"), "original": list("abcdefxyz")}
-    )
+    ).assign(dataset="d", method="m")
     order = epoch_of(rows)
     assert len(order) == 12 and sorted(order[1::2]) == [6, 6, 7, 7, 8, 8]
 
@@ -383,8 +387,8 @@ def test_fewer_pixels_keep_what_is_even_and_lose_what_is_fine(factor):
 
 def test_robust_augmentation_degrades_some_pairs_and_leaves_most_alone():
     clips = images(400)
-    changed = (cell.degrade(clips, draws()) != clips).flatten(1).any(dim=1)
-    assert torch.equal(changed[::2], changed[1::2]) and 0.15 < changed.float().mean() < 0.4
+    changed = (cell.change_resolutions(clips, draws()) != clips).flatten(1).any(dim=1)
+    assert torch.equal(changed[::2], changed[1::2]) and 0.3 < changed.float().mean() < 0.55
 
 
 @pytest.mark.parametrize("size", [32, 45])
@@ -403,23 +407,6 @@ def test_compression_loses_about_what_jpeg_does(size):
         _, file = cv2.imencode(".jpg", (picture * 255).round().astype(np.uint8), coding)
         jpeg = np.sqrt(np.mean((cv2.imdecode(file, cv2.IMREAD_COLOR) / 255 - picture) ** 2))
         assert 0.5 < loss / jpeg < 1.5, (loss, jpeg, quality)
-
-
-def test_a_lost_frame_shows_the_one_before():
-    times = torch.arange(8.0).view(1, 8, 1, 1, 1).expand(400, 8, 3, 2, 2)
-    out = cell.repeat_frames(times, draws())[:, :, 0, 0, 0]
-    kept = out == torch.arange(8)
-    assert 0.02 < (~kept.all(dim=1)).float().mean() < 0.2 and kept[:, 0].all()
-    assert torch.equal(out, torch.where(kept, out, 0).cummax(dim=1).values)
-
-
-def test_what_hides_a_part_of_the_face_moves_with_it():
-    clips = images(400, 48)[:, :1].expand(-1, 2, -1, -1, -1)
-    landmarks = landmarks_in(torch.zeros(400, 2, 48, 48, 3)).clone()
-    landmarks[:, 1, :, 0] += 5
-    hidden = (cell.cut_out(clips, landmarks, draws()) != clips).any(dim=2)
-    assert 0.05 < hidden[:, 0].flatten(1).any(dim=1).float().mean() < 0.25
-    assert torch.equal(hidden[:, 1, :, 5:], hidden[:, 0, :, :-5])
 
 
 def test_figures_of_self_blends_show_up_to_five_clips(clip_table):

@@ -19,7 +19,7 @@ def test_gamma_zero_is_cross_entropy():
     logits, targets = torch.randn(50), torch.randint(0, 2, (50,)).float()
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
     assert torch.allclose(cell.FocalLoss(0.0)(logits, targets), expected)
-    assert cell.build_loss(dataclasses.replace(CONFIG, LOSS="bce")).gamma == 0
+    assert cell.build_loss(dataclasses.replace(CONFIG, FOCAL_GAMMA=0.0)).gamma == 0
     assert cell.build_loss(CONFIG).gamma == CONFIG.FOCAL_GAMMA
 
 

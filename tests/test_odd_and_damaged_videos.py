@@ -163,9 +163,9 @@ def test_a_long_video_gives_the_frames_that_a_pass_from_its_start_gives(
     file = ffmpeg(
         *source, *codec, "-pix_fmt", "yuv420p", "-g", "250", *kind, tmp_path / f"long.{form}"
     )
-    jumped, positions = cell.read_frames(file, 6, 8.0)
+    jumped, positions, _ = cell.read_frames(file, 6, 8.0)
     monkeypatch.setattr(cell, "LONG_LEAD", 10**9)
-    passed, same = cell.read_frames(file, 6, 8.0)
+    passed, same, _ = cell.read_frames(file, 6, 8.0)
     assert positions.tolist() == same.tolist() and positions[0] > 2000
     assert np.array_equal(np.stack(jumped), np.stack(passed))
 
@@ -185,7 +185,7 @@ def test_a_long_video_of_variable_rate_is_passed_from_its_start_since_no_seek_fi
         "libx264",
     )
     file = ffmpeg(*uneven, "-pix_fmt", "yuv420p", tmp_path / f"long.{form}")
-    frames, positions = cell.read_frames(file, 6, 8.0)
+    frames, positions, _ = cell.read_frames(file, 6, 8.0)
     monkeypatch.setattr(cell, "LONG_LEAD", 10**9)
     assert positions[0] > 1500
     assert np.array_equal(np.stack(frames), np.stack(cell.read_frames(file, 6, 8.0)[0]))

@@ -1,0 +1,172 @@
+"""How good is a model on real footage? Scores the videos that assemble.py brought.
+
+    python tests/benchmarks/real_footage/evaluate.py FOLDER MODEL.pth [--output TABLE.csv]
+
+Prints the AUC of all videos and of each kind and generator, against all real videos, with 95 %
+intervals from resampled groups (people and sources); in groups that hold both, how often a fake
+scores higher than a real one; how many real videos are called fake, intact and after blur,
+compression and fewer pixels; and what picture size, sharpness and bytes a second reach alone,
+either way round: where these come near the model's, the sources of the videos tell the classes
+apart.
+
+The numbers count only if the model was trained on none of these videos: see leave_out.py.
+"""
+
+import argparse
+import itertools
+import os
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT / "kaggle_cells"))
+
+from cell_03_data_processing import (  # noqa: E402
+    ClipSettings,
+    cache_clips,
+    find_videos,
+    load_clip,
+    load_face_detector,
+)
+from cell_04_dataset_class import ClipDataset, Sample, batches_of_one_length  # noqa: E402
+from cell_05_model_definition import DeepfakeDetector, load_detector  # noqa: E402
+from cell_07_training_functions import validate  # noqa: E402
+from cell_08_evaluation_functions import (  # noqa: E402
+    auc_with_interval,
+    blur_frame,
+    change_frames,
+    compress_jpeg,
+    downscale,
+    format_metric,
+    probabilities,
+)
+
+HARM = {"blur": (blur_frame, 1.5), "JPEG 30": (compress_jpeg, 30), "1/3 size": (downscale, 1 / 3)}
+
+
+def find_corpus(folder: Path) -> pd.DataFrame:
+    """The videos of a corpus, with the `kind` of each."""
+    videos = find_videos(folder / "manifest.csv")
+    kinds = pd.read_csv(folder / "manifest.csv")
+    kind_of = dict(zip((folder / path for path in kinds.path), kinds.kind, strict=True))
+    return videos.assign(kind=videos.path.map(kind_of))
+
+
+def cache_corpus(folder: Path, settings: ClipSettings, workers: int) -> pd.DataFrame:
+    """The corpus with cached clips, made below `folder` if they are not there."""
+    detector = load_face_detector("cpu")
+    usable, skipped = cache_clips(
+        find_corpus(folder), settings, folder / "cache", detector, workers
+    )
+    for row in skipped.itertuples():
+        print(f"skipped: {row.path.name}: {row.reason}")
+    return usable
+
+
+def score(
+    model: DeepfakeDetector, table: pd.DataFrame, change: Any = lambda clip: clip
+) -> np.ndarray:
+    """The logit of each video (N,), after a `change` of its clip."""
+    dataset = ClipDataset(table, os.cpu_count() or 1, change, model.frames)
+    samples = batches_of_one_length(dataset, [*map(Sample, range(len(table)))], 4, 64)
+    loader = DataLoader(dataset, batch_sampler=samples)
+    return validate(model, loader, nn.BCEWithLogitsLoss(), torch.device("cpu")).logits
+
+
+def trivia(row: SimpleNamespace) -> dict[str, float]:
+    """What has nothing to do with manipulation: pixels, bytes a second, sharpness of the crop."""
+    video = cv2.VideoCapture(str(row.path))
+    width, height, fps, frames = (video.get(kind) for kind in (3, 4, 5, 7))
+    clip, _ = load_clip(row.clip_file)
+    sharpness = cv2.Laplacian(cv2.cvtColor(clip[len(clip) // 2], cv2.COLOR_RGB2GRAY), cv2.CV_64F)
+    rate = os.path.getsize(row.path) * fps / max(frames, 1)
+    return {
+        "picture size": width * height,
+        "bytes a second": rate,
+        "sharpness": float(sharpness.var()),
+    }
+
+
+def auc_row(name: str, table: pd.DataFrame, scores: pd.Series) -> dict:
+    """A line of the table: AUC with its interval."""
+    ranks = scores.rank(pct=True).to_numpy()
+    auc = auc_with_interval(table.label.to_numpy(), ranks, table.group.to_numpy())
+    text = format_metric(auc["auc_roc"], (auc["auc_low"], auc["auc_high"]))
+    return {"": name, "fakes": int(table.label.sum()), "reals": int((table.label == 0).sum())} | {
+        "AUC": text
+    }
+
+
+def fake_above_real(table: pd.DataFrame) -> tuple[float, int]:
+    """The share of pairs within groups whose fake scores higher, and the number of groups."""
+    shares = []
+    for _, group in table.groupby("group"):
+        reals, fakes = (group.logit[group.label == label] for label in (0, 1))
+        if len(reals) and len(fakes):
+            shares.append(np.mean([f > r for f, r in itertools.product(fakes, reals)]))
+    return float(np.mean(shares)), len(shares)
+
+
+def report(table: pd.DataFrame) -> pd.DataFrame:
+    """AUC of all videos, by kind, by generator, and of what should not matter."""
+    reals = table[table.label == 0]
+    parts = {"all": table}
+    for column in ("kind", "method"):
+        for name, fakes in table[table.label == 1].groupby(column):
+            if column == "kind" or len(fakes) >= 5:
+                parts[f"{column} {name}"] = pd.concat([reals, fakes])
+    rows = [auc_row(name, part, part.logit) for name, part in parts.items()]
+    for name in ("picture size", "bytes a second", "sharpness"):
+        ahead = table[name] if table[name].corr(table.label, "spearman") > 0 else -table[name]
+        rows.append(auc_row(f"{name} alone", table, ahead))
+    return pd.DataFrame(rows)
+
+
+def false_alarms(model: DeepfakeDetector, reals: pd.DataFrame, threshold: float) -> pd.DataFrame:
+    """The share of real videos called fake, intact and degraded; `threshold` is a logit."""
+    rows = [{"reals": "intact", "called fake": np.mean(reals.logit >= threshold)}]
+    for name, (change, strength) in HARM.items():
+        logits = score(model, reals, partial(change_frames, change, strength))
+        rows.append({"reals": name, "called fake": np.mean(logits >= threshold)})
+    return pd.DataFrame(rows).round(3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--frames", type=int, default=16, help="at least so many of each video")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    given = parser.parse_args()
+    model, saved = load_detector(given.model)
+    settings = ClipSettings.of(SimpleNamespace(**saved["config"]))
+    settings = replace(settings, frames=max(settings.frames, given.frames))
+    table = cache_corpus(given.folder, settings, given.workers)
+    table["logit"] = score(model, table)
+    table["probability"] = probabilities(table.logit.to_numpy(), saved["temperature"])
+    table = table.join(pd.DataFrame([trivia(row) for row in table.itertuples()]))
+    print(report(table).to_string(index=False))
+    share, groups = fake_above_real(table)
+    print(
+        f"\nIn {groups} groups that hold both, the fake scores higher in {share:.0%} of the pairs"
+    )
+    threshold = saved["temperature"] * np.log(saved["threshold"] / (1 - saved["threshold"]))
+    print(f"\n{false_alarms(model, table[table.label == 0], threshold).to_string(index=False)}")
+    if given.output:
+        table.drop(columns="clip_file").to_csv(given.output, index=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Train on real footage, test on generators and sources that were left out.
+
+    python tests/benchmarks/real_footage/leave_out.py CORPUS --stills STILLS --initial STAGE1.pth
+        [--output runs/leave_out] [--final pretrained/deepfake_detector.pth] [-p NAME VALUE]
+
+CORPUS is what assemble.py brought; STILLS holds datasets of face crops (see docs/training.md). The
+generators are dealt into four folds; reals follow the fakes of their group, and others the footage
+they came with. For each fold the notebook is run with notebooks/params/finetune.yaml on the other
+three and on the stills, starting from stage one, and tested on the fold. All videos are thus scored
+by models that know neither their people nor their generator. Finished runs are kept.
+
+`--final` then trains on everything and writes the model, in half precision, calibrated on the
+scores of the left-out videos.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from evaluate import ROOT, fake_above_real, find_corpus, report
+
+from cell_06_loss_and_utils import save_checkpoint
+from cell_08_evaluation_functions import fit_calibration, fit_threshold, probabilities
+
+FOLDS = {
+    "FaceForensics++": [
+        "Deepfakes",
+        "FaceSwap",
+        "Face2Face",
+        "NeuralTextures",
+        "FaceShifter",
+        "DFD",
+    ],
+    "DeepFaceLive": ["DeepFaceLive", "unknown_faceswap"],
+    "lip sync, FOMM": ["Wav2Lip", "TPSMM_Wav2Lip", "FOMM_Wav2Lip", "FOMM"],
+    "talking heads, FSRT": ["FSRT", "CyberHost", "VASA-1", "EMO", "MiniMates", "AI_video"],
+}
+
+
+def assign_folds(videos: pd.DataFrame) -> pd.Series:
+    """The fold of each video: that of its generator or group, else of its repository's fakes.
+
+    A group with fakes of several folds is tested in the first, and its other videos nowhere.
+    """
+    fold_of = {method: fold for fold, methods in FOLDS.items() for method in methods}
+    fold = videos.method.map(fold_of)
+    source = videos.path.map(lambda path: re.sub(r"-[0-9a-f]{12}(-x\d+)?\.mp4$", "", path.name))
+    for key in (videos.group, source):
+        fold = fold.fillna(key.map(fold.groupby(key).first()))
+    return fold.fillna("talking heads, FSRT")
+
+
+def data_folder(folder: Path, videos: pd.DataFrame, fold: str, stills: Path) -> Path:
+    """A DATA_DIR with the stills and the corpus, split so that `fold` is the test set."""
+    (folder / "corpus").mkdir(parents=True, exist_ok=True)
+    for dataset in stills.iterdir():
+        if not (folder / dataset.name).exists():
+            (folder / dataset.name).symlink_to(dataset.resolve())
+    tested = videos.fold == fold
+    known = ~tested & ~videos.group.isin(videos.group[tested])  # nobody is on both sides
+    table = videos.assign(split=np.where(tested, "test", "train"))[tested | known]
+    table = table.assign(label=table.label.map({0: "real", 1: "fake"}))
+    columns = ["path", "label", "method", "group", "split"]
+    table[columns].to_csv(folder / "corpus" / "manifest.csv", index=False)
+    return folder
+
+
+def run_notebook(data: Path, output: Path, cache: Path, parameters: list[str]) -> pd.DataFrame:
+    """Train and test, once; returns the scores of the corpus's test videos."""
+    file = output / "results" / "test_predictions.csv"
+    if not file.exists():
+        words = ["run", "finetune", "-p", "DATA_DIR", data, "-p", "CACHE_DIR", cache, *parameters]
+        command = [sys.executable, ROOT / "build_notebook.py", *words, "--output", output]
+        subprocess.run([str(word) for word in command], check=True, env=os.environ)
+    table = pd.read_csv(file)
+    return table[table.dataset == "corpus"]
+
+
+def left_out_scores(given: argparse.Namespace, parameters: list[str]) -> pd.DataFrame:
+    """Every video of the corpus with the logit of the model of its fold."""
+    videos = find_corpus(given.corpus)
+    videos["fold"] = assign_folds(videos)
+    videos["group"] = videos.group.str.partition("/")[2]
+    parts = []
+    for number, fold in enumerate(FOLDS):
+        place = given.output / f"fold{number}"
+        data = data_folder(place / "data", videos, fold, given.stills)
+        parts.append(run_notebook(data, place / "run", given.corpus / "cache", parameters))
+        print(f"fold {fold}: {len(parts[-1])} videos", flush=True)
+    logits = pd.concat(parts).set_index("path").logit
+    videos["logit"] = videos.path.map(str).map(logits)
+    return videos.dropna(subset=["logit"])
+
+
+def write_final(given: argparse.Namespace, videos: pd.DataFrame, parameters: list[str]) -> None:
+    """Train on all of the corpus; the file gets the calibration of the left-out scores."""
+    place = given.output / "final"
+    everything = videos.assign(fold="train")
+    data = data_folder(place / "data", everything, "none", given.stills)
+    run_notebook(data, place / "run", given.corpus / "cache", parameters)
+    content = torch.load(place / "run" / "models" / "best_model.pth", weights_only=True)
+    logits, labels = videos.logit.to_numpy(), videos.label.to_numpy()
+    temperature, offset = fit_calibration(logits, labels)
+    threshold = fit_threshold(probabilities(logits - offset, temperature), labels)
+    content |= {"temperature": temperature, "offset": offset, "threshold": threshold}
+    content["model"] = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in content["model"].items()
+    }
+    save_checkpoint(given.final, content)
+    size = given.final.stat().st_size / 2**20
+    print(
+        f"{given.final}: {size:.1f} MiB, temperature {temperature:.2f}, threshold {threshold:.3f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("--stills", type=Path, required=True)
+    parser.add_argument("--initial", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path("runs/leave_out"))
+    parser.add_argument("--final", type=Path)
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    given = parser.parse_args()
+    given.output, given.corpus = given.output.resolve(), given.corpus.resolve()
+    parameters = ["-p", "INITIAL_MODEL", str(given.initial.resolve())]
+    for name, value in given.p:
+        parameters += ["-p", name, value]
+    videos = left_out_scores(given, parameters)
+    videos.to_csv(given.output / "left_out_scores.csv", index=False)
+    print(report(videos).to_string(index=False))
+    share, groups = fake_above_real(videos)
+    print(
+        f"\nIn {groups} groups that hold both, the fake scores higher in {share:.0%} of the pairs"
+    )
+    if given.final:
+        write_final(given, videos, parameters)
+
+
+if __name__ == "__main__":
+    main()
