@@ -19,7 +19,7 @@
 # |---|---|
 # | [1. Imports and environment](#section-1) | what this machine offers |
 # | [2. Parameters](#section-2) | every setting |
-# | [3. From a folder of videos to clips](#section-3) | find, split, sample, crop, cache |
+# | [3. From videos or pictures to clips](#section-3) | find, split, sample, crop, cache |
 # | [4. Batches and augmentation](#section-4) | pairs, augmentation |
 # | [5. The model](#section-5) | backbone, BiLSTM, self-attention; weights |
 # | [6. Loss, early stopping, averaged weights, checkpoints](#section-6) | what guides training |

@@ -1,6 +1,6 @@
 # %% [markdown]
 # <a id="section-3"></a>
-# ## 3. From a folder of videos or pictures to clips
+# ## 3. From videos or pictures to clips
 #
 # Each video is decoded once. What the network sees of it is cached as a small `uint8` file: 16 face
 # crops of 160 x 160 pixels take 1.2 MB. From then on, an epoch decodes nothing. A picture is a clip
@@ -13,6 +13,7 @@
 
 # %%
 import csv
+import functools
 import hashlib
 import json
 import math
@@ -338,7 +339,8 @@ def search_folders(root: Path) -> list[dict]:
         names = [part for part in path.relative_to(root).parts if part.lower() not in SPLITS]
         dataset = layout if layout in SHARED_NAMES else "/".join(names) or root.resolve().name
         rows += [dict(row, dataset=dataset, split=row["split"] or split) for row in found]
-        used = {parent for row in found for parent in row["path"].parents}
+        holders = {row["path"].parent for row in found}
+        used = {parent for holder in holders for parent in (holder, *holder.parents)}
         for name, sub in folder.folders.items() if depth < SEARCH_DEPTH else ():
             if sub not in used:
                 queue.append((sub, SPLITS.get(name.lower(), split), depth + 1))
@@ -369,12 +371,19 @@ def search_root(root: Path) -> list[dict]:
 # %%
 def resolve_duplicates(videos: pd.DataFrame) -> pd.DataFrame:
     """Keep one row per file, label and split; a row without a split yields to one that gives it."""
-    keys = [videos.path.map(os.path.realpath), videos.label]
+    real_folder = functools.cache(os.path.realpath)  # pictures lie in thousands in one folder
+
+    def real_path(path: Path) -> str:
+        is_link = path.is_symlink()
+        return os.path.realpath(path) if is_link else f"{real_folder(path.parent)}/{path.name}"
+
+    keys = [videos.path.map(real_path), videos.label]
     has_split = (videos.split != "").groupby(keys).transform("any")
     repeated = pd.concat([*keys, videos.split], axis=1).duplicated()
     return videos[~repeated & ((videos.split != "") | ~has_split)]
 
 
+# %%
 def choose_methods(videos: pd.DataFrame, methods: Iterable[str], root: Path) -> pd.DataFrame:
     """Real videos and the fakes of the methods wanted; none named means all but ONLY_IF_NAMED."""
     known = set(videos.method) - {"real"}
@@ -550,8 +559,9 @@ def content_digest(path: Path) -> str:
 def contradictions(videos: pd.DataFrame, digests: pd.Series) -> dict[int, str]:
     """By row, the reason why a video whose content is labelled both real and fake is not used."""
     reasons = {}
-    for _, copies in videos.groupby(digests):
-        for row in copies.itertuples() if copies.label.nunique() > 1 else ():
+    labels = videos.groupby(digests).label.transform("nunique")
+    for _, copies in videos[labels > 1].groupby(digests):
+        for row in copies.itertuples():
             other = copies[copies.label != row.label].iloc[0]
             place, kind = "/".join(other.path.parts[-3:]), ("real", "fake")[other.label]
             reasons[row.Index] = f"contradictory: same content as {place}, which is labelled {kind}"

@@ -94,7 +94,9 @@ def test_overrides_are_typed_and_unknown_names_are_errors(tmp_path):
     assert found == {"EPOCHS": 3, "METHODS": ["a", "b"], "DATA_DIR": "2024"}
     with pytest.raises(builder.Failure, match="EPOCH is not a parameter; did you mean EPOCHS"):
         builder.read_parameters(str(empty), [["EPOCH", "3"]], known)
-    with pytest.raises(builder.Failure, match="neither a parameter set .*ci, demo, t4x2"):
+    with pytest.raises(
+        builder.Failure, match="neither a parameter set .*ci, demo, finetune, frames, t4x2"
+    ):
         builder.read_parameters("dmeo", [], known)
 
 

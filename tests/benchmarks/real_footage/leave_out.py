@@ -1,7 +1,7 @@
 """Train on real footage, test on generators and sources that were left out.
 
     python tests/benchmarks/real_footage/leave_out.py CORPUS --stills STILLS --initial STAGE1.pth
-        [--output runs/leave_out] [--final pretrained/deepfake_detector.pth] [-p NAME VALUE]
+        [--output runs/leave_out] [--jobs 2] [--final MODEL.pth] [-p NAME VALUE]
 
 CORPUS is what assemble.py brought; STILLS holds datasets of face crops (see docs/training.md). The
 generators are dealt into four folds; reals follow the fakes of their group, and others the footage
@@ -18,12 +18,14 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from evaluate import ROOT, fake_above_real, find_corpus, report
+from evaluate import ROOT, fake_above_real, find_corpus, report, trivia
 
 from cell_06_loss_and_utils import save_checkpoint
 from cell_08_evaluation_functions import fit_calibration, fit_threshold, probabilities
@@ -79,32 +81,38 @@ def run_notebook(data: Path, output: Path, cache: Path, parameters: list[str]) -
         command = [sys.executable, ROOT / "build_notebook.py", *words, "--output", output]
         subprocess.run([str(word) for word in command], check=True, env=os.environ)
     table = pd.read_csv(file)
-    return table[table.dataset == "corpus"]
+    files = pd.read_csv(output / "data" / "test.csv")[["path", "clip_file"]]
+    return table[table.dataset == "corpus"].merge(files, on="path")
 
 
-def left_out_scores(given: argparse.Namespace, parameters: list[str]) -> pd.DataFrame:
-    """Every video of the corpus with the logit of the model of its fold."""
+def train(given: argparse.Namespace, videos: pd.DataFrame, fold: str) -> pd.DataFrame:
+    """The scores of a fold's videos by the model trained without them; "none" leaves out none."""
+    place = given.output / re.sub(r"\W+", "_", fold)
+    data = data_folder(place / "data", videos, fold, given.stills)
+    parameters = ["-p", "INITIAL_MODEL", str(given.initial.resolve())]
+    for name, value in {"VAL_FRACTION": 0.05, "TEST_FRACTION": 0.01, **dict(given.p)}.items():
+        parameters += ["-p", name, str(value)]
+    return run_notebook(data, place / "run", given.corpus / "cache", parameters)
+
+
+def left_out_scores(given: argparse.Namespace) -> pd.DataFrame:
+    """Every video of the corpus with the logit of the model of its fold, and its trivia."""
     videos = find_corpus(given.corpus)
     videos["fold"] = assign_folds(videos)
     videos["group"] = videos.group.str.partition("/")[2]
-    parts = []
-    for number, fold in enumerate(FOLDS):
-        place = given.output / f"fold{number}"
-        data = data_folder(place / "data", videos, fold, given.stills)
-        parts.append(run_notebook(data, place / "run", given.corpus / "cache", parameters))
-        print(f"fold {fold}: {len(parts[-1])} videos", flush=True)
-    logits = pd.concat(parts).set_index("path").logit
-    videos["logit"] = videos.path.map(str).map(logits)
-    return videos.dropna(subset=["logit"])
+    folds = [*FOLDS, *(["none"] if given.final else [])]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        scored = list(pool.map(partial(train, given, videos), folds))
+    tests = pd.concat(scored[: len(FOLDS)]).set_index("path")
+    videos = videos.assign(name=videos.path.map(str))
+    videos = videos.join(tests[["logit", "clip_file"]], on="name").dropna(subset=["logit"])
+    cues = [trivia(row) for row in videos.itertuples()]
+    return videos.join(pd.DataFrame(cues, index=videos.index))
 
 
-def write_final(given: argparse.Namespace, videos: pd.DataFrame, parameters: list[str]) -> None:
-    """Train on all of the corpus; the file gets the calibration of the left-out scores."""
-    place = given.output / "final"
-    everything = videos.assign(fold="train")
-    data = data_folder(place / "data", everything, "none", given.stills)
-    run_notebook(data, place / "run", given.corpus / "cache", parameters)
-    content = torch.load(place / "run" / "models" / "best_model.pth", weights_only=True)
+def write_final(given: argparse.Namespace, videos: pd.DataFrame) -> None:
+    """The model that left out none, with the calibration of the left-out scores."""
+    content = torch.load(given.output / "none/run/models/best_model.pth", weights_only=True)
     logits, labels = videos.logit.to_numpy(), videos.label.to_numpy()
     temperature, offset = fit_calibration(logits, labels)
     threshold = fit_threshold(probabilities(logits - offset, temperature), labels)
@@ -116,7 +124,7 @@ def write_final(given: argparse.Namespace, videos: pd.DataFrame, parameters: lis
     save_checkpoint(given.final, content)
     size = given.final.stat().st_size / 2**20
     print(
-        f"{given.final}: {size:.1f} MiB, temperature {temperature:.2f}, threshold {threshold:.3f}"
+        f"{given.final}: {size:.1f} MiB; temperature {temperature:.2f}, threshold {threshold:.2f}"
     )
 
 
@@ -127,21 +135,17 @@ def main() -> None:
     parser.add_argument("--initial", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("runs/leave_out"))
     parser.add_argument("--final", type=Path)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, with a thread each")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     given = parser.parse_args()
     given.output, given.corpus = given.output.resolve(), given.corpus.resolve()
-    parameters = ["-p", "INITIAL_MODEL", str(given.initial.resolve())]
-    for name, value in given.p:
-        parameters += ["-p", name, value]
-    videos = left_out_scores(given, parameters)
-    videos.to_csv(given.output / "left_out_scores.csv", index=False)
+    videos = left_out_scores(given)
+    videos.drop(columns="clip_file").to_csv(given.output / "left_out_scores.csv", index=False)
     print(report(videos).to_string(index=False))
     share, groups = fake_above_real(videos)
-    print(
-        f"\nIn {groups} groups that hold both, the fake scores higher in {share:.0%} of the pairs"
-    )
+    print(f"\nIn {groups} groups that hold both, the fake scores higher in {share:.0%} of pairs")
     if given.final:
-        write_final(given, videos, parameters)
+        write_final(given, videos)
 
 
 if __name__ == "__main__":
