@@ -152,3 +152,16 @@ def test_kernel_metadata_is_ready_for_kaggle():
     )
     assert metadata["dataset_sources"]
     assert all(source in first_cell and source in readme for source in metadata["dataset_sources"])
+
+
+def test_score_says_of_videos_and_folders_whether_they_are_fake(finished_run, demo_set, tmp_path):
+    model, video = finished_run.folder / "models" / "best_model.pth", demo_set / "real" / "0001.mp4"
+    (tmp_path / "broken.mp4").write_text("no video")
+    words = [ROOT / "build_notebook.py", "score", "--model", model]
+    text = processes.run([*words, video, tmp_path], tmp_path)
+    scored, broken = text.strip().splitlines()[-2:]
+    probability, verdict, path = scored.split()
+    assert 0 < float(probability) < 1 and verdict in ("real", "fake") and path == str(video)
+    assert "error" in broken and "broken.mp4: no frames can be decoded" in broken
+    missing = processes.run([*words, "nowhere.mp4"], tmp_path, expect=1)
+    assert "nowhere.mp4 does not exist" in missing

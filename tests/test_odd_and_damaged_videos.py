@@ -150,6 +150,19 @@ def test_a_video_cut_behind_the_stretch_that_is_used_is_as_good_as_whole(whole, 
     assert np.array_equal(frames, frames_of(long, tmp_path / "b"))
 
 
+def test_a_video_trimmed_by_an_edit_list_is_used_with_a_note_and_a_truncated_one_is_not(
+    whole, tmp_path
+):
+    trimmed = ffmpeg("-ss", "6", "-i", whole, "-c", "copy", tmp_path / "trimmed.mp4")
+    usable, refused = outcome(trimmed, tmp_path)
+    assert refused.empty and usable.note[0].startswith("an edit list shows 100 of ")
+    start_first = ["-c", "copy", "-movflags", "faststart"]
+    file = ffmpeg("-ss", "6", "-i", whole, *start_first, tmp_path / "cut.mp4")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    usable, refused = outcome(file, tmp_path / "again")
+    assert usable.empty and "truncated or damaged" in refused.reason[0]
+
+
 @pytest.mark.parametrize("form", ["mp4", "mkv", "avi", "webm", "ts.mpg"])
 def test_a_long_video_gives_the_frames_that_a_pass_from_its_start_gives(
     form, tmp_path, monkeypatch

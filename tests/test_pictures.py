@@ -10,8 +10,9 @@ from PIL import Image
 
 import cell_03_data_processing as cell
 import cell_04_dataset_class as batches
+from cell_02_global_config import CONFIG
 from cell_03_data_processing import ClipSettings, cache_clips, check_files, find_videos
-from cell_05_model_definition import DeepfakeDetector
+from cell_05_model_definition import DeepfakeDetector, load_fitting_weights
 
 SETTINGS = ClipSettings(frames=4, seconds=8.0, size=64, face_crop=True, margin=0.25)
 
@@ -128,16 +129,30 @@ def test_methods_take_equal_parts_and_a_dataset_without_fakes_is_self_blended():
     assert fakes[~fakes.blend].method.value_counts().to_dict() == {"rare": 45, "common": 45}
 
 
-def test_without_an_lstm_a_clip_is_the_mean_of_its_frames_and_weights_that_fit_are_taken_over(
-    tmp_path,
-):
-    def network(layers: int) -> DeepfakeDetector:
-        pool = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
-        return DeepfakeDetector(pool, 12, 4, layers, 2, frames=3).eval()
+def network(layers: int) -> DeepfakeDetector:
+    backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3), torch.nn.AdaptiveAvgPool2d(2))
+    return DeepfakeDetector(backbone.append(torch.nn.Flatten()), 12, 4, layers, 2, frames=3).eval()
 
+
+def test_without_an_lstm_a_clip_is_the_mean_of_its_frames():
     output = network(0)(torch.rand(2, 6, 3, 8, 8))
     assert torch.allclose(output.logit, output.frame_logits.mean(dim=1))
     assert torch.allclose(output.attention.sum(dim=1), torch.ones(2))
+
+
+def test_a_model_of_frames_is_a_start_for_a_model_of_clips_with_the_same_backbone(tmp_path):
+    frames, clips = network(0), network(1)
+    config = {"BACKBONE": CONFIG.BACKBONE}
+    content = {"model": frames.half().state_dict(), "config": config, "trained_on": ["FaceSwap"]}
+    torch.save(content, tmp_path / "frames.pth")
+    origin, saved = load_fitting_weights(clips, CONFIG, str(tmp_path / "frames.pth"))
+    own = clips.state_dict()
+    assert all(torch.equal(own[name], value.float()) for name, value in content["model"].items())
+    assert f"{len(content['model'])} of {len(own)} tensors" in origin
+    assert saved["trained_on"] == ["FaceSwap"]
+    torch.save({**content, "config": {"BACKBONE": "vgg11"}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="BACKBONE = 'vgg11', not 'resnet50'"):
+        load_fitting_weights(clips, CONFIG, str(tmp_path / "other.pth"))
 
 
 def test_pictures_and_videos_are_trained_on_together(demo_set, tmp_path):

@@ -25,10 +25,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from evaluate import ROOT, fake_above_real, find_corpus, report, trivia
+from evaluate import HARM, ROOT, fake_above_real, find_corpus, report, score, trivia
 
+from cell_05_model_definition import load_detector
 from cell_06_loss_and_utils import save_checkpoint
-from cell_08_evaluation_functions import fit_calibration, fit_threshold, probabilities
+from cell_08_evaluation_functions import (
+    change_frames,
+    fit_calibration,
+    fit_threshold,
+    probabilities,
+)
 
 FOLDS = {
     "FaceForensics++": [
@@ -85,9 +91,13 @@ def run_notebook(data: Path, output: Path, cache: Path, parameters: list[str]) -
     return table[table.dataset == "corpus"].merge(files, on="path")
 
 
+def folder_of(given: argparse.Namespace, fold: str) -> Path:
+    return given.output / re.sub(r"\W+", "_", fold)
+
+
 def train(given: argparse.Namespace, videos: pd.DataFrame, fold: str) -> pd.DataFrame:
     """The scores of a fold's videos by the model trained without them; "none" leaves out none."""
-    place = given.output / re.sub(r"\W+", "_", fold)
+    place = folder_of(given, fold)
     data = data_folder(place / "data", videos, fold, given.stills)
     parameters = ["-p", "INITIAL_MODEL", str(given.initial.resolve())]
     for name, value in {"VAL_FRACTION": 0.05, "TEST_FRACTION": 0.01, **dict(given.p)}.items():
@@ -110,22 +120,39 @@ def left_out_scores(given: argparse.Namespace) -> pd.DataFrame:
     return videos.join(pd.DataFrame(cues, index=videos.index))
 
 
-def write_final(given: argparse.Namespace, videos: pd.DataFrame) -> None:
-    """The model that left out none, with the calibration of the left-out scores."""
-    content = torch.load(given.output / "none/run/models/best_model.pth", weights_only=True)
+def calibrate(videos: pd.DataFrame) -> dict[str, float]:
+    """Temperature, offset and threshold of the left-out scores."""
     logits, labels = videos.logit.to_numpy(), videos.label.to_numpy()
     temperature, offset = fit_calibration(logits, labels)
     threshold = fit_threshold(probabilities(logits - offset, temperature), labels)
-    content |= {"temperature": temperature, "offset": offset, "threshold": threshold}
+    return {"temperature": temperature, "offset": offset, "threshold": threshold}
+
+
+def false_alarms(given: argparse.Namespace, videos: pd.DataFrame, found: dict) -> pd.DataFrame:
+    """The share of left-out real videos called fake, intact and degraded."""
+    reals, odds = videos[videos.label == 0], found["threshold"] / (1 - found["threshold"])
+    limit = found["offset"] + found["temperature"] * np.log(odds)
+    called = {"intact": np.mean(reals.logit >= limit)}
+    for name, (change, strength) in HARM.items():
+        harm, alarms = partial(change_frames, change, strength), 0
+        for fold, part in reals.groupby("fold"):
+            model, _ = load_detector(folder_of(given, str(fold)) / "run/models/best_model.pth")
+            alarms += np.sum(score(model, part.reset_index(drop=True), harm) >= limit)
+        called[name] = alarms / len(reals)
+    return pd.Series(called, name="called fake").round(3).to_frame()
+
+
+def write_final(given: argparse.Namespace, found: dict[str, float]) -> None:
+    """The model that left out none, with the calibration of the left-out scores."""
+    content = torch.load(given.output / "none/run/models/best_model.pth", weights_only=True)
+    content |= found
     content["model"] = {
         name: value.half() if value.is_floating_point() else value
         for name, value in content["model"].items()
     }
     save_checkpoint(given.final, content)
     size = given.final.stat().st_size / 2**20
-    print(
-        f"{given.final}: {size:.1f} MiB; temperature {temperature:.2f}, threshold {threshold:.2f}"
-    )
+    print(f"{given.final}: {size:.1f} MiB, {found}")
 
 
 def main() -> None:
@@ -144,8 +171,10 @@ def main() -> None:
     print(report(videos).to_string(index=False))
     share, groups = fake_above_real(videos)
     print(f"\nIn {groups} groups that hold both, the fake scores higher in {share:.0%} of pairs")
+    found = calibrate(videos)
+    print(f"\nReal videos called fake\n{false_alarms(given, videos, found).to_string()}")
     if given.final:
-        write_final(given, videos)
+        write_final(given, found)
 
 
 if __name__ == "__main__":
