@@ -509,6 +509,8 @@ def score(places: list[Path], model: Path) -> None:
     from cell_08_evaluation_functions import Predictor
 
     predictor = Predictor.load(model)
+    if model == PRETRAINED:
+        print(f"This detector is weak on videos unlike its own: see {model.parent / 'README.md'}")
     print(f"{'P(fake)':>7}  {'verdict':<8} video")
     for place in places:
         for video in videos_below(place) if place.is_dir() else [place]:

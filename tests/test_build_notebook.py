@@ -163,5 +163,7 @@ def test_score_says_of_videos_and_folders_whether_they_are_fake(finished_run, de
     probability, verdict, path = scored.split()
     assert 0 < float(probability) < 1 and verdict in ("real", "fake") and path == str(video)
     assert "error" in broken and "broken.mp4: no frames can be decoded" in broken
+    pretrained = processes.run([*words[:2], video], tmp_path)
+    assert "README.md" in pretrained and pretrained.strip().endswith(str(video))
     missing = processes.run([*words, "nowhere.mp4"], tmp_path, expect=1)
     assert "nowhere.mp4 does not exist" in missing
