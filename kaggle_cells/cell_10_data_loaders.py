@@ -50,9 +50,13 @@ RUN_SETTINGS = run_settings(CONFIG, pd.concat(SPLIT_TABLES.values()))
 # %%
 def checkpoint_to_resume() -> Path | None:
     """The checkpoint this run resumes from, if any: the same in all processes."""
-    resumes = CONFIG.RESUME and CONFIG.EPOCHS and RANK == 0
-    places = CONFIG.last_checkpoint, RUN_SETTINGS, attached_checkpoints()
-    return broadcast_object(find_resume_checkpoint(*places) if resumes else None)
+    if not (CONFIG.RESUME and CONFIG.EPOCHS):
+        return None
+    found = None
+    if RANK == 0:
+        places = CONFIG.last_checkpoint, RUN_SETTINGS, attached_checkpoints()
+        found = find_resume_checkpoint(*places)
+    return broadcast_object(found)
 
 
 def batch_size_to_use() -> int:
