@@ -1118,9 +1118,10 @@ class Clip:
 
 def make_clip(path: Path, settings: ClipSettings, detector: torch.nn.ModuleList | None) -> Clip:
     """Decode, crop and resize one video. Raises VideoError with the reason if it cannot be used."""
-    is_video = not (path.is_dir() or is_picture(path))
-    given = (settings.frames, settings.seconds) if is_video else (settings.frames,)
-    frames, positions, note = (read_frames if is_video else read_pictures)(path, *given)
+    if path.is_dir() or is_picture(path):
+        frames, positions, note = read_pictures(path, settings.frames)
+    else:
+        frames, positions, note = read_frames(path, settings.frames, settings.seconds)
     height, width = frames[0].shape[:2]
     boxes, landmarks, share = find_face(frames, detector if settings.face_crop else None)
     squares = crop_squares(boxes, height, width, settings.margin)

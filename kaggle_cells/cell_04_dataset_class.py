@@ -111,8 +111,7 @@ def batches_of_one_length(
 def possible_partners(table: pd.DataFrame) -> list[np.ndarray]:
     """Rows of fakes for each real video: of its `original`, else of its `group` or `dataset`."""
     rows, fakes = np.flatnonzero(table.label == 1), table[table.label == 1]
-    keys = ("original", "group", "dataset")
-    found = [(key, fakes.groupby(key).indices) for key in keys if key in table]
+    found = [(key, fakes.groupby(key).indices) for key in ("original", "group", "dataset")]
     reals, none = table[table.label == 0], np.array([], int)
 
     def partners(real: Any) -> np.ndarray:

@@ -95,6 +95,12 @@ def fit_threshold(probs: np.ndarray, labels: np.ndarray) -> float:
     return float(best[np.abs(best - 0.5).argmin()])
 
 
+def calibrate(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
+    """Temperature, offset and threshold that fit the scores of a validation set."""
+    temperature, offset = fit_calibration(logits, labels)
+    return temperature, offset, fit_threshold(probabilities(logits - offset, temperature), labels)
+
+
 # %% [markdown]
 # **Metrics.** Fake is the positive class. A metric that the videos do not define, such as the AUC
 # of a single class, is `None`, never a 0 that looks like a result. A new metric is one more line in

@@ -19,13 +19,7 @@ from cell_02_global_config import CONFIG, seed_everything
 from cell_04_dataset_class import PairedGenerator
 from cell_06_loss_and_utils import free_memory, model_file, unwrapped
 from cell_07_training_functions import Scores, broadcast_object, progress, train_one_epoch, validate
-from cell_08_evaluation_functions import (
-    DEGRADED_PASSES,
-    fit_calibration,
-    fit_threshold,
-    plot_history,
-    probabilities,
-)
+from cell_08_evaluation_functions import DEGRADED_PASSES, calibrate, plot_history
 from cell_10_data_loaders import DEVICE, SPLIT_TABLES, TEST_LOADER, TRAIN_LOADER, VAL_LOADER
 from cell_11_model_setup import HISTORY, RUN_STATE, SCHEDULER, STOPPER, TRAINED_ON, TRAINER
 
@@ -44,13 +38,6 @@ def history_row(epoch: int, trained: Scores, validated: Scores) -> dict:
         "skipped_steps": trained.skipped,
         "clips_per_second": len(trained.labels) / trained.seconds,
     }
-
-
-def calibrate(validated: Scores) -> tuple[float, float, float]:
-    """Temperature, offset and threshold that fit the validation set."""
-    temperature, offset = fit_calibration(validated.logits, validated.labels)
-    chances = probabilities(validated.logits - offset, temperature)
-    return temperature, offset, fit_threshold(chances, validated.labels)
 
 
 def show_history(shown: DisplayHandle | None = None) -> DisplayHandle | None:
@@ -119,7 +106,8 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
     is_best = STOPPER.update(epoch, validated.auc, validated.loss)
     HISTORY.append(row | {"seconds": time.time() - epoch_started, "best": is_best})
     if is_best:
-        network, calibration = unwrapped(scored_model), calibrate(validated)
+        calibration = calibrate(validated.logits, validated.labels)
+        network = unwrapped(scored_model)
         RUN_STATE.best |= model_file(network, CONFIG, calibration, TRAINED_ON, row)
     if RANK == 0:
         RUN_STATE.save()

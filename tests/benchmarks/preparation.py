@@ -127,7 +127,7 @@ def one_by_one(name: str, files: list[Path], settings: cell.ClipSettings, detect
 
 def in_threads(files: list[Path], settings: cell.ClipSettings, detector, folder: Path) -> None:
     """All files with one and two threads, each beside its floor, and again from the cache."""
-    table = pd.DataFrame({"path": files, "label": 0})
+    table = pd.DataFrame({"path": files, "label": 0, "dataset": "d"})
     positions = {file: positions_of(file, settings.frames) for file in files}
     took = {}
     for workers in (1, 2):
@@ -154,7 +154,7 @@ def peak_memory(file: Path, count: int, folder: Path) -> None:
     for number in range(count):
         shutil.copy(file, copies / f"{number}.mp4")
     settings = cell.ClipSettings(frames=16, seconds=8.0, size=160, face_crop=True, margin=0.25)
-    table = pd.DataFrame({"path": sorted(copies.iterdir()), "label": 0})
+    table = pd.DataFrame({"path": sorted(copies.iterdir()), "label": 0, "dataset": "d"})
     cell.cache_clips(table, settings, folder / f"memory{count}", cell.load_face_detector("cpu"), 2)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 

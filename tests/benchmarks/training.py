@@ -73,7 +73,8 @@ def make_clips(folder: Path, count: int, config: Config) -> pd.DataFrame:
                 original=str(number // 2),
             )
         )
-    return pd.DataFrame(rows).assign(group=lambda table: table.original)
+    columns = {"group": lambda table: table.original, "dataset": "d", "method": "m"}
+    return pd.DataFrame(rows).assign(**columns)
 
 
 class PlainDataset(Dataset):

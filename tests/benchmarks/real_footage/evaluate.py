@@ -84,7 +84,7 @@ def score(
     return validate(model, loader, nn.BCEWithLogitsLoss(), torch.device("cpu")).logits
 
 
-def trivia(row: SimpleNamespace) -> dict[str, float]:
+def trivia(row: Any) -> dict[str, float]:
     """What has nothing to do with manipulation: pixels, bytes a second, sharpness of the crop."""
     video = cv2.VideoCapture(str(row.path))
     width, height, fps, frames = (video.get(kind) for kind in (3, 4, 5, 7))
@@ -96,6 +96,11 @@ def trivia(row: SimpleNamespace) -> dict[str, float]:
         "bytes a second": rate,
         "sharpness": float(sharpness.var()),
     }
+
+
+def with_trivia(table: pd.DataFrame) -> pd.DataFrame:
+    cues = [trivia(row) for row in table.itertuples()]
+    return table.join(pd.DataFrame(cues, index=table.index))
 
 
 def auc_row(name: str, table: pd.DataFrame, scores: pd.Series) -> dict:
@@ -118,8 +123,8 @@ def fake_above_real(table: pd.DataFrame) -> tuple[float, int]:
     return float(np.mean(shares)), len(shares)
 
 
-def report(table: pd.DataFrame) -> pd.DataFrame:
-    """AUC of all videos, by kind, by generator, and of what should not matter."""
+def print_report(table: pd.DataFrame) -> None:
+    """AUC of all videos, by kind, by generator, and of what should not matter; pairs in groups."""
     reals = table[table.label == 0]
     parts = {"all": table}
     for column in ("kind", "method"):
@@ -130,16 +135,22 @@ def report(table: pd.DataFrame) -> pd.DataFrame:
     for name in ("picture size", "bytes a second", "sharpness"):
         ahead = table[name] if table[name].corr(table.label, "spearman") > 0 else -table[name]
         rows.append(auc_row(f"{name} alone", table, ahead))
-    return pd.DataFrame(rows)
+    print(pd.DataFrame(rows).to_string(index=False))
+    share, groups = fake_above_real(table)
+    print(f"\nIn {groups} groups that hold both, the fake scores higher in {share:.0%} of pairs")
 
 
-def false_alarms(model: DeepfakeDetector, reals: pd.DataFrame, threshold: float) -> pd.DataFrame:
-    """The share of real videos called fake, intact and degraded; `threshold` is a logit."""
-    rows = [{"reals": "intact", "called fake": np.mean(reals.logit >= threshold)}]
+def degraded_logits(model: DeepfakeDetector, table: pd.DataFrame) -> pd.DataFrame:
+    """The logits of the videos, a column for intact clips (from the table) and for each of HARM."""
+    logits = {"intact": table.logit.to_numpy()}
     for name, (change, strength) in HARM.items():
-        logits = score(model, reals, partial(change_frames, change, strength))
-        rows.append({"reals": name, "called fake": np.mean(logits >= threshold)})
-    return pd.DataFrame(rows).round(3)
+        logits[name] = score(model, table, partial(change_frames, change, strength))
+    return pd.DataFrame(logits)
+
+
+def print_false_alarms(reals: pd.DataFrame, threshold: float) -> None:
+    """The share of `degraded_logits` of real videos that reach the threshold, a logit."""
+    print(f"\nReal videos called fake\n{(reals >= threshold).mean().round(3).to_string()}")
 
 
 def main() -> None:
@@ -156,14 +167,10 @@ def main() -> None:
     table = cache_corpus(given.folder, settings, given.workers)
     table["logit"] = score(model, table)
     table["probability"] = probabilities(table.logit.to_numpy(), saved["temperature"])
-    table = table.join(pd.DataFrame([trivia(row) for row in table.itertuples()]))
-    print(report(table).to_string(index=False))
-    share, groups = fake_above_real(table)
-    print(
-        f"\nIn {groups} groups that hold both, the fake scores higher in {share:.0%} of the pairs"
-    )
+    table = with_trivia(table)
+    print_report(table)
     threshold = saved["temperature"] * np.log(saved["threshold"] / (1 - saved["threshold"]))
-    print(f"\n{false_alarms(model, table[table.label == 0], threshold).to_string(index=False)}")
+    print_false_alarms(degraded_logits(model, table[table.label == 0]), threshold)
     if given.output:
         table.drop(columns="clip_file").to_csv(given.output, index=False)
 

@@ -25,16 +25,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from evaluate import HARM, ROOT, fake_above_real, find_corpus, report, score, trivia
+from evaluate import (
+    ROOT,
+    degraded_logits,
+    find_corpus,
+    print_false_alarms,
+    print_report,
+    with_trivia,
+)
 
 from cell_05_model_definition import load_detector
 from cell_06_loss_and_utils import save_checkpoint
-from cell_08_evaluation_functions import (
-    change_frames,
-    fit_calibration,
-    fit_threshold,
-    probabilities,
-)
+from cell_08_evaluation_functions import calibrate
 
 FOLDS = {
     "FaceForensics++": [
@@ -116,43 +118,29 @@ def left_out_scores(given: argparse.Namespace) -> pd.DataFrame:
     tests = pd.concat(scored[: len(FOLDS)]).set_index("path")
     videos = videos.assign(name=videos.path.map(str))
     videos = videos.join(tests[["logit", "clip_file"]], on="name").dropna(subset=["logit"])
-    cues = [trivia(row) for row in videos.itertuples()]
-    return videos.join(pd.DataFrame(cues, index=videos.index))
+    return with_trivia(videos)
 
 
-def calibrate(videos: pd.DataFrame) -> dict[str, float]:
-    """Temperature, offset and threshold of the left-out scores."""
-    logits, labels = videos.logit.to_numpy(), videos.label.to_numpy()
-    temperature, offset = fit_calibration(logits, labels)
-    threshold = fit_threshold(probabilities(logits - offset, temperature), labels)
-    return {"temperature": temperature, "offset": offset, "threshold": threshold}
+def degraded_reals(given: argparse.Namespace, videos: pd.DataFrame) -> pd.DataFrame:
+    """`degraded_logits` of all real videos, each by the model of its fold."""
+    parts = []
+    for fold, reals in videos[videos.label == 0].groupby("fold"):
+        model, _ = load_detector(folder_of(given, str(fold)) / "run/models/best_model.pth")
+        parts.append(degraded_logits(model, reals))
+    return pd.concat(parts)
 
 
-def false_alarms(given: argparse.Namespace, videos: pd.DataFrame, found: dict) -> pd.DataFrame:
-    """The share of left-out real videos called fake, intact and degraded."""
-    reals, odds = videos[videos.label == 0], found["threshold"] / (1 - found["threshold"])
-    limit = found["offset"] + found["temperature"] * np.log(odds)
-    called = {"intact": np.mean(reals.logit >= limit)}
-    for name, (change, strength) in HARM.items():
-        harm, alarms = partial(change_frames, change, strength), 0
-        for fold, part in reals.groupby("fold"):
-            model, _ = load_detector(folder_of(given, str(fold)) / "run/models/best_model.pth")
-            alarms += np.sum(score(model, part.reset_index(drop=True), harm) >= limit)
-        called[name] = alarms / len(reals)
-    return pd.Series(called, name="called fake").round(3).to_frame()
-
-
-def write_final(given: argparse.Namespace, found: dict[str, float]) -> None:
+def write_final(given: argparse.Namespace, calibration: tuple[float, float, float]) -> None:
     """The model that left out none, with the calibration of the left-out scores."""
     content = torch.load(given.output / "none/run/models/best_model.pth", weights_only=True)
-    content |= found
+    content |= dict(zip(("temperature", "offset", "threshold"), calibration, strict=True))
     content["model"] = {
         name: value.half() if value.is_floating_point() else value
         for name, value in content["model"].items()
     }
     save_checkpoint(given.final, content)
     size = given.final.stat().st_size / 2**20
-    print(f"{given.final}: {size:.1f} MiB, {found}")
+    print(f"{given.final}: {size:.1f} MiB; temperature, offset, threshold {calibration}")
 
 
 def main() -> None:
@@ -168,13 +156,13 @@ def main() -> None:
     given.output, given.corpus = given.output.resolve(), given.corpus.resolve()
     videos = left_out_scores(given)
     videos.drop(columns="clip_file").to_csv(given.output / "left_out_scores.csv", index=False)
-    print(report(videos).to_string(index=False))
-    share, groups = fake_above_real(videos)
-    print(f"\nIn {groups} groups that hold both, the fake scores higher in {share:.0%} of pairs")
-    found = calibrate(videos)
-    print(f"\nReal videos called fake\n{false_alarms(given, videos, found).to_string()}")
+    print_report(videos)
+    calibration = calibrate(videos.logit.to_numpy(), videos.label.to_numpy())
+    temperature, offset, threshold = calibration
+    limit = offset + temperature * np.log(threshold / (1 - threshold))
+    print_false_alarms(degraded_reals(given, videos), limit)
     if given.final:
-        write_final(given, found)
+        write_final(given, calibration)
 
 
 if __name__ == "__main__":
