@@ -523,9 +523,9 @@ def change_quality(clips: torch.Tensor, random: DeviceRandom) -> torch.Tensor:
         coarseness = draw(0.1, 1, 1, 1, 1, 1)[index]
         clips = clips.index_copy(0, index, compress(clips[index], coarseness))
     clips = change_resolutions(clips, random)
-    pool = functools.partial(F.avg_pool2d, stride=1, padding=1, count_include_pad=False)
-    blurred = pool(pool(clips.flatten(0, 1), 3), 3).view_as(clips)
-    sharpness = draw(-0.8, 1, 1, 1, 1, 1) * (draw(0, 1, 1, 1, 1, 1) < 0.5)
+    pool = functools.partial(F.avg_pool2d, stride=1, padding=2, count_include_pad=False)
+    blurred = pool(pool(clips.flatten(0, 1), 5), 5).view_as(clips)
+    sharpness = draw(-1, 1, 1, 1, 1, 1) * (draw(0, 1, 1, 1, 1, 1) < 0.5)
     clips = blurred.lerp(clips, 1 + sharpness).clamp(1e-3, 1)
     return clips ** draw(-0.3, 0.3, 1, 1, 1, 1).exp()
 
