@@ -187,15 +187,21 @@ def internet_is_reachable(seconds: float = 3.0) -> bool:
     return bool(answers)
 
 
+def installed_version(module: str, requirement: str) -> str:
+    """Of the module itself if it knows: cv2 comes from several packages."""
+    try:
+        found = importlib.import_module(module)
+    except ImportError:
+        return "not installed"
+    return getattr(found, "__version__", "") or importlib.metadata.version(
+        re.split("[<>=]", requirement)[0]
+    )
+
+
 def installed_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that provide the modules of REQUIREMENTS."""
-    providers = importlib.metadata.packages_distributions()
-    return {"python": platform.python_version()} | {
-        module: importlib.metadata.version(providers[module][0])
-        if module in providers
-        else "not installed"
-        for module in REQUIREMENTS
-    }
+    """Versions of Python and of the modules of REQUIREMENTS."""
+    versions = {module: installed_version(module, text) for module, text in REQUIREMENTS.items()}
+    return {"python": platform.python_version()} | versions
 
 
 # %%

@@ -27,7 +27,7 @@ import sklearn.metrics as skm
 import torch
 from IPython.display import display
 from matplotlib.figure import Figure, SubFigure
-from scipy.stats import binomtest, rankdata
+from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.utils.data import DataLoader
@@ -110,8 +110,9 @@ def calibrate(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float, flo
 # %%
 def auc_by_ranks(fake: np.ndarray, probs: np.ndarray) -> float:
     """P(a fake scores higher than a real video), ties half (Mann-Whitney): fast to resample."""
-    fakes, ranks = fake.sum(), rankdata(probs)[fake]
-    return (ranks.sum() - fakes * (fakes + 1) / 2) / (fakes * (len(fake) - fakes))
+    reals, fakes = np.sort(probs[~fake]), probs[fake]
+    above = np.searchsorted(reals, fakes) + np.searchsorted(reals, fakes, side="right")
+    return above.mean() / 2 / len(reals)
 
 
 def found_and_alarms(fake: np.ndarray, probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -172,12 +172,12 @@ def finished_run(once) -> Run:
 
 @pytest.fixture(scope="session")
 def failed_run(once) -> Run:
-    """A run without data, which ends in section 9, in a folder that holds an earlier notebook."""
+    """A run with a wrong parameter, which ends in section 2, where an earlier notebook lies."""
 
     def make(folder: Path) -> None:
         (folder / "run").mkdir()
         (folder / "run" / "deepfake_detection.ipynb").write_text("with all its figures")
-        failed = run_notebook(folder / "run", "ci", "-p", "DATA_DIR", folder / "nowhere", expect=1)
+        failed = run_notebook(folder / "run", "ci", "-p", "BACKBONE", "resnet5O", expect=1)
         (folder / "output.txt").write_text(failed.output, encoding="utf-8")
 
     folder = once("failed", make)

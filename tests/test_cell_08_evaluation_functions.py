@@ -308,7 +308,7 @@ def network():
     torch.manual_seed(0)
     small = SimpleNamespace(
         **{
-            "BACKBONE": "resnet18",
+            "BACKBONE": "mobilenet_v3_small",
             "IMAGE_SIZE": 64,
             "GRADIENT_CHECKPOINTING": False,
             "LSTM_HIDDEN": 8,

@@ -97,7 +97,7 @@ def test_results_are_complete_and_valid_json(finished_run):
     results = finished_run.results
     json.dumps(results, allow_nan=False)
     assert (
-        results["config"]["BACKBONE"] == "resnet18"
+        results["config"]["BACKBONE"] == CI_WITHOUT_ROBUSTNESS["BACKBONE"]
         and results["model"]["initial_weights"] == "random"
     )
     assert sum(n for split in results["data"]["videos"].values() for n in split.values()) == 24
@@ -184,7 +184,7 @@ def test_the_readmes_python_works_as_it_stands(finished_run, tmp_path):
         printed.append(processes.run([tmp_path / "readme.py"], tmp_path))
     auc = finished_run.results["metrics"]["at_fitted_threshold"]["auc_roc"]
     assert "True" in printed[0] and re.search("fake|real", printed[0]) and len(printed) == 2
-    assert "resnet18" in printed[1] and f"{auc:.3f}" in printed[1]
+    assert CI_WITHOUT_ROBUSTNESS["BACKBONE"] in printed[1] and f"{auc:.3f}" in printed[1]
 
 
 # Pasted, and as scripts
