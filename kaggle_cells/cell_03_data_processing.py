@@ -27,8 +27,8 @@ import warnings
 import zipfile
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -575,13 +575,13 @@ def check_files(videos: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, pd.Da
     Copies, files of the same content, are put in one group. Returns the good rows, and the others
     with a `reason`.
     """
-    with ThreadPoolExecutor(workers) as pool:
-        problems = list(pool.map(file_problem, videos.path))
+    with ThreadPool(workers) as pool:
+        problems = pool.map(file_problem, videos.path)
         reasons = pd.Series(problems, index=videos.index, dtype=object)
         readable = videos[reasons == ""]
-        sizes = pd.Series(list(pool.map(content_size, readable.path)), index=readable.index)
+        sizes = pd.Series(pool.map(content_size, readable.path), index=readable.index)
         suspects = readable[sizes.duplicated(keep=False)]
-        digests = pd.Series(list(pool.map(content_digest, suspects.path)), index=suspects.index)
+        digests = pd.Series(pool.map(content_digest, suspects.path), index=suspects.index)
     for row, reason in contradictions(suspects, digests).items():
         reasons[row] = reason
     contents = digests.to_dict()
@@ -919,15 +919,14 @@ def read_picture(path: Path, size: int = 0) -> np.ndarray:
 
     Raises VideoError with the reason if it cannot be decoded.
     """
-    if problem := file_problem(path):
-        raise VideoError(problem)
     try:
         with Image.open(path) as file:
             if size:
                 file.draft("RGB", (size, size))
             picture = ImageOps.exif_transpose(file).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise VideoError(f"not a picture, truncated or damaged: {error}") from error
+        problem = file_problem(path) or f"not a picture, truncated or damaged: {error}"
+        raise VideoError(problem) from error
     if size and picture.size != (size, size):
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
     return np.asarray(picture)
@@ -1245,18 +1244,15 @@ def cache_clips(
 
     Returns the usable videos with CLIP_COLUMNS, and the others with a `reason`.
     """
-    outcomes: dict[int, dict] = {}
     crops = find_face_crops(videos, settings, detector)
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        jobs = {
-            pool.submit(cached_clip, path, settings, cache_dir, detector, crops[row]): row
-            for row, path in videos.path.items()
-        }
-        for job in tqdm(as_completed(jobs), "making clips", len(jobs), False, disable=NO_BARS):
-            outcomes[jobs[job]] = job.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+
+    def make(row: int) -> tuple[int, dict]:
+        return row, cached_clip(videos.path[row], settings, cache_dir, detector, crops[row])
+
+    chunk = 1 + len(videos) // 1000  # a task for each of 100,000 pictures costs as much as they do
+    with ThreadPool(workers, torch.set_num_threads, (1,)) as pool:
+        clips = pool.imap_unordered(make, videos.index, chunk)
+        outcomes = dict(tqdm(clips, "making clips", len(videos), False, disable=NO_BARS))
     columns = [*CLIP_COLUMNS, "reason"]
     table = videos.join(pd.DataFrame.from_dict(outcomes, orient="index", columns=columns))
     usable = table.reason.isna()
@@ -1477,10 +1473,9 @@ def make_demo_set(folder: Path, per_class: int, seed: int, workers: int) -> Path
             if not (folder / file).exists():
                 write_video(folder / file, demo_frames(portrait, number, kind, seed), DEMO_FPS)
 
-    with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(make, number) for number in range(per_class)]
-        for job in tqdm(as_completed(jobs), "demo set", per_class, False, disable=NO_BARS):
-            job.result()
+    with ThreadPool(workers) as pool:
+        made = pool.imap_unordered(make, range(per_class))
+        deque(tqdm(made, "demo set", per_class, False, disable=NO_BARS), maxlen=0)
     return folder
 
 

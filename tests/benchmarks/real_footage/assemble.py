@@ -51,7 +51,17 @@ def cut_out(content: bytes, file: Path, row: pd.Series) -> None:
     import imageio_ffmpeg
 
     box = ":".join(str(int(row[f"crop_{side}"])) for side in "whxy")
-    encoding = ["-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p", "-an"]
+    encoding = [
+        "-c:v",
+        "libx264",
+        "-crf",
+        "12",
+        "-preset",
+        "superfast",
+        "-pix_fmt",
+        "yuv420p",
+        "-an",
+    ]
     with tempfile.NamedTemporaryFile(suffix=".mp4") as whole:
         whole.write(content)
         whole.flush()

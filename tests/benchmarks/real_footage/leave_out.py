@@ -4,10 +4,11 @@
         [--output runs/leave_out] [--jobs 2] [--final MODEL.pth] [-p NAME VALUE]
 
 CORPUS is what assemble.py brought; STILLS holds datasets of face crops (see docs/training.md). The
-generators are dealt into four folds; reals follow the fakes of their group, and others the footage
-they came with. For each fold the notebook is run with notebooks/params/finetune.yaml on the other
-three and on the stills, starting from stage one, and tested on the fold. All videos are thus scored
-by models that know neither their people nor their generator. Finished runs are kept.
+generators are dealt into four folds, whole families at a time; reals follow the fakes of their
+group, and others the footage they came with. For each fold the notebook is run with
+notebooks/params/finetune.yaml on the other three and on the stills, starting from stage one, and
+tested on the fold. All videos are thus scored by models that know neither their people nor their
+generator. Finished runs are kept.
 
 `--final` then trains on everything and writes the model, in half precision, calibrated on the
 scores of the left-out videos.
@@ -38,32 +39,55 @@ from cell_05_model_definition import load_detector
 from cell_06_loss_and_utils import save_checkpoint
 from cell_08_evaluation_functions import calibrate
 
-FOLDS = {
-    "FaceForensics++": [
-        "Deepfakes",
-        "FaceSwap",
-        "Face2Face",
-        "NeuralTextures",
-        "FaceShifter",
-        "DFD",
-    ],
-    "DeepFaceLive": ["DeepFaceLive", "unknown_faceswap"],
-    "lip sync, FOMM": ["Wav2Lip", "TPSMM_Wav2Lip", "FOMM_Wav2Lip", "FOMM"],
-    "talking heads, FSRT": ["FSRT", "CyberHost", "VASA-1", "EMO", "MiniMates", "AI_video"],
+FOLDS = ("A", "B", "C", "D")
+# Generators that are one another's parts or versions are left out together.
+FAMILIES = {
+    "Wav2Lip": "Wav2Lip",
+    "EMO|VASA": "EMO and VASA",
+    "Hallo": "Hallo",
+    "EchoMimic": "EchoMimic",
+    "LivePortrait": "LivePortrait",
+    "Deepfakes|FaceSwap|Face2Face|NeuralTextures|FaceShifter|DFD|ffpp": "FaceForensics++",
 }
 
 
+def family_of(method: str) -> str:
+    found = (name for pattern, name in FAMILIES.items() if re.search(pattern, method))
+    return next(found, method)
+
+
+def deal_families(fakes: pd.DataFrame) -> dict[str, str]:
+    """The fold of each family of generators, so that the folds get about as many of each kind.
+
+    One by one, large ones first: to the fold that has fewest of the kind it mostly makes.
+    """
+    kinds = pd.crosstab(fakes.family, fakes.kind)
+    dealt = pd.DataFrame(0.0, index=FOLDS, columns=[*kinds, "all"])
+    folds: dict[str, str] = {}
+    for family, counts in kinds.loc[
+        kinds.sum(axis=1).sort_values(kind="stable").index[::-1]
+    ].iterrows():
+        order = dealt.sort_values([counts.idxmax(), "all"], kind="stable")
+        folds[str(family)] = fold = order.index[0]
+        dealt.loc[fold] += [*counts, counts.sum()]
+    return folds
+
+
 def assign_folds(videos: pd.DataFrame) -> pd.Series:
-    """The fold of each video: that of its generator or group, else of its repository's fakes.
+    """The fold of each video: that of its generator's family or group, else of its repository.
 
     A group with fakes of several folds is tested in the first, and its other videos nowhere.
     """
-    fold_of = {method: fold for fold, methods in FOLDS.items() for method in methods}
-    fold = videos.method.map(fold_of)
+    videos = videos.assign(family=videos.method.map(family_of))
+    fakes = videos[videos.label == 1]
+    fold = videos.family.map(deal_families(fakes)).where(videos.label == 1)
     source = videos.path.map(lambda path: re.sub(r"-[0-9a-f]{12}(-x\d+)?\.mp4$", "", path.name))
     for key in (videos.group, source):
         fold = fold.fillna(key.map(fold.groupby(key).first()))
-    return fold.fillna("talking heads, FSRT")
+    by_group = videos.group.map(
+        {name: FOLDS[i % 4] for i, name in enumerate(sorted({*videos.group}))}
+    )
+    return fold.fillna(by_group)
 
 
 def data_folder(folder: Path, videos: pd.DataFrame, fold: str, stills: Path) -> Path:
