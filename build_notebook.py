@@ -4,7 +4,7 @@
     python build_notebook.py check           exit 1 and show the difference if it is stale
     python build_notebook.py run demo        run it on the demo set, in minutes on a laptop's CPU
     python build_notebook.py run t4x2 -p DATA_DIR /data/ff-c23 -p SEED 1 --output runs/seed1
-    python build_notebook.py score VIDEO     real or fake? With the model in pretrained/
+    python build_notebook.py score PATH...   real or fake? Videos, folders, lists; into runs/scores
     python build_notebook.py import EDITED.ipynb --dry-run    show what its edits would change here
     python build_notebook.py import EDITED.ipynb              apply them to the scripts
 
@@ -37,6 +37,7 @@ CELLS = ROOT / "kaggle_cells"
 NOTEBOOK = ROOT / "notebooks" / "deepfake_detection.ipynb"
 PARAMETER_SETS = ROOT / "notebooks" / "params"
 PRETRAINED = ROOT / "pretrained" / "deepfake_detector.pth"
+SCORES = ROOT / "runs" / "scores"
 # comment_magics: a comment such as "# %matplotlib inline" stays a comment
 FORMAT = {"extension": ".py", "format_name": "percent", "comment_magics": False}
 SOURCE_KEY = "deepfake_source"  # notebook cell metadata: the file the cell came from
@@ -46,6 +47,14 @@ Cell = nbformat.NotebookNode
 
 class Failure(Exception):
     """Ends the command with this message and exit status 1."""
+
+    status = 1
+
+
+class Stopped(Failure):
+    """The same after Ctrl-C."""
+
+    status = 130
 
 
 def script_texts() -> dict[str, str]:
@@ -499,27 +508,73 @@ def run(source: str, overrides: list[list[str]], output: Path | None) -> None:
             print(f"  {folder / name}")
 
 
-def score(places: list[Path], model: Path) -> None:
-    """Print a verdict on each video. Raises Failure if the model or a video is not there."""
-    for place in (model, *places):
+def load_predictor(model: Path) -> Any:
+    """The detector in a model file. Raises Failure, with advice, if it is not there."""
+    if not model.exists():
+        advice = (
+            "python build_notebook.py run trains one: give its models/best_model.pth as --model"
+        )
+        raise Failure(f"{model} does not exist. {advice}")
+    sys.path.insert(0, str(CELLS))
+    from cell_01_imports_and_setup import ENVIRONMENT
+    from cell_08_evaluation_functions import Predictor, describe_limits
+
+    predictor = Predictor.load(model, ENVIRONMENT.device)
+    print(f"{predictor.about} {describe_limits(predictor)}\n")
+    return predictor
+
+
+def videos_in(places: list[Path]) -> list[Path]:
+    """The videos that are named, lie below folders, or are listed in text files, each once.
+
+    Listed paths are relative to their file. Raises Failure if a place is not there.
+    """
+    from cell_03_data_processing import videos_below
+
+    found: list[Path] = []
+    for place in places:
         if not place.exists():
             raise Failure(f"{place} does not exist")
-    sys.path.insert(0, str(CELLS))
-    from cell_03_data_processing import videos_below
-    from cell_08_evaluation_functions import Predictor
+        if place.suffix.lower() == ".txt":
+            lines = place.read_text(encoding="utf-8-sig").splitlines()
+            found += [place.parent / line.strip() for line in lines if line.strip()]
+        else:
+            found += videos_below(place) if place.is_dir() else [place]
+    return list(dict.fromkeys(found))
 
-    predictor = Predictor.load(model)
-    if model == PRETRAINED:
-        print(f"This detector is weak on videos unlike its own: see {model.parent / 'README.md'}")
-    print(f"{'P(fake)':>7}  {'verdict':<8} video")
-    for place in places:
-        for video in videos_below(place) if place.is_dir() else [place]:
-            row = predictor.predict_folder(video).iloc[0]
-            if row.error:
-                print(f"{'':>7}  {'error':<8} {video}: {row.error}")
-                continue
-            caution = "" if row.face_share else " (no face found: the verdict means little)"
-            print(f"{row.probability:7.3f}  {row.verdict:<8} {video}{caution}", flush=True)
+
+def print_verdict(judgement: Any) -> None:
+    """A line for a video, above the progress bar."""
+    from tqdm.auto import tqdm
+
+    verdict, stretch = judgement.verdict or "error", ""
+    if judgement.face:
+        verdict = f"{judgement.probability:.3f}  {verdict}"
+        stretch = f", face {judgement.face}, {judgement.start:.0f} to {judgement.end:.0f} s"
+    problem = f" ({judgement.problem})" if judgement.problem else ""
+    tqdm.write(f"{verdict:<17}  {judgement.path}{stretch}{problem}")
+
+
+def score(given: argparse.Namespace) -> None:
+    """Judge videos into a folder. Raises Failure if there is no model or no video."""
+    predictor = load_predictor(given.model)
+    from cell_08_evaluation_functions import judge_videos, verdict_counts
+
+    videos, how = videos_in(given.places), (given.stride, given.max_windows)
+    print("P(fake), verdict, video, its most suspicious face and stretch")
+    try:
+        table = judge_videos(predictor, videos, given.output, how, print_verdict)
+    except KeyboardInterrupt as error:
+        done = f"What is done is in {given.output / 'report.html'}"
+        raise Stopped(f"\nStopped. {done}; the same command goes on.") from error
+    print(f"\n{verdict_counts(table)}. To look at: {given.output / 'report.html'}")
+
+
+def positive(text: str) -> float:
+    """A number above 0, for argparse."""
+    if not 0 < float(text) < float("inf"):
+        raise ValueError
+    return float(text)
 
 
 def read_arguments() -> argparse.Namespace:
@@ -535,10 +590,14 @@ def read_arguments() -> argparse.Namespace:
     runner.add_argument("-p", **pair, help="set a parameter")
     runner.add_argument("--output", type=Path, help="the run's folder (default: runs/NAME-TIME)")
     scorer = commands.add_parser("score", help="say of videos whether they are fake")
-    scorer.add_argument(
-        "places", nargs="+", type=Path, metavar="VIDEO", help="or folders of videos"
-    )
+    places: Any = dict(nargs="+", type=Path, metavar="PATH")
+    scorer.add_argument("places", **places, help="videos, folders, text files with paths")
     scorer.add_argument("--model", type=Path, default=PRETRAINED, help="a best_model.pth")
+    scorer.add_argument("--output", type=Path, default=SCORES, help="default: runs/scores")
+    seconds: Any = dict(type=positive, default=0.0, metavar="SECONDS")
+    scorer.add_argument("--stride", **seconds, help="between windows; default: side by side")
+    most: Any = dict(type=int, default=0, metavar="N", help="a video, spread evenly; default: all")
+    scorer.add_argument("--max-windows", **most)
     importer = commands.add_parser("import", help="apply the edits in a notebook to the scripts")
     importer.add_argument(
         "notebook", type=Path, help="as downloaded from Kaggle or saved by Jupyter"
@@ -553,7 +612,7 @@ def main() -> int:
         if arguments.command == "check":
             check()
         elif arguments.command == "score":
-            score(arguments.places, arguments.model)
+            score(arguments)
         elif arguments.command == "run":
             run(arguments.parameters, arguments.p, arguments.output)
         elif arguments.command == "import":
@@ -562,7 +621,7 @@ def main() -> int:
             build()
     except Failure as failure:
         print(failure, file=sys.stderr)
-        return 1
+        return failure.status
     return 0
 
 

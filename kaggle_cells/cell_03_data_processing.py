@@ -978,7 +978,7 @@ class Face(NamedTuple):
         return float((self.box[2:] - self.box[:2]).max())
 
 
-def load_face_detector(device: str) -> torch.nn.ModuleList:
+def load_face_detector(device: str | torch.device) -> torch.nn.ModuleList:
     """MTCNN (Zhang et al., 2016) for large and small faces, with facenet-pytorch's weights."""
     ensure_packages("facenet_pytorch")
     from facenet_pytorch import MTCNN
@@ -1066,7 +1066,7 @@ def looked_at(count: int) -> np.ndarray:
 
 
 def between(
-    frames: np.ndarray, times: Iterable[int], faces: list[Face]
+    frames: np.ndarray, times: np.ndarray | list[int], faces: list[Face]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Boxes (T, 4) and landmarks (T, 5, 2) in `frames` (T,) of a face seen at some `times`."""
     values = np.stack([np.hstack([face.box, face.landmarks.ravel()]) for face in faces])
@@ -1220,8 +1220,8 @@ def is_cut(before: np.ndarray, after: np.ndarray) -> bool:
         return True
     bins: Any = [0, 1, 2], None, [8, 4, 4], [0, 180, 0, 256, 0, 256]
     hsv = [cv2.cvtColor(thumbnail, cv2.COLOR_RGB2HSV) for thumbnail in (before, after)]
-    colours = [cv2.calcHist([thumbnail], *bins) for thumbnail in hsv]
-    return cv2.compareHist(*colours, cv2.HISTCMP_CORREL) < CUT_HISTOGRAM
+    first, second = (cv2.calcHist([thumbnail], *bins) for thumbnail in hsv)
+    return cv2.compareHist(first, second, cv2.HISTCMP_CORREL) < CUT_HISTOGRAM
 
 
 # %%
@@ -1382,7 +1382,7 @@ class Window:
     sharpness: float = math.nan
     seen: float = 0.0
     reason: str = ""
-    clip: np.ndarray | None = None
+    clip: Any = None
     logit: float = math.nan
     probability: float = math.nan
 
@@ -1420,7 +1420,8 @@ def face_in(moments: list[Moment], face: int, settings: ClipSettings) -> Window:
     count = settings.frames if len(moments) > 1 else 1
     picked = ((np.arange(count) + 0.5) * len(boxes) / count).astype(int)
     frames = [moments[first + i].frame for i in picked]
-    squares = crop_squares(boxes[picked], *frames[0].shape[:2], settings.margin)
+    height, width = frames[0].shape[:2]
+    squares = crop_squares(boxes[picked], height, width, settings.margin)
     clip, looks = crop_frames(frames, squares, settings.size), len({*seen, *missed})
     start, end = time_span(moments, first, last)
     window = Window(face, start, end, tuple(boxes[len(boxes) // 2].round(1).tolist()))
