@@ -866,11 +866,10 @@ class Predictor:
 
 
 # %% [markdown]
-# **From windows to a verdict.** A video is as suspicious as its most suspicious face is in its most
-# suspicious stretch. Because the highest of many scores is often a mistake, each window's logit is
-# averaged with those of the face's windows before and after it, which weigh half as much: one bad
-# window cannot decide unless it is more certain than both neighbours together. What this costs and
-# gains on spliced videos is in docs/benchmarks.md.
+# **From windows to a verdict.** A video is as suspicious as its most suspicious face is in its
+# most suspicious stretch. The highest of many scores is often a mistake, so a stretch is two windows
+# in a row, and its logit their mean: one bad window cannot decide unless it is more certain than
+# both its neighbours are of the opposite. What this costs and gains: docs/benchmarks.md.
 
 
 # %%
@@ -915,17 +914,20 @@ class Judgement:
         return total
 
 
-def smooth_logits(windows: list[Window]) -> np.ndarray:
-    """The logits (N,) of a face's windows, averaged with their neighbours': 1/4, 1/2, 1/4.
+def most_suspicious(windows: list[Window]) -> tuple[float, int]:
+    """The highest mean logit of a stretch of a face's windows, and which of them scores most in it.
 
-    Windows that overlap, or show the face for less time, weigh accordingly.
+    A stretch is as long as two windows side by side; a shorter track is one. If windows overlap, it
+    holds more of them. Windows that show the face for less time weigh less.
     """
     logits = np.array([window.logit for window in windows])
     times = np.array([[window.start, window.end] for window in windows])
     lengths, middles = np.maximum(times[:, 1] - times[:, 0], 1e-3), times.mean(axis=1)
-    apart = np.abs(middles[:, None] - middles) / lengths.max()
-    weights = np.clip(1 - apart / 2, 0, None) * lengths
-    return weights @ logits / weights.sum(axis=1)
+    apart = middles - np.minimum(middles, middles[-1] - lengths.max())[:, None]
+    inside = (apart > -1e-6) & (apart < 1.1 * lengths.max())
+    means = (inside * lengths) @ logits / (inside * lengths).sum(axis=1)
+    best = int(means.argmax())
+    return float(means[best]), int(np.where(inside[best], logits, -np.inf).argmax())
 
 
 def find_stretch(windows: list[Window], place: int, limit: float) -> tuple[float, float]:
@@ -1052,10 +1054,10 @@ def sum_up(predictor: Predictor, judgement: Judgement) -> None:
     judgement.verdict, highest = "no face to judge", -math.inf
     for face, windows in judgement.faces.items():
         judged = [window for window in windows if not window.reason]
-        smooth = smooth_logits(judged)
-        if smooth.max() > highest:
-            highest, judgement.face = float(smooth.max()), face
-            stretch = find_stretch(judged, int(smooth.argmax()), predictor.threshold)
+        logit, place = most_suspicious(judged)
+        if logit > highest:
+            highest, judgement.face = logit, face
+            stretch = find_stretch(judged, place, predictor.threshold)
             judgement.start, judgement.end = stretch
     if judgement.face:
         judgement.probability = float(probabilities(np.array(highest), predictor.temperature))
@@ -1091,7 +1093,8 @@ REPORT_STYLE = """
 .dd .uncertain {color: var(--uncertain); fill: var(--uncertain)}
 .dd .unjudged {fill: var(--line)}
 .dd svg {display: block; width: 100%; height: 64px; background: var(--page); border-radius: 4px}
-.dd svg line {stroke: var(--dim); vector-effect: non-scaling-stroke; stroke-dasharray: 4 4}
+.dd svg line {stroke: var(--ink); vector-effect: non-scaling-stroke; stroke-dasharray: 4 4}
+.dd rect {stroke: var(--page); vector-effect: non-scaling-stroke}
 .dd .axis {display: flex; justify-content: space-between}
 .dd .pictures {display: flex; flex-wrap: wrap; gap: 14px}
 .dd figure {margin: 8px 0} .dd figure img {width: 132px; max-width: 46%; border-radius: 6px}
