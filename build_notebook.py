@@ -5,6 +5,7 @@
     python build_notebook.py run demo        run it on the demo set, in minutes on a laptop's CPU
     python build_notebook.py run t4x2 -p DATA_DIR /data/ff-c23 -p SEED 1 --output runs/seed1
     python build_notebook.py score PATH...   real or fake? Videos, folders, lists; into runs/scores
+    python build_notebook.py app             the same in the browser, for one video at a time
     python build_notebook.py import EDITED.ipynb --dry-run    show what its edits would change here
     python build_notebook.py import EDITED.ipynb              apply them to the scripts
 
@@ -24,6 +25,9 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from html import escape
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -38,6 +42,9 @@ NOTEBOOK = ROOT / "notebooks" / "deepfake_detection.ipynb"
 PARAMETER_SETS = ROOT / "notebooks" / "params"
 PRETRAINED = ROOT / "pretrained" / "deepfake_detector.pth"
 SCORES = ROOT / "runs" / "scores"
+DAY = (86400, 86400)  # uploads are looked for and deleted once a day
+MANY_FILES = """<p>{} files at once are too many: drop one at a time. For many videos there is
+<code>python build_notebook.py score FOLDER</code>.</p>"""
 # comment_magics: a comment such as "# %matplotlib inline" stays a comment
 FORMAT = {"extension": ".py", "format_name": "percent", "comment_magics": False}
 SOURCE_KEY = "deepfake_source"  # notebook cell metadata: the file the cell came from
@@ -570,6 +577,53 @@ def score(given: argparse.Namespace) -> None:
     print(f"\n{verdict_counts(table)}. To look at: {given.output / 'report.html'}")
 
 
+def make_app(predictor: Any, gradio: Any) -> Any:
+    """A page that takes a video and shows its card; what goes wrong is a sentence."""
+    import cv2
+
+    from cell_03_data_processing import VideoError
+    from cell_08_evaluation_functions import inline_html
+
+    def judge(files: list[str], progress: Any = gradio.Progress()) -> str:  # noqa: B008
+        if len(files) > 1:
+            return MANY_FILES.format(len(files))
+        name = Path(files[0]).name
+        try:
+            found = predictor.judge(files[0], progress=partial(progress, desc="looking at it"))
+        except (VideoError, cv2.error) as error:
+            problem = str(error).removeprefix(f"{files[0]}: ")
+            return f"<p><b>{escape(name)}</b> cannot be judged: {escape(problem)}.</p>"
+        return inline_html(replace(found, path=name), predictor)
+
+    with gradio.Blocks(
+        title="Deepfake detector", analytics_enabled=False, delete_cache=DAY
+    ) as page:
+        gradio.Markdown("# Is this video fake?\nIt stays on this machine.")
+        video = gradio.File(label="Drop a video here", file_count="multiple", height=160)
+        shown = gradio.HTML()
+        judged = video.upload(judge, video, shown)
+        judged.then(lambda: None, None, video)  # makes room for the next one
+    return page
+
+
+def app(given: argparse.Namespace) -> None:
+    """Serve the app until Ctrl-C. Raises Failure if gradio is missing."""
+    try:
+        import gradio
+    except ImportError as error:
+        command = "pip install -r requirements-app.txt"
+        raise Failure(f"The app needs gradio: {command} ({error})") from error
+    page = make_app(load_predictor(given.model), gradio)
+    fonts = ["system-ui", "sans-serif"]  # the default ones come from the internet
+    page.queue().launch(
+        server_name=given.host,
+        server_port=given.port,
+        share=given.share,
+        max_file_size=f"{given.max_size}mb",
+        theme=gradio.themes.Default(font=fonts, font_mono=["monospace"]),
+    )
+
+
 def positive(text: str) -> float:
     """A number above 0, for argparse."""
     if not 0 < float(text) < float("inf"):
@@ -581,7 +635,9 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", metavar="build | check | run | score | import")
+    commands = parser.add_subparsers(
+        dest="command", metavar="build | check | run | score | app | import"
+    )
     commands.add_parser("build", help="build the notebook (the default)")
     commands.add_parser("check", help="fail if the committed notebook is stale")
     runner = commands.add_parser("run", help="execute the notebook")
@@ -598,6 +654,13 @@ def read_arguments() -> argparse.Namespace:
     scorer.add_argument("--stride", **seconds, help="between windows; default: side by side")
     most: Any = dict(type=int, default=0, metavar="N", help="a video, spread evenly; default: all")
     scorer.add_argument("--max-windows", **most)
+    server = commands.add_parser("app", help="a page in the browser, to drop videos on")
+    server.add_argument("--model", type=Path, default=PRETRAINED, help="a best_model.pth")
+    server.add_argument("--host", default="127.0.0.1", help="0.0.0.0: other machines may come in")
+    server.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    server.add_argument("--share", action="store_true", help="a public link, through gradio.live")
+    size: Any = dict(type=int, default=4000, metavar="MB", help="the largest file (default: 4000)")
+    server.add_argument("--max-size", **size)
     importer = commands.add_parser("import", help="apply the edits in a notebook to the scripts")
     importer.add_argument(
         "notebook", type=Path, help="as downloaded from Kaggle or saved by Jupyter"
@@ -613,6 +676,8 @@ def main() -> int:
             check()
         elif arguments.command == "score":
             score(arguments)
+        elif arguments.command == "app":
+            app(arguments)
         elif arguments.command == "run":
             run(arguments.parameters, arguments.p, arguments.output)
         elif arguments.command == "import":

@@ -867,9 +867,9 @@ class Predictor:
 
 # %% [markdown]
 # **From windows to a verdict.** A video is as suspicious as its most suspicious face is in its
-# most suspicious stretch. The highest of many scores is often a mistake, so a stretch is two windows
-# in a row, and its logit their mean: one bad window cannot decide unless it is more certain than
-# both its neighbours are of the opposite. What this costs and gains: docs/benchmarks.md.
+# most suspicious stretch. The highest of many scores is often a mistake, so a stretch is two
+# windows in a row, and its logit their mean: one bad window cannot decide unless it is more certain
+# than both its neighbours are of the opposite. What this costs and gains: docs/benchmarks.md.
 
 
 # %%
@@ -1097,7 +1097,8 @@ REPORT_STYLE = """
 .dd rect {stroke: var(--page); vector-effect: non-scaling-stroke}
 .dd .axis {display: flex; justify-content: space-between}
 .dd .pictures {display: flex; flex-wrap: wrap; gap: 14px}
-.dd figure {margin: 8px 0} .dd figure img {width: 132px; max-width: 46%; border-radius: 6px}
+.dd figure {margin: 8px 0} .dd figure img {width: 132px; max-width: 46%; border-radius: 6px;
+  display: inline-block}
 """
 
 # %%
@@ -1105,7 +1106,8 @@ CARD = """
 <details class="card" data-score="{{ score }}" data-name="{{ name }}" data-length="{{ length }}"
  {{ "open" if is_open }}>
 <summary>{% if video.pictures %}<img src="{{ video.pictures[0].picture }}" alt="">{% else %}
-<span class="none"></span>{% endif %}<b>{{ name }}<br><span class="dim">{{ folder }}</span></b>
+<span class="none"></span>{% endif %}<b>{{ name }}{% if folder %}<br>
+<span class="dim">{{ folder }}</span>{% endif %}</b>
 <span class="verdict {{ video.verdict }}">{{ video.verdict or "not readable" }}{% if video.face %}
 <br>P(fake) {{ "%.2f" % video.probability }}{% endif %}</span></summary>
 <p>{{ words }}</p>
@@ -1211,7 +1213,7 @@ def card_html(judgement: Judgement, predictor: Predictor, is_open: bool = False)
         video=judgement,
         is_open=is_open,
         name=path.name,
-        folder=path.parent,
+        folder="" if path.name == judgement.path else path.parent,
         score=-1 if math.isnan(judgement.probability) else judgement.probability,
         length=max(judgement.length, 0.04),
         words=verdict_in_words(judgement, predictor),
@@ -1243,14 +1245,19 @@ def describe_limits(predictor: Predictor) -> str:
     return f"By P(fake), videos are called {low} and {high}: nine in ten such calls were right."
 
 
+def inline_html(judgement: Judgement, predictor: Predictor) -> str:
+    """A card with all it needs, to be shown within another page."""
+    card = card_html(judgement, predictor, is_open=True)
+    words = f"{predictor.about} {describe_limits(predictor)} {CAVEAT}"
+    note = Markup("<p class='dim'>{}</p>").format(words)
+    return f"<style>{REPORT_STYLE}</style><div class='dd'>{card}{note}</div>"
+
+
 def show_judgement(predictor: Predictor, path: str | Path) -> None:
     """Judge a video and show its card in the notebook."""
     with tqdm(total=100, desc=Path(path).name, leave=False, disable=NO_BARS) as bar:
         judgement = predictor.judge(path, progress=partial(move_bar, bar, 0, 100))
-    card = card_html(judgement, predictor, is_open=True)
-    words = f"{predictor.about} {describe_limits(predictor)} {CAVEAT}"
-    note = Markup("<p class='dim'>{}</p>").format(words)
-    display(HTML(f"<style>{REPORT_STYLE}</style><div class='dd'>{card}{note}</div>"))
+    display(HTML(inline_html(judgement, predictor)))
 
 
 # %% [markdown]
