@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import processes
@@ -185,7 +186,7 @@ def small_model(tmp_path_factory) -> Path:
     from cell_05_model_definition import build_model
     from cell_06_loss_and_utils import model_file, save_checkpoint
 
-    small = dict(BACKBONE="resnet18", IMAGE_SIZE=64, FRAMES_PER_VIDEO=4, LSTM_HIDDEN=8)
+    small: Any = dict(BACKBONE="resnet18", IMAGE_SIZE=64, FRAMES_PER_VIDEO=4, LSTM_HIDDEN=8)
     config = dataclasses.replace(CONFIG, **small, CLIPS_PER_VIDEO=1)
     calibration = {"temperature": 1.0, "offset": 0.0, "threshold": 0.5}
     calibration |= {"sure_real": 0.4, "sure_fake": 0.6}
