@@ -879,6 +879,7 @@ def seconds_to_play(path: Path) -> float:
     return length / scale if scale else math.inf
 
 
+# %%
 def missing_part(path: Path, end: int, time: float, total: int, fps: float) -> str:
     """What of a video's `total` frames is missing if decoding ends after `end`; empty if nothing.
 
@@ -1074,6 +1075,7 @@ def between(
     return values[:, :4], values[:, 4:].reshape(-1, 5, 2)
 
 
+# %%
 def find_face(
     frames: list[np.ndarray], detector: Iterable[Any] | None
 ) -> tuple[np.ndarray, np.ndarray, float]:
@@ -1089,6 +1091,7 @@ def find_face(
     return *between(np.arange(len(frames)), times, track), len(track) / len(seen)
 
 
+# %%
 def crop_squares(boxes: np.ndarray, height: int, width: int, margin: float) -> np.ndarray:
     """Squares (T, 3) of left, top, side around the boxes (T, 4), of one size, inside the frame.
 
@@ -1198,6 +1201,7 @@ class Moment:
     faces: dict[int, Face] | None = None
 
 
+# %%
 class Spacing(NamedTuple):
     """Frames in the video, as far as its header says; frames a second; frames between moments."""
 
@@ -1256,6 +1260,7 @@ def read_moments(path: Path, settings: ClipSettings, wanted: Collection[int]) ->
         raise VideoError(f"{missing}: {max(0, total - at) / fps:.0f} s are missing")
 
 
+# %%
 def picture_moments(path: Path, settings: ClipSettings) -> Iterator[Moment]:
     """The moments of a picture, or of a folder of frames, as if there were 25 a second."""
     frames, positions, _ = read_pictures(path, settings.frames)
@@ -1298,6 +1303,7 @@ def plan_windows(
     return starts, {start + number for start in starts for number in range(count)}
 
 
+# %%
 def gather_windows(
     moments: Iterator[Moment], count: int, starts: Collection[int]
 ) -> Iterator[list[Moment]]:
@@ -1397,6 +1403,7 @@ def measure_sharpness(clip: np.ndarray) -> float:
     return float(np.median([cv2.Laplacian(frame, cv2.CV_32F).var() for frame in grey]))
 
 
+# %%
 def why_not(window: Window, moments: list[Moment], seen: int, settings: ClipSettings) -> str:
     """Why a face `seen` so often cannot be judged; empty if it can."""
     if not settings.face_crop:
@@ -1442,6 +1449,7 @@ def time_span(moments: list[Moment], first: int, last: int) -> tuple[float, floa
     return max(0.0, moments[first].seconds - half), moments[last].seconds + half
 
 
+# %%
 def face_windows(
     path: Path,
     settings: ClipSettings,

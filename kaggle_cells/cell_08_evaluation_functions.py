@@ -109,6 +109,7 @@ def fit_threshold(probs: np.ndarray, labels: np.ndarray) -> float:
     return float(best[np.abs(best - 0.5).argmin()])
 
 
+# %%
 def fit_limit(probs: np.ndarray, fake: np.ndarray, threshold: float) -> float:
     """The lowest P(fake), at least `threshold`, from which 9 in 10 videos are fake; else infinite.
 
@@ -914,6 +915,7 @@ class Judgement:
         return total
 
 
+# %%
 def most_suspicious(windows: list[Window]) -> tuple[float, int]:
     """The highest mean logit of a stretch of a face's windows, and which of them scores most in it.
 
@@ -930,6 +932,7 @@ def most_suspicious(windows: list[Window]) -> tuple[float, int]:
     return float(means[best]), int(np.where(inside[best], logits, -np.inf).argmax())
 
 
+# %%
 def find_stretch(windows: list[Window], place: int, limit: float) -> tuple[float, float]:
     """From when to when the windows around number `place` have a P(fake) of at least `limit`."""
     first = last = place
@@ -970,6 +973,7 @@ def overlay_heat(frame: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return ((1 - share) * grey + share * colours[..., ::-1]).astype(np.uint8)
 
 
+# %%
 def frame_and_heat(
     predictor: Predictor, clip: np.ndarray, is_most: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -1049,6 +1053,7 @@ def judge_video(
     return judgement
 
 
+# %%
 def sum_up(predictor: Predictor, judgement: Judgement) -> None:
     """The verdict: that on the most suspicious face in its most suspicious stretch."""
     judgement.verdict, highest = "no face to judge", -math.inf
@@ -1176,6 +1181,7 @@ def verdict_in_words(judgement: Judgement, predictor: Predictor) -> str:
     return f"Called real: {place}, and even there {chance} is low."
 
 
+# %%
 def unjudged_in_words(windows: list[Window]) -> list[str]:
     """What was not judged and why: a line for each reason, with the times of the first few."""
     places: dict[str, list[str]] = {}
@@ -1235,6 +1241,7 @@ def report_html(judgements: list[Judgement], predictor: Predictor) -> str:
     return TEMPLATES.get_template("page").render(**names, about=about, caveat=CAVEAT)
 
 
+# %%
 def describe_limits(predictor: Predictor) -> str:
     if predictor.limits is None:
         only = f"one threshold, {predictor.threshold:.2f}"
@@ -1287,6 +1294,7 @@ def judgement_file(predictor: Predictor, path: Path, folder: Path, how: tuple[fl
     return folder / "judged" / f"{name}.json"
 
 
+# %%
 def judge_or_recall(
     predictor: Predictor,
     path: Path,
@@ -1334,6 +1342,7 @@ def verdict_counts(table: pd.DataFrame) -> str:
     return ", ".join(f"{number} {verdict}" for verdict, number in counts.items()) or "none"
 
 
+# %%
 def windows_table(judgements: list[Judgement]) -> pd.DataFrame:
     """A row a face and window."""
     columns = ["path", "face", "from", "to", "probability", "logit", "size", "sharpness", "seen"]
@@ -1357,6 +1366,7 @@ def write_results(judgements: list[Judgement], predictor: Predictor, folder: Pat
     return table
 
 
+# %%
 def judge_videos(
     predictor: Predictor,
     paths: list[Path],
