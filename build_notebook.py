@@ -4,7 +4,8 @@
     python build_notebook.py check           exit 1 and show the difference if it is stale
     python build_notebook.py run demo        run it on the demo set, in minutes on a laptop's CPU
     python build_notebook.py run t4x2 -p DATA_DIR /data/ff-c23 -p SEED 1 --output runs/seed1
-    python build_notebook.py score VIDEO     real or fake? With the model in pretrained/
+    python build_notebook.py score PATH...   real or fake? Videos, folders, lists; into runs/scores
+    python build_notebook.py app             the same in the browser, for one video at a time
     python build_notebook.py import EDITED.ipynb --dry-run    show what its edits would change here
     python build_notebook.py import EDITED.ipynb              apply them to the scripts
 
@@ -24,6 +25,9 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from html import escape
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -37,6 +41,10 @@ CELLS = ROOT / "kaggle_cells"
 NOTEBOOK = ROOT / "notebooks" / "deepfake_detection.ipynb"
 PARAMETER_SETS = ROOT / "notebooks" / "params"
 PRETRAINED = ROOT / "pretrained" / "deepfake_detector.pth"
+SCORES = ROOT / "runs" / "scores"
+DAY = (86400, 86400)  # uploads are looked for and deleted once a day
+MANY_FILES = """<p>{} files at once are too many: drop one at a time. For many videos there is
+<code>python build_notebook.py score FOLDER</code>.</p>"""
 # comment_magics: a comment such as "# %matplotlib inline" stays a comment
 FORMAT = {"extension": ".py", "format_name": "percent", "comment_magics": False}
 SOURCE_KEY = "deepfake_source"  # notebook cell metadata: the file the cell came from
@@ -46,6 +54,14 @@ Cell = nbformat.NotebookNode
 
 class Failure(Exception):
     """Ends the command with this message and exit status 1."""
+
+    status = 1
+
+
+class Stopped(Failure):
+    """The same after Ctrl-C."""
+
+    status = 130
 
 
 def script_texts() -> dict[str, str]:
@@ -499,34 +515,129 @@ def run(source: str, overrides: list[list[str]], output: Path | None) -> None:
             print(f"  {folder / name}")
 
 
-def score(places: list[Path], model: Path) -> None:
-    """Print a verdict on each video. Raises Failure if the model or a video is not there."""
-    for place in (model, *places):
+def load_predictor(model: Path) -> Any:
+    """The detector in a model file. Raises Failure, with advice, if it is not there."""
+    if not model.exists():
+        advice = (
+            "python build_notebook.py run trains one: give its models/best_model.pth as --model"
+        )
+        raise Failure(f"{model} does not exist. {advice}")
+    sys.path.insert(0, str(CELLS))
+    from cell_01_imports_and_setup import ENVIRONMENT
+    from cell_08_evaluation_functions import Predictor, describe_limits
+
+    predictor = Predictor.load(model, ENVIRONMENT.device)
+    print(f"{predictor.about} {describe_limits(predictor)}\n")
+    return predictor
+
+
+def videos_in(places: list[Path]) -> list[Path]:
+    """The videos that are named, lie below folders, or are listed in text files, each once.
+
+    Listed paths are relative to their file. Raises Failure if a place is not there.
+    """
+    from cell_03_data_processing import videos_below
+
+    found: list[Path] = []
+    for place in places:
         if not place.exists():
             raise Failure(f"{place} does not exist")
-    sys.path.insert(0, str(CELLS))
-    from cell_03_data_processing import videos_below
-    from cell_08_evaluation_functions import Predictor
+        if place.suffix.lower() == ".txt":
+            lines = place.read_text(encoding="utf-8-sig").splitlines()
+            found += [place.parent / line.strip() for line in lines if line.strip()]
+        else:
+            found += videos_below(place) if place.is_dir() else [place]
+    return list(dict.fromkeys(found))
 
-    predictor = Predictor.load(model)
-    if model == PRETRAINED:
-        print(f"This detector is weak on videos unlike its own: see {model.parent / 'README.md'}")
-    print(f"{'P(fake)':>7}  {'verdict':<8} video")
-    for place in places:
-        for video in videos_below(place) if place.is_dir() else [place]:
-            row = predictor.predict_folder(video).iloc[0]
-            if row.error:
-                print(f"{'':>7}  {'error':<8} {video}: {row.error}")
-                continue
-            caution = "" if row.face_share else " (no face found: the verdict means little)"
-            print(f"{row.probability:7.3f}  {row.verdict:<8} {video}{caution}", flush=True)
+
+def print_verdict(judgement: Any) -> None:
+    """A line for a video, above the progress bar."""
+    from tqdm.auto import tqdm
+
+    verdict, stretch = judgement.verdict or "error", ""
+    if judgement.face:
+        verdict = f"{judgement.probability:.3f}  {verdict}"
+        stretch = f", face {judgement.face}, {judgement.start:.0f} to {judgement.end:.0f} s"
+    problem = f" ({judgement.problem})" if judgement.problem else ""
+    tqdm.write(f"{verdict:<17}  {judgement.path}{stretch}{problem}")
+
+
+def score(given: argparse.Namespace) -> None:
+    """Judge videos into a folder. Raises Failure if there is no model or no video."""
+    predictor = load_predictor(given.model)
+    from cell_08_evaluation_functions import judge_videos, verdict_counts
+
+    videos, how = videos_in(given.places), (given.stride, given.max_windows)
+    print("P(fake), verdict, video, its most suspicious face and stretch")
+    try:
+        table = judge_videos(predictor, videos, given.output, how, print_verdict)
+    except KeyboardInterrupt as error:
+        done = f"What is done is in {given.output / 'report.html'}"
+        raise Stopped(f"\nStopped. {done}; the same command goes on.") from error
+    print(f"\n{verdict_counts(table)}. To look at: {given.output / 'report.html'}")
+
+
+def make_app(predictor: Any, gradio: Any) -> Any:
+    """A page that takes a video and shows its card; what goes wrong is a sentence."""
+    import cv2
+
+    from cell_03_data_processing import VideoError
+    from cell_08_evaluation_functions import inline_html
+
+    def judge(files: list[str], progress: Any = gradio.Progress()) -> str:  # noqa: B008
+        if len(files) > 1:
+            return MANY_FILES.format(len(files))
+        name = Path(files[0]).name
+        try:
+            found = predictor.judge(files[0], progress=partial(progress, desc="looking at it"))
+        except (VideoError, cv2.error) as error:
+            problem = str(error).removeprefix(f"{files[0]}: ")
+            return f"<p><b>{escape(name)}</b> cannot be judged: {escape(problem)}.</p>"
+        return inline_html(replace(found, path=name), predictor)
+
+    with gradio.Blocks(
+        title="Deepfake detector", analytics_enabled=False, delete_cache=DAY
+    ) as page:
+        gradio.Markdown("# Is this video fake?\nIt stays on this machine.")
+        video = gradio.File(label="Drop a video here", file_count="multiple", height=160)
+        shown = gradio.HTML()
+        judged = video.upload(judge, video, shown)
+        judged.then(lambda: None, None, video)  # makes room for the next one
+    return page
+
+
+def app(given: argparse.Namespace) -> None:
+    """Serve the app until Ctrl-C. Raises Failure if gradio is missing."""
+    try:
+        import gradio
+    except ImportError as error:
+        command = "pip install -r requirements-app.txt"
+        raise Failure(f"The app needs gradio: {command} ({error})") from error
+    page = make_app(load_predictor(given.model), gradio)
+    fonts = ["system-ui", "sans-serif"]  # the default ones come from the internet
+    page.queue().launch(
+        server_name=given.host,
+        server_port=given.port,
+        share=given.share,
+        max_file_size=f"{given.max_size}mb",
+        theme=gradio.themes.Default(font=fonts, font_mono=["monospace"]),
+    )
+
+
+def positive(text: str) -> float:
+    """A number above 0, for argparse."""
+    if not 0 < float(text) < float("inf"):
+        raise ValueError
+    return float(text)
 
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", metavar="build | check | run | score | import")
+    commands = parser.add_subparsers(
+        dest="command", metavar="build | check | run | score | app | import"
+    )
     commands.add_parser("build", help="build the notebook (the default)")
     commands.add_parser("check", help="fail if the committed notebook is stale")
     runner = commands.add_parser("run", help="execute the notebook")
@@ -535,10 +646,21 @@ def read_arguments() -> argparse.Namespace:
     runner.add_argument("-p", **pair, help="set a parameter")
     runner.add_argument("--output", type=Path, help="the run's folder (default: runs/NAME-TIME)")
     scorer = commands.add_parser("score", help="say of videos whether they are fake")
-    scorer.add_argument(
-        "places", nargs="+", type=Path, metavar="VIDEO", help="or folders of videos"
-    )
+    places: Any = dict(nargs="+", type=Path, metavar="PATH")
+    scorer.add_argument("places", **places, help="videos, folders, text files with paths")
     scorer.add_argument("--model", type=Path, default=PRETRAINED, help="a best_model.pth")
+    scorer.add_argument("--output", type=Path, default=SCORES, help="default: runs/scores")
+    seconds: Any = dict(type=positive, default=0.0, metavar="SECONDS")
+    scorer.add_argument("--stride", **seconds, help="between windows; default: side by side")
+    most: Any = dict(type=int, default=0, metavar="N", help="a video, spread evenly; default: all")
+    scorer.add_argument("--max-windows", **most)
+    server = commands.add_parser("app", help="a page in the browser, to drop videos on")
+    server.add_argument("--model", type=Path, default=PRETRAINED, help="a best_model.pth")
+    server.add_argument("--host", default="127.0.0.1", help="0.0.0.0: other machines may come in")
+    server.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    server.add_argument("--share", action="store_true", help="a public link, through gradio.live")
+    size: Any = dict(type=int, default=4000, metavar="MB", help="the largest file (default: 4000)")
+    server.add_argument("--max-size", **size)
     importer = commands.add_parser("import", help="apply the edits in a notebook to the scripts")
     importer.add_argument(
         "notebook", type=Path, help="as downloaded from Kaggle or saved by Jupyter"
@@ -553,7 +675,9 @@ def main() -> int:
         if arguments.command == "check":
             check()
         elif arguments.command == "score":
-            score(arguments.places, arguments.model)
+            score(arguments)
+        elif arguments.command == "app":
+            app(arguments)
         elif arguments.command == "run":
             run(arguments.parameters, arguments.p, arguments.output)
         elif arguments.command == "import":
@@ -562,7 +686,7 @@ def main() -> int:
             build()
     except Failure as failure:
         print(failure, file=sys.stderr)
-        return 1
+        return failure.status
     return 0
 
 

@@ -313,13 +313,13 @@ def attached_checkpoints(inputs: Path = Path("/kaggle/input")) -> list[Path]:
 def model_file(
     model: nn.Module,
     config: Config,
-    calibration: tuple[float, float, float],
+    calibration: dict[str, float],
     trained_on: Iterable[str],
     history_row: dict,
 ) -> dict:
     """The content of best_model.pth: a copy of the weights, no paths of this machine.
 
-    `calibration` is temperature, offset and threshold: P(fake) is
+    `calibration` is temperature, offset, threshold, sure_real and sure_fake: P(fake) is
     `sigmoid((logit - offset) / temperature)`. `trained_on` names manipulations.
     """
     paths = ["DATA_DIR", "WORK_DIR", "CACHE_DIR", "PREDICT_DIR", "WEIGHTS_PATH"]
@@ -331,7 +331,7 @@ def model_file(
         "config": {**dataclasses.asdict(config), **dict.fromkeys(paths, "")},
         "classes": ["real", "fake"],
         "trained_on": sorted(trained_on),
-        **dict(zip(("temperature", "offset", "threshold"), calibration, strict=True)),
+        **calibration,
         **{name: history_row[name] for name in ("epoch", "val_auc", "val_loss")},
     }
 

@@ -5,27 +5,34 @@
 # A network's raw score, its logit, is not a probability, and zero is rarely the best threshold.
 # Both are fixed on the **validation** set. Platt scaling fits an offset and a temperature, after
 # which P(fake) = 0.5 means undecided when real and fake are equally likely. The threshold is the
-# one with the best balanced accuracy. The test set is used only for the final numbers.
+# one with the best balanced accuracy. Two limits bound the verdicts that are worth giving: from one
+# on, nine in ten of the videos called fake are; up to the other, nine in ten of those called real.
+# In between a video is uncertain. The test set is used only for the final numbers.
 
 # %%
+import base64
+import dataclasses
+import hashlib
+import json
+import math
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import cv2
+import jinja2
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 import sklearn.metrics as skm
 import torch
-from IPython.display import display
+from IPython.display import HTML, display
+from markupsafe import Markup
 from matplotlib.figure import Figure, SubFigure
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
@@ -39,6 +46,7 @@ from cell_01_imports_and_setup import (
     NO_BARS,
     REAL_COLOUR,
     WIDTH,
+    replacing,
     save_csv,
     show_row,
     styled,
@@ -47,10 +55,16 @@ from cell_03_data_processing import (
     Clip,
     ClipSettings,
     VideoError,
+    Window,
+    content_size,
+    face_windows,
+    file_problem,
+    is_picture,
     load_clip,
     load_face_detector,
     make_clip,
-    videos_below,
+    open_video,
+    spacing_of,
 )
 from cell_04_dataset_class import ClipDataset, Sample, batches_of_one_length, normalize, to_float
 from cell_05_model_definition import DeepfakeDetector, DetectorOutput, load_detector
@@ -95,10 +109,28 @@ def fit_threshold(probs: np.ndarray, labels: np.ndarray) -> float:
     return float(best[np.abs(best - 0.5).argmin()])
 
 
-def calibrate(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
-    """Temperature, offset and threshold that fit the scores of a validation set."""
+# %%
+def fit_limit(probs: np.ndarray, fake: np.ndarray, threshold: float) -> float:
+    """The lowest P(fake), at least `threshold`, from which 9 in 10 videos are fake; else infinite.
+
+    Both classes weigh the same, and fewer than TOO_FEW videos say nothing.
+    """
+    found, alarms = found_and_alarms(fake, probs)
+    shares = found / found[-1], alarms / alarms[-1]
+    is_sure = (shares[0] >= 0.9 * sum(shares) - 1e-9) & (found + alarms >= TOO_FEW)
+    return max(threshold, float(np.unique(probs)[::-1][is_sure].min(initial=np.inf)))
+
+
+def calibrate(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """What fits the scores of a validation set: temperature, offset, threshold and both limits."""
     temperature, offset = fit_calibration(logits, labels)
-    return temperature, offset, fit_threshold(probabilities(logits - offset, temperature), labels)
+    probs = probabilities(logits - offset, temperature)
+    threshold = fit_threshold(probs, labels)
+    limits = {
+        "sure_fake": fit_limit(probs, labels == 1, threshold),
+        "sure_real": 1 - fit_limit(1 - probs, labels == 0, 1 - threshold),
+    }
+    return {"temperature": temperature, "offset": offset, "threshold": threshold, **limits}
 
 
 # %% [markdown]
@@ -709,14 +741,15 @@ def plot_mistakes(table: pd.DataFrame, threshold: float, most: int = 9) -> Figur
 
 # %% [markdown]
 # **Your own videos** take the same path as the training videos. The model file alone is enough, it
-# holds all settings: `Predictor.load("best_model.pth").predict_video("video.mp4")`. For a folder,
-# threads decode ahead while the network scores; only a few clips are in memory at a time.
+# holds all settings: `Predictor.load("best_model.pth").judge("video.mp4")` looks at all of a video
+# and every face, `scan` yields the windows as they are scored, and `predict_video` scores one clip
+# from the middle, as in training.
 
 
 # %%
 @dataclass(frozen=True)
 class Prediction:
-    """The verdict on a video.
+    """The verdict on one clip.
 
     `frame_scores` (T,) are P(fake) of single frames; `face_share` is the share of the inspected
     frames that show the face. If it is 0, the verdict is about the middle of the picture.
@@ -732,91 +765,640 @@ class Prediction:
         return self.face_share > 0
 
 
-def clip_or_error(path: Path, *how: Any) -> tuple[Path, Clip | str, float]:
-    """A video, what `make_clip` makes of it or what is wrong with it, and the seconds that took."""
-    started = time.perf_counter()
-    try:
-        result: Clip | str = make_clip(path, *how)
-    except (VideoError, cv2.error) as error:
-        result = str(error)
-    return path, result, time.perf_counter() - started
-
-
-def clips_ahead(
-    paths: list[Path], workers: int, *how: Any
-) -> Iterator[tuple[Path, Clip | str, float]]:
-    """`clip_or_error` of each video in order, with threads up to 2 * `workers` videos ahead."""
-    ahead = deque[Future]()
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for path in paths:
-            if len(ahead) == 2 * workers:
-                yield ahead.popleft().result()
-            ahead.append(pool.submit(clip_or_error, path, *how))
-        while ahead:
-            yield ahead.popleft().result()
+def describe_model(file: Path, saved: dict) -> str:
+    """A model and how good it is known to be: the first words of the card beside it, if any."""
+    name = f"{file.name}, {saved['config']['BACKBONE']}. "
+    if (card := file.with_name("README.md")).exists():
+        paragraphs = card.read_text(encoding="utf-8").split("\n\n")
+        return name + " ".join(paragraphs[1].replace("**", "").split())
+    trained_on = ", ".join(saved["trained_on"]) or "self-blended faces alone"
+    known = (
+        f"AUC {saved['val_auc']:.3f} on its validation set, from which the best epoch was chosen"
+    )
+    return f"{name}Trained on {trained_on}; {known}. On other videos it is worse."
 
 
 # %%
 @dataclass(frozen=True)
 class Predictor:
-    """A detector, in eval mode, with everything needed to score videos as in training."""
+    """A detector, in eval mode, with everything needed to score videos as in training.
 
-    model: nn.Module
+    `limits`: up to the first P(fake) a video is called real, from the second on fake. Without them,
+    as in older model files, `threshold` is both, and nothing is uncertain.
+    """
+
+    model: DeepfakeDetector
     settings: ClipSettings
     face_detector: nn.ModuleList | None
     temperature: float = 1.0
     threshold: float = 0.5
+    limits: tuple[float, float] | None = None
+    fingerprint: str = ""
+    about: str = ""
 
     @classmethod
-    def load(cls, file: Path, device: str = "cpu") -> "Predictor":
+    def load(cls, file: str | Path, device: str | torch.device = "cpu") -> "Predictor":
         """The detector in a best_model.pth."""
-        model, saved = load_detector(Path(file), device)
+        file = Path(file)
+        model, saved = load_detector(file, device)
         settings = ClipSettings.of(SimpleNamespace(**saved["config"]))
         faces = load_face_detector(device) if settings.face_crop else None
-        return cls(model, settings, faces, saved["temperature"], saved["threshold"])
+        limits = (saved["sure_real"], saved["sure_fake"]) if "sure_fake" in saved else None
+        numbers = saved["temperature"], saved["threshold"], limits
+        fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        return cls(model, settings, faces, *numbers, fingerprint, describe_model(file, saved))
+
+    def score_clips(self, clips: np.ndarray) -> DetectorOutput:
+        """The network's output for clips (B, T, S, S, 3) uint8, on the model's device."""
+        batch = torch.from_numpy(clips).to(next(self.model.parameters()).device)
+        with torch.inference_mode():
+            return self.model(normalize(to_float(batch)))
+
+    def verdict(self, probability: float) -> str:
+        real_to, fake_from = self.limits or (self.threshold, self.threshold)
+        if probability >= fake_from:
+            return "fake"
+        return "real" if probability <= real_to else "uncertain"
 
     def predict_clip(self, clip: Clip) -> Prediction:
-        """Score the result of `make_clip` on the model's device."""
-        batch = torch.from_numpy(clip.frames)[None].to(next(self.model.parameters()).device)
-        with torch.inference_mode():
-            output = self.model(normalize(to_float(batch)))
+        """Score the result of `make_clip`."""
+        output = self.score_clips(clip.frames[None])
         prob = float(probabilities(output.logit.cpu().numpy(), self.temperature)[0])
         frame_scores = probabilities(output.frame_logits[0].cpu().numpy(), self.temperature)
-        verdict = "fake" if prob >= self.threshold else "real"
-        return Prediction(prob, verdict, frame_scores, clip.face_share)
+        return Prediction(prob, self.verdict(prob), frame_scores, clip.face_share)
 
-    def predict_video(self, path: Path) -> Prediction:
-        """Score one video. Raises VideoError, with its path and the reason, if it is unusable."""
+    def predict_video(self, path: str | Path) -> Prediction:
+        """Score one clip of a video. Raises VideoError, with path and reason, if it is unusable."""
         try:
             return self.predict_clip(make_clip(Path(path), self.settings, self.face_detector))
         except VideoError as error:
             raise VideoError(f"{path}: {error}") from error
 
-    def table_row(self, path: Path, clip: Clip | str, seconds: float) -> dict[str, object]:
-        row = {"path": str(path), "threshold": self.threshold, "error": ""}
-        if isinstance(clip, str):
-            return row | {"error": clip}
-        started = time.perf_counter()
-        row |= vars(self.predict_clip(clip))
-        return row | {"seconds": round(seconds + time.perf_counter() - started, 3)}
+    def scan(self, path: str | Path, stride: float = 0, max_windows: int = 0) -> Iterator[Window]:
+        """Every face in each window of a video, as soon as it is scored.
 
-    def predict_folder(
-        self, folder: Path, workers: int = 2, file: Path | None = None
-    ) -> pd.DataFrame:
-        """A table of the scores of all videos in a folder, or of one; bad ones get an `error`."""
-        paths = videos_below(folder) if folder.is_dir() else [folder]
-        columns = ["path", "probability", "verdict", "threshold", "face_share", "seconds", "error"]
-        rows, saved_at = [], time.perf_counter()
-        clips = clips_ahead(paths, workers, self.settings, self.face_detector)
-        for clip in tqdm(clips, "your videos", len(paths), leave=False, disable=NO_BARS):
-            rows.append(self.table_row(*clip))
-            if file and time.perf_counter() - saved_at > 20:  # an interrupted run loses little
-                save_csv(pd.DataFrame(rows, columns=columns), file)
-                saved_at = time.perf_counter()
-        table = pd.DataFrame(rows, columns=columns)
-        if file:
-            save_csv(table, file)
-        return table
+        Windows start `stride` seconds apart (0: side by side), at most `max_windows` of them (0:
+        all). What cannot be judged has a `reason` and no probability. Raises VideoError as
+        `face_windows` does.
+        """
+        how = self.settings, self.face_detector, stride, max_windows
+        for windows in face_windows(Path(path), *how):
+            judged = [window for window in windows if not window.reason]
+            if judged:
+                output = self.score_clips(np.stack([window.clip for window in judged]))
+                logits = output.logit.float().cpu().numpy()
+                probs = probabilities(logits, self.temperature)
+                for window, logit, prob in zip(judged, logits, probs, strict=True):
+                    window.logit, window.probability = float(logit), float(prob)
+            yield from windows
+
+    def judge(
+        self,
+        path: str | Path,
+        stride: float = 0,
+        max_windows: int = 0,
+        progress: Callable[[float], object] | None = None,
+    ) -> "Judgement":
+        """All of a video as one verdict: see `scan` and `judge_video`."""
+        return judge_video(self, Path(path), stride, max_windows, progress)
+
+    def show(self, path: str | Path) -> None:
+        """Judge a video and show what was found, in the notebook."""
+        show_judgement(self, path)
+
+
+# %% [markdown]
+# **From windows to a verdict.** A video is as suspicious as its most suspicious face is in its
+# most suspicious stretch. The highest of many scores is often a mistake, so a stretch is two
+# windows in a row, and its logit their mean: one bad window cannot decide unless it is more certain
+# than both its neighbours are of the opposite. What this costs and gains: docs/benchmarks.md.
+
+
+# %%
+@dataclass
+class Judgement:
+    """What is known about a video.
+
+    `verdict` is fake, real, uncertain or no face to judge, or empty if nothing could be decoded;
+    `face`, `start` and `end` (s) are those of the most suspicious stretch; `windows` have no clips,
+    to keep memory flat; `problem` says what is wrong with the file; `pictures` are the faces as
+    JPEGs in data URIs; `took` is the time for it, in s.
+    """
+
+    path: str
+    verdict: str = ""
+    probability: float = math.nan
+    face: int = 0
+    start: float = math.nan
+    end: float = math.nan
+    windows: list[Window] = field(default_factory=list)
+    problem: str = ""
+    pictures: list[dict[str, Any]] = field(default_factory=list)
+    took: float = 0.0
+
+    @property
+    def faces(self) -> dict[int, list[Window]]:
+        """The windows of each face that was judged at some time."""
+        judged = sorted({window.face for window in self.windows if not window.reason})
+        return {face: [w for w in self.windows if w.face == face] for face in judged}
+
+    @property
+    def length(self) -> float:
+        return max((window.end for window in self.windows), default=0.0)
+
+    def seconds(self, judged: bool) -> float:
+        """For how long a face was there or, if `judged`, good enough to be judged."""
+        wanted = (w for w in self.windows if w.face and not (judged and w.reason))
+        total, until = 0.0, 0.0
+        for window in sorted(wanted, key=lambda window: window.start):
+            total += max(0.0, window.end - max(until, window.start))
+            until = max(until, window.end)
+        return total
+
+
+# %%
+def most_suspicious(windows: list[Window]) -> tuple[float, int]:
+    """The highest mean logit of a stretch of a face's windows, and which of them scores most in it.
+
+    A stretch is as long as two windows side by side; a shorter track is one. If windows overlap, it
+    holds more of them. Windows that show the face for less time weigh less.
+    """
+    logits = np.array([window.logit for window in windows])
+    times = np.array([[window.start, window.end] for window in windows])
+    lengths, middles = np.maximum(times[:, 1] - times[:, 0], 1e-3), times.mean(axis=1)
+    apart = middles - np.minimum(middles, middles[-1] - lengths.max())[:, None]
+    inside = (apart > -1e-6) & (apart < 1.1 * lengths.max())
+    means = (inside * lengths) @ logits / (inside * lengths).sum(axis=1)
+    best = int(means.argmax())
+    return float(means[best]), int(np.where(inside[best], logits, -np.inf).argmax())
+
+
+# %%
+def find_stretch(windows: list[Window], place: int, limit: float) -> tuple[float, float]:
+    """From when to when the windows around number `place` have a P(fake) of at least `limit`."""
+    first = last = place
+    while first > 0 and windows[first - 1].probability >= limit:
+        first -= 1
+    while last + 1 < len(windows) and windows[last + 1].probability >= limit:
+        last += 1
+    return windows[first].start, windows[last].end
+
+
+# %%
+FACES_SHOWN = 3  # the most suspicious ones, with pictures
+Extremes = dict[int, tuple[Window, Window]]  # the most and the least suspicious window of a face
+
+
+def keep_extremes(extremes: Extremes, window: Window) -> None:
+    """Take in one more window. Only the windows kept keep their clips."""
+    most, least = extremes.get(window.face, (window, window))
+    most = max(most, window, key=lambda window: window.logit)
+    least = min(least, window, key=lambda window: window.logit)
+    extremes[window.face] = most, least
+    if len(extremes) > FACES_SHOWN:
+        del extremes[min(extremes, key=lambda face: extremes[face][0].logit)]
+
+
+def as_uri(picture: np.ndarray) -> str:
+    """A picture (H, W, 3) uint8 RGB as a small JPEG in a data URI."""
+    bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
+    _, content = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 80])
+    return "data:image/jpeg;base64," + base64.b64encode(content.tobytes()).decode()
+
+
+def overlay_heat(frame: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """A grey frame (S, S, 3) under its heat (S, S) in 0..1."""
+    colours = cv2.applyColorMap((255 * heat).astype(np.uint8), cv2.COLORMAP_INFERNO)
+    share = (0.15 + 0.6 * heat)[..., None]
+    grey = frame.mean(axis=-1, keepdims=True).repeat(3, axis=-1)
+    return ((1 - share) * grey + share * colours[..., ::-1]).astype(np.uint8)
+
+
+# %%
+def frame_and_heat(
+    predictor: Predictor, clip: np.ndarray, is_most: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The frame (S, S, 3) of a clip that scores most, or least, and its heat (S, S), if it has any.
+
+    Of interleaved clips, that with the frame is explained.
+    """
+    scores = predictor.score_clips(clip[None]).frame_logits[0].cpu()
+    t, frames = int(scores.argmax() if is_most else scores.argmin()), predictor.model.frames
+    count = len(clip) // frames if len(clip) % frames == 0 else 1
+    batch = torch.from_numpy(clip[None, t % count :: count].copy())
+    batch = batch.to(next(predictor.model.parameters()).device)
+    try:
+        heat, _ = heat_maps(predictor.model, normalize(to_float(batch)))
+    except ValueError:  # a backbone without feature maps
+        return clip[t], None
+    return clip[t], heat[0, t // count].cpu().numpy()
+
+
+def draw_pictures(predictor: Predictor, face: int, extremes: tuple[Window, Window]) -> list[dict]:
+    """A face at its most and least suspicious moments, with heat on a common scale."""
+    most, least = extremes
+    moments = {"most": most} if most is least else {"most": most, "least": least}
+    found = {
+        name: frame_and_heat(predictor, window.clip, name == "most")
+        for name, window in moments.items()
+    }
+    hottest = max([1e-9, *(heat.max() for _, heat in found.values() if heat is not None)])
+    pictures: list[dict[str, Any]] = []
+    for name, window in moments.items():
+        frame, heat = found[name]
+        facts = dict(face=face, moment=name, start=window.start, end=window.end)
+        facts |= dict(probability=window.probability, picture=as_uri(frame))
+        facts |= {} if heat is None else {"heat": as_uri(overlay_heat(frame, heat / hottest))}
+        pictures.append(facts)
+    return pictures
+
+
+# %%
+def video_seconds(path: Path) -> float:
+    """How long a video's header says it is; at least 1."""
+    if path.is_dir() or is_picture(path):
+        return 1.0
+    total, fps, _ = spacing_of(open_video(path), ClipSettings(1, 1.0, 1, False, 0.0))
+    return max(1.0, total / fps)
+
+
+def judge_video(
+    predictor: Predictor,
+    path: Path,
+    stride: float = 0,
+    max_windows: int = 0,
+    progress: Callable[[float], object] | None = None,
+) -> Judgement:
+    """Scan a video and sum it up; `progress` is told the share that is done.
+
+    Raises VideoError, with path and reason, if nothing can be decoded. What is missing of a video
+    that can be read in part is its `problem`.
+    """
+    started, judgement, extremes = time.perf_counter(), Judgement(str(path)), Extremes()
+    try:
+        length = video_seconds(path)
+        for window in predictor.scan(path, stride, max_windows):
+            if not window.reason:
+                keep_extremes(extremes, window)
+            judgement.windows.append(dataclasses.replace(window, clip=None))
+            if progress:
+                progress(min(1.0, window.end / length))
+    except VideoError as error:
+        if not judgement.windows:
+            raise VideoError(f"{path}: {error}") from error
+        judgement.problem = str(error)
+    sum_up(predictor, judgement)
+    for face in sorted(extremes, key=lambda face: (face != judgement.face, face)):
+        judgement.pictures += draw_pictures(predictor, face, extremes[face])
+    judgement.took = time.perf_counter() - started
+    return judgement
+
+
+# %%
+def sum_up(predictor: Predictor, judgement: Judgement) -> None:
+    """The verdict: that on the most suspicious face in its most suspicious stretch."""
+    judgement.verdict, highest = "no face to judge", -math.inf
+    for face, windows in judgement.faces.items():
+        judged = [window for window in windows if not window.reason]
+        logit, place = most_suspicious(judged)
+        if logit > highest:
+            highest, judgement.face = logit, face
+            stretch = find_stretch(judged, place, predictor.threshold)
+            judgement.start, judgement.end = stretch
+    if judgement.face:
+        judgement.probability = float(probabilities(np.array(highest), predictor.temperature))
+        judgement.verdict = predictor.verdict(judgement.probability)
+
+
+# %% [markdown]
+# **A report to look at.** One HTML page that needs nothing else: pictures are inside, it follows
+# the device's light or dark mode, and of hundreds of videos only what is unfolded is drawn. A
+# video's part of it is its card, which `Predictor.show` shows in the notebook.
+
+# %%
+REPORT_STYLE = """
+.dd {color-scheme: light dark; --ink: #1c1c1e; --dim: #63666d; --page: #fff; --card: #f5f5f7;
+  --fake: #b84a00; --real: #0064a0; --uncertain: #7a6000; --line: #cfcfd4; color: var(--ink);
+  font: 16px/1.45 system-ui, sans-serif; background: var(--page); overflow-wrap: anywhere}
+@media (prefers-color-scheme: dark) {.dd {--ink: #ececf0; --dim: #a0a3ab; --page: #141416;
+  --card: #212125; --fake: #ff8a45; --real: #62b6f2; --uncertain: #e0bd3a; --line: #47474d}}
+.dd * {box-sizing: border-box}
+.dd main {max-width: 960px; margin: auto; padding: 16px}
+.dd h1 {font-size: 1.5em; margin: 0 0 8px}
+.dd p, .dd ul {margin: 8px 0}
+.dd .dim, .dd figcaption {color: var(--dim); font-size: .875em}
+.dd .card {background: var(--card); border-radius: 10px; margin: 10px 0; padding: 4px 14px;
+  content-visibility: auto; contain-intrinsic-size: auto 62px}
+.dd summary {display: flex; align-items: center; gap: 12px; cursor: pointer; padding: 6px 0}
+.dd summary img, .dd summary .none {width: 48px; height: 48px; border-radius: 6px; flex: none;
+  background: var(--line)}
+.dd summary b {flex: 1; min-width: 0}
+.dd .verdict {font-weight: 600; white-space: nowrap; color: var(--dim); text-align: right}
+.dd .fake {color: var(--fake); fill: var(--fake)}
+.dd .real {color: var(--real); fill: var(--real)}
+.dd .uncertain {color: var(--uncertain); fill: var(--uncertain)}
+.dd .unjudged {fill: var(--line)}
+.dd svg {display: block; width: 100%; height: 64px; background: var(--page); border-radius: 4px}
+.dd svg line {stroke: var(--ink); vector-effect: non-scaling-stroke; stroke-dasharray: 4 4}
+.dd rect {stroke: var(--page); vector-effect: non-scaling-stroke}
+.dd .axis {display: flex; justify-content: space-between}
+.dd .pictures {display: flex; flex-wrap: wrap; gap: 14px}
+.dd figure {margin: 8px 0} .dd figure img {width: 132px; max-width: 46%; border-radius: 6px;
+  display: inline-block}
+"""
+
+# %%
+CARD = """
+<details class="card" data-score="{{ score }}" data-name="{{ name }}" data-length="{{ length }}"
+ {{ "open" if is_open }}>
+<summary>{% if video.pictures %}<img src="{{ video.pictures[0].picture }}" alt="">{% else %}
+<span class="none"></span>{% endif %}<b>{{ name }}{% if folder %}<br>
+<span class="dim">{{ folder }}</span>{% endif %}</b>
+<span class="verdict {{ video.verdict }}">{{ video.verdict or "not readable" }}{% if video.face %}
+<br>P(fake) {{ "%.2f" % video.probability }}{% endif %}</span></summary>
+<p>{{ words }}</p>
+{% if video.verdict and video.problem %}<p>Judged in part: {{ video.problem }}.</p>{% endif %}
+{% for face, windows in faces %}<p class="dim">Face {{ face }}: P(fake) from 0 (bottom) to 1</p>
+<svg viewBox="0 0 {{ length }} 1" preserveAspectRatio="none" role="img"
+ aria-label="P(fake) of face {{ face }} over time">
+{% for w in windows %}<rect x="{{ w.x }}" width="{{ w.width }}" y="{{ 1 - w.height }}"
+ height="{{ w.height }}" class="{{ w.kind }}"><title>{{ clock(w.x) }} to {{ clock(w.x + w.width) }}:
+ {{ w.text }}</title></rect>{% endfor %}
+<line x1="0" x2="{{ length }}" y1="{{ 1 - threshold }}" y2="{{ 1 - threshold }}"/></svg>
+<div class="axis dim"><span>0:00</span><span>{{ clock(length) }}</span></div>
+<div class="pictures">{% for p in video.pictures if p.face == face %}<figure>
+<img src="{{ p.picture }}" alt="the face">{% if p.heat %}
+<img src="{{ p.heat }}" alt="heat map">{% endif %}<figcaption>{{ p.moment }} suspicious,
+{{ clock(p.start) }} to {{ clock(p.end) }}: P(fake) {{ "%.2f" % p.probability }}</figcaption>
+</figure>{% endfor %}</div>{% endfor %}
+{% if unjudged %}<p>Not judged:</p><ul>{% for text in unjudged %}<li>{{ text }}</li>{% endfor %}
+</ul>{% endif %}</details>
+"""
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Deepfake report</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>body {margin: 0} {{ style }}</style></head><body class="dd"><main>
+<h1>{{ counts }}</h1><p class="dim">{{ about }}</p><p class="dim">{{ caveat }}</p>
+<p><label>Sort by <select id="sort"><option value="score">most suspicious</option>
+<option value="name">name</option><option value="length">length</option></select></label></p>
+<div id="videos">{% for card in cards %}{{ card }}{% endfor %}</div></main><script>
+const list = document.getElementById("videos"), sort = document.getElementById("sort");
+sort.onchange = () => {
+  const value = card => card.dataset[sort.value], byName = sort.value === "name";
+  list.append(...[...list.children].sort((a, b) => byName
+    ? value(a).localeCompare(value(b), undefined, {numeric: true}) : value(b) - value(a)));
+};
+</script></body></html>
+"""
+CAVEAT = """A verdict is a hint, never proof: detectors fail on manipulations, cameras and
+compression unlike those they were trained on. Heat shows what the network reacts to, not what was
+altered. Do not accuse or clear anyone with this."""
+
+
+# %%
+def clock(seconds: float) -> str:
+    """Minutes and seconds: 1:05."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.DictLoader({"card": CARD, "page": PAGE}), autoescape=True, trim_blocks=True
+)
+TEMPLATES.globals["clock"] = clock
+
+
+def verdict_in_words(judgement: Judgement, predictor: Predictor) -> str:
+    if not judgement.verdict:
+        return f"Not readable: {judgement.problem}."
+    if not judgement.face:
+        return "No face to judge: see below why. This says nothing about the video."
+    stretch = f"{clock(judgement.start)} to {clock(judgement.end)}"
+    place = f"face {judgement.face} is most suspicious from {stretch}"
+    chance = f"P(fake) {judgement.probability:.2f}"
+    if judgement.verdict == "uncertain":
+        return f"Uncertain: {place}, where {chance} is neither high nor low enough to rely on."
+    if judgement.verdict == "fake":
+        return f"Called fake: {place}, with {chance}."
+    return f"Called real: {place}, and even there {chance} is low."
+
+
+# %%
+def unjudged_in_words(windows: list[Window]) -> list[str]:
+    """What was not judged and why: a line for each reason, with the times of the first few."""
+    places: dict[str, list[str]] = {}
+    for window in windows:
+        if window.reason:
+            face = f"face {window.face}, " if window.face else ""
+            place = f"{face}{clock(window.start)} to {clock(window.end)}"
+            places.setdefault(window.reason.split(":")[0], []).append(place)
+    return [
+        f"{reason}: {'; '.join(found[:4])}" + (f"; and {len(found) - 4} more" * (len(found) > 4))
+        for reason, found in places.items()
+    ]
+
+
+def timeline(windows: list[Window], predictor: Predictor) -> list[dict[str, Any]]:
+    """The bars of a face's timeline."""
+    bars = []
+    for window in windows:
+        facts: dict[str, Any] = dict(x=window.start, width=window.end - window.start)
+        facts |= dict(kind="unjudged", height=1, text=window.reason)
+        if not window.reason:
+            text = f"P(fake) {window.probability:.2f}"
+            kind, height = predictor.verdict(window.probability), max(0.02, window.probability)
+            facts |= dict(kind=kind, height=height, text=text)
+        bars.append(facts)
+    return bars
+
+
+# %%
+def card_html(judgement: Judgement, predictor: Predictor, is_open: bool = False) -> Markup:
+    """A video's part of the report; everything in it is escaped."""
+    path, faces = Path(judgement.path), judgement.faces
+    order = sorted(faces, key=lambda face: (face != judgement.face, face))
+    found = TEMPLATES.get_template("card").render(
+        video=judgement,
+        is_open=is_open,
+        name=path.name,
+        folder="" if path.name == judgement.path else path.parent,
+        score=-1 if math.isnan(judgement.probability) else judgement.probability,
+        length=max(judgement.length, 0.04),
+        words=verdict_in_words(judgement, predictor),
+        faces=[(face, timeline(faces[face], predictor)) for face in order],
+        unjudged=unjudged_in_words(judgement.windows),
+        threshold=predictor.threshold,
+    )
+    return Markup(found)
+
+
+def report_html(judgements: list[Judgement], predictor: Predictor) -> str:
+    """The page for some videos, most suspicious first."""
+    falling = sorted(judgements, key=lambda j: -1 if math.isnan(j.probability) else j.probability)
+    counts = verdict_counts(predictions_table(judgements, predictor.threshold))
+    cards = [card_html(judgement, predictor) for judgement in reversed(falling)]
+    names = dict(counts=f"Videos: {counts}", cards=cards, style=Markup(REPORT_STYLE))
+    limits = describe_limits(predictor)
+    about = f"Model: {predictor.about} {limits}" if predictor.about else limits
+    return TEMPLATES.get_template("page").render(**names, about=about, caveat=CAVEAT)
+
+
+# %%
+def describe_limits(predictor: Predictor) -> str:
+    if predictor.limits is None:
+        only = f"one threshold, {predictor.threshold:.2f}"
+        return f"This model file has {only}: no video is called uncertain."
+    real_to, fake_from = predictor.limits
+    low = f"real up to {real_to:.2f}" if real_to >= 0 else "never real"
+    high = f"fake from {fake_from:.2f}" if fake_from <= 1 else "never fake"
+    return f"By P(fake), videos are called {low} and {high}: nine in ten such calls were right."
+
+
+def inline_html(judgement: Judgement, predictor: Predictor) -> str:
+    """A card with all it needs, to be shown within another page."""
+    card = card_html(judgement, predictor, is_open=True)
+    words = f"{predictor.about} {describe_limits(predictor)} {CAVEAT}"
+    note = Markup("<p class='dim'>{}</p>").format(words)
+    return f"<style>{REPORT_STYLE}</style><div class='dd'>{card}{note}</div>"
+
+
+def show_judgement(predictor: Predictor, path: str | Path) -> None:
+    """Judge a video and show its card in the notebook."""
+    with tqdm(total=100, desc=Path(path).name, leave=False, disable=NO_BARS) as bar:
+        judgement = predictor.judge(path, progress=partial(move_bar, bar, 0, 100))
+    display(HTML(inline_html(judgement, predictor)))
+
+
+# %% [markdown]
+# **Many videos.** Each verdict is kept in a file of its own as soon as it is there: a run that was
+# stopped, or killed, goes on with the next video when it is started again.
+
+
+# %%
+JUDGEMENT_VERSION = (
+    1  # part of each kept verdict's name: increased when verdicts are made otherwise
+)
+PREDICTION_COLUMNS = ["path", "probability", "verdict", "threshold", "face_share", "seconds"]
+PREDICTION_COLUMNS += ["error", "faces", "seconds_judged", "from", "to"]
+
+
+def move_bar(bar: Any, before: float, size: float, share: float) -> None:
+    """Put a bar where a video of some `size` after what came `before` is done to a `share`."""
+    bar.update(before + share * size - bar.n)
+
+
+def judgement_file(predictor: Predictor, path: Path, folder: Path, how: tuple[float, int]) -> Path:
+    """Where a verdict is kept: by the video's path, size and time, the model and how to scan."""
+    stat = path.stat()
+    video = str(path.resolve()), stat.st_size, stat.st_mtime_ns
+    identity = [JUDGEMENT_VERSION, *video, predictor.fingerprint, *how]
+    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+    return folder / "judged" / f"{name}.json"
+
+
+# %%
+def judge_or_recall(
+    predictor: Predictor,
+    path: Path,
+    folder: Path,
+    how: tuple[float, int],
+    progress: Callable[[float], object],
+) -> Judgement:
+    """The verdict on a video, kept in `folder`; one without a verdict if it is unreadable."""
+    if problem := file_problem(path):
+        return Judgement(str(path), problem=problem)
+    file = judgement_file(predictor, path, folder, how)
+    if file.exists():
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        windows = [Window(**window) for window in saved.pop("windows")]
+        return Judgement(**saved, windows=windows)
+    try:
+        judgement = predictor.judge(path, *how, progress=progress)
+    except (VideoError, cv2.error) as error:
+        return Judgement(str(path), problem=str(error).removeprefix(f"{path}: "))
+    with replacing(file) as partial_file:
+        partial_file.write_text(json.dumps(dataclasses.asdict(judgement)), encoding="utf-8")
+    return judgement
+
+
+# %%
+def predictions_table(judgements: list[Judgement], threshold: float) -> pd.DataFrame:
+    """A row a video, in the order given."""
+    rows = []
+    for judged in judgements:
+        row = {"path": judged.path, "threshold": threshold, "error": judged.problem}
+        if judged.verdict:
+            share = judged.seconds(judged=False) / judged.length
+            row |= {"verdict": judged.verdict, "probability": judged.probability}
+            row |= {"face_share": round(share, 3), "faces": len(judged.faces)}
+            row |= {"seconds_judged": round(judged.seconds(judged=True), 2)}
+            row |= {"seconds": round(judged.took, 3)}
+            row |= {"from": round(judged.start, 2), "to": round(judged.end, 2)}
+        rows.append(row)
+    return pd.DataFrame(rows, columns=PREDICTION_COLUMNS)
+
+
+def verdict_counts(table: pd.DataFrame) -> str:
+    """How many videos of predictions.csv got which verdict: 3 fake, 5 real, 1 not readable."""
+    counts = table.verdict.fillna("not readable").value_counts()
+    return ", ".join(f"{number} {verdict}" for verdict, number in counts.items()) or "none"
+
+
+# %%
+def windows_table(judgements: list[Judgement]) -> pd.DataFrame:
+    """A row a face and window."""
+    columns = ["path", "face", "from", "to", "probability", "logit", "size", "sharpness", "seen"]
+    columns += ["left", "top", "right", "bottom", "reason"]
+    rows = []
+    for judged in judgements:
+        for window in judged.windows:
+            row = vars(window) | {"path": judged.path, "from": window.start, "to": window.end}
+            rows.append(row | dict(zip(columns[9:13], window.box, strict=False)))
+    return pd.DataFrame(rows, columns=columns).round(4)
+
+
+def write_results(judgements: list[Judgement], predictor: Predictor, folder: Path) -> pd.DataFrame:
+    """Write predictions.csv, windows.csv and report.html; returns the first."""
+    table = predictions_table(judgements, predictor.threshold)
+    save_csv(table, folder / "predictions.csv")
+    save_csv(windows_table(judgements), folder / "windows.csv")
+    page = report_html(judgements, predictor).encode("utf-8", "backslashreplace")
+    with replacing(folder / "report.html") as partial_file:
+        partial_file.write_bytes(page)
+    return table
+
+
+# %%
+def judge_videos(
+    predictor: Predictor,
+    paths: list[Path],
+    folder: Path,
+    how: tuple[float, int] = (0, 0),
+    tell: Callable[[Judgement], object] | None = None,
+) -> pd.DataFrame:
+    """Judge videos and `tell` of each; `how` is stride and max_windows, as in `Predictor.scan`.
+
+    Returns predictions.csv, which is left in `folder` with windows.csv and report.html. What is
+    done is written every 20 s, and when this is interrupted.
+    """
+    sizes = [content_size(path) if path.exists() else 0 for path in paths]
+    judged: list[Judgement] = []
+    written = time.perf_counter()
+    form = "{l_bar}{bar}| {elapsed}, {remaining} left{postfix}"
+    with tqdm(total=sum(sizes), desc="your videos", disable=NO_BARS, bar_format=form) as bar:
+        try:
+            for number, path in enumerate(paths):
+                bar.set_postfix_str(f"{number + 1} of {len(paths)}")
+                progress = partial(move_bar, bar, sum(sizes[:number]), sizes[number])
+                judged.append(judge_or_recall(predictor, path, folder, how, progress))
+                progress(1.0)
+                if tell:
+                    tell(judged[-1])
+                if time.perf_counter() - written > 20:
+                    write_results(judged, predictor, folder)
+                    written = time.perf_counter()
+        finally:
+            table = write_results(judged, predictor, folder)
+    return table
 
 
 # %% [markdown]

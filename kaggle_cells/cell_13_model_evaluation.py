@@ -16,6 +16,7 @@ from IPython.display import display
 
 from cell_01_imports_and_setup import duration, save_csv, save_figure
 from cell_02_global_config import CONFIG
+from cell_03_data_processing import videos_below
 from cell_05_model_definition import load_detector
 from cell_07_training_functions import progress, validate
 from cell_08_evaluation_functions import (
@@ -24,6 +25,7 @@ from cell_08_evaluation_functions import (
     bootstrap,
     compute_metrics,
     format_metrics,
+    judge_videos,
     measure_robustness,
     metric_name,
     metrics_by,
@@ -36,8 +38,9 @@ from cell_08_evaluation_functions import (
     plot_robustness,
     plot_scores,
     probabilities,
+    verdict_counts,
 )
-from cell_09_data_preparation import CLIP_SETTINGS, FACE_DETECTOR, SPLIT_TABLES
+from cell_09_data_preparation import SPLIT_TABLES
 from cell_10_data_loaders import DEVICE, TEST_LOADER
 from cell_11_model_setup import CRITERION, TRAINED_ON
 from cell_12_training_loop import BEST_MODEL
@@ -133,24 +136,19 @@ if len(PREDICTIONS):
 EVALUATION_SECONDS = time.perf_counter() - evaluation_started
 
 # %% [markdown]
-# **Your own videos.** `predict_video("my_video.mp4")` scores one, right here. `PREDICT_DIR` scores
-# all videos below a folder; no labels are needed. A verdict means little where no face was found
-# (`face_share` 0), or on videos that are unlike the training videos.
+# **Your own videos.** `show_video("my_video.mp4")` judges all of one, every face, and shows what it
+# found, right here. `PREDICT_DIR` does so with all videos below a folder; no labels are needed.
+# Verdicts mean little on videos that are unlike the training videos.
 
 # %%
-PREDICTOR = Predictor(DETECTOR, CLIP_SETTINGS, FACE_DETECTOR, TEMPERATURE, THRESHOLD)
-predict_video = PREDICTOR.predict_video
-SCORED = pd.DataFrame(columns=["verdict", "error", "face_share"])
+PREDICTOR = Predictor.load(MODEL_FILE, DEVICE)
+predict_video, show_video = PREDICTOR.predict_video, PREDICTOR.show
+SCORED = pd.DataFrame(columns=["verdict", "error"])
 if CONFIG.PREDICT_DIR:
-    prediction_started, predictions_file = time.perf_counter(), RESULTS / "predictions.csv"
-    SCORED = PREDICTOR.predict_folder(
-        Path(CONFIG.PREDICT_DIR), CONFIG.NUM_WORKERS, predictions_file
-    )
-    seconds, verdicts = time.perf_counter() - prediction_started, SCORED.verdict.value_counts()
+    prediction_started, found = time.perf_counter(), videos_below(Path(CONFIG.PREDICT_DIR))
+    SCORED = judge_videos(PREDICTOR, found, RESULTS)
+    seconds = time.perf_counter() - prediction_started
     print(f"{len(SCORED)} videos below {CONFIG.PREDICT_DIR} in {duration(seconds)}:")
-    print(f"{verdicts.get('fake', 0)} called fake, {verdicts.get('real', 0)} real,")
-    print(
-        f"{(SCORED.error != '').sum()} unreadable, {SCORED.face_share.eq(0).sum()} without a face."
-    )
-    print(f"All are in {predictions_file}")
+    print(verdict_counts(SCORED))
+    print(f"All are in {RESULTS / 'report.html'}, predictions.csv and windows.csv")
     display(SCORED.sort_values("probability", ascending=False).head(20))

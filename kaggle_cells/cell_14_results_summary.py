@@ -24,7 +24,7 @@ from cell_01_imports_and_setup import (
     replacing,
 )
 from cell_02_global_config import CONFIG
-from cell_08_evaluation_functions import TOO_FEW, format_metric
+from cell_08_evaluation_functions import TOO_FEW, format_metric, verdict_counts
 from cell_09_data_preparation import DATA_ORIGIN, LEAKING, PREPARATION_SECONDS, SKIPPED, VIDEOS
 from cell_10_data_loaders import BATCH_SIZE_USED, PRECISION
 from cell_11_model_setup import HISTORY, TRAINED_ON, WEIGHTS_ORIGIN
@@ -83,7 +83,7 @@ def describe_training() -> dict[str, Any]:
 # %%
 def build_results() -> dict[str, Any]:
     """Everything the run found, as JSON has it; `format` counts changes of the keys."""
-    predictions = {"videos": len(SCORED), "errors": int(sum(SCORED.error != ""))}
+    predictions = {"videos": len(SCORED), "errors": int(SCORED.verdict.isna().sum())}
     return {
         "format": 2,
         "config": dataclasses.asdict(CONFIG),
@@ -149,8 +149,8 @@ def caveats() -> Iterator[str]:
         yield f"Leakage: {len(LEAKING)} groups are in several splits, which makes the test easier."
     if faceless := results["data"]["without_face"]:
         yield f"In {faceless} videos no face was found; the network saw the middle of their frames."
-    if SCORED.face_share.eq(0).any():
-        yield "In some of your own videos no face was found: their verdicts mean little."
+    if SCORED.verdict.eq("no face to judge").any():
+        yield "In some of your own videos there is no face to judge: report.html says why."
 
 
 # %%
@@ -208,10 +208,7 @@ def auc_text(title: str, table: pd.DataFrame, columns: list[str]) -> list[str]:
 def use_text() -> str:
     """Your own videos, caveats, and how to use the model."""
     text = f"Your own videos, below {CONFIG.PREDICT_DIR}\n" if len(SCORED) else ""
-    if len(SCORED):
-        verdicts, unread = SCORED.verdict.value_counts(), results["predictions"]["errors"]
-        text += f"  {verdicts.get('fake', 0)} called fake, {verdicts.get('real', 0)} real; "
-        text += f"{unread} could not be read\n\n"
+    text += f"  {verdict_counts(SCORED)}; see report.html\n\n" if len(SCORED) else ""
     lines = "".join(f"  {caveat}\n" for caveat in caveats())
     return f"""{text}Caveats
 {lines}
@@ -219,7 +216,7 @@ To use the model
   set CHECKPOINT={MODEL_FILE}, EPOCHS=0, and PREDICT_DIR to your videos;
   or in Python, with kaggle_cells/ in sys.path:
   from cell_08_evaluation_functions import Predictor
-  Predictor.load("{MODEL_FILE}").predict_video("video.mp4")
+  Predictor.load("{MODEL_FILE}").judge("video.mp4")
 """
 
 
@@ -270,7 +267,7 @@ def ideas() -> Iterator[str]:
     if len(ROBUSTNESS_TABLE) and CONFIG.AUGMENTATION != "robust":
         yield '`AUGMENTATION = "robust"`, if your videos look like the hardest condition'
     if not len(SCORED):
-        yield '`predict_video("my_video.mp4")` in a new cell, or `PREDICT_DIR`, for your own videos'
+        yield '`show_video("my_video.mp4")` in a new cell, or `PREDICT_DIR`, for your own videos'
     if DATA_ORIGIN.startswith("demo"):
         yield "a real dataset: the demo set shows that everything works, not how well"
     if WEIGHTS_ORIGIN == "random":
@@ -297,7 +294,8 @@ WHAT_FILES_ARE = {
     "results/experiment_report.txt": "the report above",
     "results/experiment_results.json": "the same and more, for programs",
     "results/test_predictions.csv": "each test video with its score",
-    "results/predictions.csv": "your own videos with their scores",
+    "results/report.html": "your own videos: verdicts, timelines, faces",
+    "results/predictions.csv": "the same as a table; windows.csv has every window",
     "results/training_history.csv": "one row per epoch",
     "results/evaluation/": "all figures of the test",
     "data/": "which video was used for what, and which was skipped, and why",

@@ -1,7 +1,11 @@
+import dataclasses
 import json
 import re
+import shutil
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import nbformat
 import processes
@@ -161,12 +165,94 @@ def test_score_says_of_videos_and_folders_whether_they_are_fake(finished_run, de
     model, video = finished_run.folder / "models" / "best_model.pth", demo_set / "real" / "0001.mp4"
     (tmp_path / "broken.mp4").write_text("no video")
     words = [ROOT / "build_notebook.py", "score", "--model", model]
-    text = processes.run([*words, video, tmp_path], tmp_path)
-    scored, broken = text.strip().splitlines()[-2:]
-    probability, verdict, path = scored.split()
-    assert 0 < float(probability) < 1 and verdict in ("real", "fake") and path == str(video)
-    assert "error" in broken and "broken.mp4: no frames can be decoded" in broken
-    pretrained = processes.run([*words[:2], video], tmp_path)
-    assert "README.md" in pretrained and pretrained.strip().endswith(str(video))
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"{video}\n\nbroken.mp4\n")
+    into = ["--output", tmp_path / "out"]
+    text = processes.run([*words, listed, video, tmp_path, *into], tmp_path)
+    *_, scored, broken, _, summary = text.strip().splitlines()  # each once
+    probability, verdict, path = scored.split()[:3]
+    assert 0 < float(probability) < 1 and verdict in ("real", "fake", "uncertain")
+    assert path == f"{video}," and "AUC" in text
+    assert "error" in broken and "broken.mp4 (no frames can be decoded" in broken
+    assert "1 not readable" in summary and (tmp_path / "out" / "report.html").exists()
+    assert "It is weak" in processes.run([*words[:2], video, *into], tmp_path)
     missing = processes.run([*words, "nowhere.mp4"], tmp_path, expect=1)
     assert "nowhere.mp4 does not exist" in missing
+    no_model = processes.run([*words[:2], video, "--model", "none.pth"], tmp_path, expect=1)
+    assert "none.pth does not exist" in no_model and "run trains one" in no_model
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory) -> Path:
+    """A model file with random weights."""
+    from cell_02_global_config import CONFIG
+    from cell_05_model_definition import build_model
+    from cell_06_loss_and_utils import model_file, save_checkpoint
+
+    small: Any = dict(BACKBONE="resnet18", IMAGE_SIZE=64, FRAMES_PER_VIDEO=4, LSTM_HIDDEN=8)
+    config = dataclasses.replace(CONFIG, **small, CLIPS_PER_VIDEO=1)
+    calibration = {"temperature": 1.0, "offset": 0.0, "threshold": 0.5}
+    calibration |= {"sure_real": 0.4, "sure_fake": 0.6}
+    row = {"epoch": 1, "val_auc": 0.5, "val_loss": 0.7}
+    file = tmp_path_factory.mktemp("model") / "model.pth"
+    save_checkpoint(file, model_file(build_model(config), config, calibration, ["x"], row))
+    return file
+
+
+@pytest.mark.slow
+def test_a_folder_of_200_is_scored_though_it_is_killed_twice(small_model, demo_set, tmp_path):
+    files = sorted(demo_set.glob("*/*.mp4"))
+    for number in range(200):
+        (tmp_path / "videos").mkdir(exist_ok=True)
+        (tmp_path / "videos" / f"{number:03}.mp4").write_bytes(files[number % 24].read_bytes())
+    words = [ROOT / "build_notebook.py", "score", tmp_path / "videos", "--model", small_model]
+    words, judged = [*words, "--output", tmp_path / "out"], tmp_path / "out" / "judged"
+    for wanted in (10, 30):
+        program = processes.Program(words, tmp_path)
+        while program.is_running and len([*judged.glob("*.json")]) < wanted:
+            time.sleep(0.1)
+        program.kill()
+    kept = {file: file.stat().st_mtime_ns for file in judged.glob("*.json")}
+    interrupted = processes.Program(words, tmp_path)
+    while interrupted.is_running and len([*judged.glob("*.json")]) < 50:
+        time.sleep(0.1)
+    interrupted.interrupt()
+    assert interrupted.wait() == 130 and "the same command goes on" in interrupted.output
+    assert len((tmp_path / "out" / "predictions.csv").read_text().splitlines()) >= 50
+    text = processes.run(words, tmp_path)
+    assert len((tmp_path / "out" / "predictions.csv").read_text().splitlines()) == 201
+    assert len(kept) >= 30 and "report.html" in text.splitlines()[-1]
+    assert all(file.stat().st_mtime_ns == time for file, time in kept.items())
+
+
+@pytest.mark.slow
+def test_the_app_judges_a_video_and_stays_up(small_model, demo_set, tmp_path):
+    pytest.importorskip("gradio")
+    playwright = pytest.importorskip("playwright.sync_api")
+    words = [ROOT / "build_notebook.py", "app", "--model", small_model, "--max-size", "1"]
+    server = processes.Program([*words, "--port", 7917], tmp_path)
+    while server.is_running and "Running on" not in server.output:
+        time.sleep(0.2)
+    assert "http://127.0.0.1:7917" in server.output
+    (tmp_path / "broken.mp4").write_text("no video")
+    (tmp_path / "large.mp4").write_bytes(bytes(2 * 10**6))
+    video, browser_file = demo_set / "real" / "0001.mp4", shutil.which("chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=browser_file, args=["--no-sandbox"])
+        view = browser.new_page(viewport={"width": 390, "height": 800})
+        view.goto("http://127.0.0.1:7917")
+        for files, answer in [
+            ([video], "P(fake)"),
+            ([tmp_path / "broken.mp4"], "cannot be judged: no frames can be decoded"),
+            ([tmp_path / "large.mp4"], "exceed the maximum allowed size"),
+            ([video] * 10, "10 files at once are too many"),
+            ([video], "P(fake)"),
+        ]:
+            view.locator("input[type=file]").wait_for(state="attached")
+            view.set_input_files("input[type=file]", files)
+            view.get_by_text(answer).first.wait_for(timeout=60000)
+            view.get_by_text("Drop a video here").first.wait_for()
+            view.wait_for_timeout(1000)
+        assert view.evaluate("document.documentElement.scrollWidth") <= 390
+        browser.close()
+    server.kill()

@@ -239,7 +239,8 @@ def test_the_model_file_holds_no_paths_of_this_machine():
     torch.nn.init.constant_(model.frame_head[1].weight, 3)
     torch.nn.init.constant_(model.frame_head[1].bias, 1)
     row = {"epoch": 3, "val_auc": 0.9, "val_loss": 0.1}
-    content = cell.model_file(model, config, (1.5, 0.25, 0.4), {"FaceSwap"}, row)
+    calibration = {"temperature": 1.5, "offset": 0.25, "threshold": 0.4}
+    content = cell.model_file(model, config, calibration, {"FaceSwap"}, row)
     model.frame_head[1].weight.data += 1
     assert content["model"]["frame_head.1.weight"].item() == 3  # a copy: it does not learn on
     assert content["model"]["frame_head.1.bias"].item() == 1

@@ -1,6 +1,4 @@
-import dataclasses
 import math
-import weakref
 from types import SimpleNamespace
 
 import conftest
@@ -424,88 +422,8 @@ def test_one_video_is_scored_with_its_frames(demo_set, face_detector):
     assert np.log(doubled / (1 - doubled)) == pytest.approx(2 * logit, rel=1e-4)
 
 
-def test_a_folder_is_scored_in_order_and_bad_files_say_why(demo_set, face_detector, tmp_path):
-    videos = sorted((demo_set / "real").glob("*.mp4"))[:5]
-    (tmp_path / "deep").mkdir()
-    for number, video in enumerate(videos):
-        (tmp_path / "deep" / f"{number}.mp4").write_bytes(video.read_bytes())
-    (tmp_path / "deep" / "2b.mp4").write_text("no video")
-    predictor = cell.Predictor(Brightness(), SMALL, face_detector, threshold=0.4)
-    scored = predictor.predict_folder(tmp_path, file=tmp_path / "predictions.csv")
-    assert [path.rsplit("/")[-1] for path in scored.path] == [
-        "0.mp4",
-        "1.mp4",
-        "2.mp4",
-        "2b.mp4",
-        "3.mp4",
-        "4.mp4",
-    ]
-    assert "not a video" in scored.error[3] and pd.isna(scored.probability[3])
-    expected = [predictor.predict_video(v).probability for v in videos]
-    assert len(pd.read_csv(tmp_path / "predictions.csv")) == 6
-    assert scored.probability.dropna().tolist() == pytest.approx(expected, abs=1e-6)
-    assert list(scored) == [
-        "path",
-        "probability",
-        "verdict",
-        "threshold",
-        "face_share",
-        "seconds",
-        "error",
-    ]
-
-
-def test_an_empty_folder_gives_an_empty_table_and_one_bad_file_its_error(tmp_path):
+def test_an_unusable_video_says_which_and_why(tmp_path):
     predictor = cell.Predictor(Brightness(), SMALL, None)
-    assert predictor.predict_folder(tmp_path).empty
     (tmp_path / "x.mp4").write_text("no video")
     with pytest.raises(VideoError, match=r"x\.mp4: .*not a video"):
         predictor.predict_video(tmp_path / "x.mp4")
-
-
-def test_a_folder_streams(demo_set, monkeypatch):
-    """However many videos there are, only a few clips are in memory at a time."""
-    alive, most, made = weakref.WeakSet(), 0, cell.make_clip
-
-    def watched(*arguments):
-        nonlocal most
-        clip = made(*arguments)
-        alive.add(clip)
-        most = max(most, len(alive))
-        return clip
-
-    monkeypatch.setattr(cell, "make_clip", watched)
-    monkeypatch.setattr(cell.Clip, "__hash__", object.__hash__)
-    settings = dataclasses.replace(SMALL, face_crop=False)
-    assert (
-        len(cell.Predictor(Brightness(), settings, None).predict_folder(demo_set, workers=2)) == 24
-    )
-    assert most <= 7, "two for each worker, and those in hand"
-
-
-def test_what_was_scored_so_far_is_on_disk(demo_set, tmp_path, monkeypatch):
-    clock = iter(range(0, 10**6, 30))
-    monkeypatch.setattr(cell.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(
-        cell.Predictor, "predict_clip", predict_nine := Counted(cell.Predictor.predict_clip, 9)
-    )
-    predictor = cell.Predictor(Brightness(), dataclasses.replace(SMALL, face_crop=False), None)
-    with pytest.raises(KeyboardInterrupt):
-        predictor.predict_folder(demo_set, file=tmp_path / "predictions.csv")
-    assert len(pd.read_csv(tmp_path / "predictions.csv")) == predict_nine.limit
-
-
-class Counted:
-    """A method that is interrupted after some calls."""
-
-    def __init__(self, method, limit):
-        self.method, self.limit, self.calls = method, limit, 0
-
-    def __get__(self, instance, owner):
-        def call(*arguments):
-            self.calls += 1
-            if self.calls > self.limit:
-                raise KeyboardInterrupt
-            return self.method(instance, *arguments)
-
-        return call

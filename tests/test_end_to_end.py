@@ -309,7 +309,7 @@ def test_a_trained_model_scores_videos_where_there_is_no_dataset(finished_run, t
     scored = run.table("results/predictions.csv")
     assert scored.path[0].endswith("broken.mp4") and "not a video" in scored.error[0]
     assert np.allclose(scored.probability[1:], tested.probability, atol=1e-4)
-    assert "1 could not be read" in run.output.split("Your own videos")[1]
+    assert "1 not readable" in run.output.split("Your own videos")[1]
     assert run.results["metrics"] == {} and run.results["predictions"] == {"videos": 7, "errors": 1}
     assert not (work / "models").exists() and not list(work.glob("demo*"))
     assert not (work / "results" / "test_predictions.csv").exists()

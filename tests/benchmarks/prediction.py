@@ -1,99 +1,95 @@
-"""How fast a folder of videos is scored, with the default setting.
+"""How long scoring takes and how much memory it needs, for short and long videos.
 
-    python tests/benchmarks/prediction.py [--videos 8] [--backbone resnet50] [--frames 16] ...
+    python tests/benchmarks/prediction.py [--seconds 10 120 1200] [--model MODEL.pth] ...
 
-It makes H.264 videos (see preparation.py) and a network with random weights, and prints: videos a
-second of `predict_folder`, which decodes ahead in threads, beside the same videos one by one;
-milliseconds of the network alone, for a clip and for a video; and how much memory four times as
-many videos need. It uses the GPU if there is one.
+It makes H.264 videos (see preparation.py) with a face, and takes the model that comes with the
+project. For each length it prints seconds of: the bare decoder, which grabs every frame; the whole
+judgement; the network alone, on the same number of clips; the rest of the judgement as a multiple
+of the bare decoder; and how much memory the process had at most. It uses the GPU if there is one.
 """
 
 import argparse
-import dataclasses
-import os
+import subprocess
 import tempfile
 import time
 from pathlib import Path
 
+import cv2
+import imageio_ffmpeg
+import numpy as np
 import psutil
-import torch
 from preparation import SIZES, make_video
 
 from cell_01_imports_and_setup import ENVIRONMENT
-from cell_02_global_config import CONFIG
-from cell_03_data_processing import ClipSettings, load_face_detector
-from cell_05_model_definition import build_model
-from cell_08_evaluation_functions import Predictor
+from cell_03_data_processing import open_video
+from cell_08_evaluation_functions import Judgement, Predictor
+
+PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained" / "deepfake_detector.pth"
 
 
-def seconds(work) -> float:
+def timed(work) -> tuple[float, object]:
     started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+    result = work()
+    return time.perf_counter() - started, result
+
+
+def longer(video: Path, seconds: int, file: Path) -> Path:
+    """The video repeated until it is `seconds` long, without encoding it again."""
+    words = ["-v", "error", "-y", "-stream_loop", "-1", "-i", video, "-t", seconds, "-c", "copy"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *map(str, [*words, file])]
+    subprocess.run(command, check=True)
+    return file
+
+
+def decode(path: Path) -> int:
+    """The bare decoder: the number of frames."""
+    capture, count = open_video(path), 0
+    while capture.grab():
+        count += 1
+    return count
+
+
+def network_alone(predictor: Predictor, judged: Judgement) -> float:
+    """Seconds for as many clips as were judged."""
+    settings = predictor.settings
+    clip = np.zeros((1, settings.frames, settings.size, settings.size, 3), np.uint8)
+    predictor.score_clips(clip)
+    count = sum(not window.reason for window in judged.windows)
+    return timed(lambda: [predictor.score_clips(clip).logit.cpu() for _ in range(count)])[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--videos", type=int, default=8)
-    parser.add_argument("--backbone", default="resnet50")
-    parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--clips", type=int, default=3)
-    parser.add_argument("--size", type=int, default=160)
+    parser.add_argument("--seconds", type=int, nargs="+", default=[10, 120, 1200])
     parser.add_argument("--resolution", choices=list(SIZES), default="720p")
+    parser.add_argument("--model", type=Path, default=PRETRAINED)
     given = parser.parse_args()
-    config = dataclasses.replace(
-        CONFIG,
-        BACKBONE=given.backbone,
-        FRAMES_PER_VIDEO=given.frames,
-        CLIPS_PER_VIDEO=given.clips,
-        IMAGE_SIZE=given.size,
-    )
-    device, workers = torch.device(ENVIRONMENT.device), os.cpu_count() or 1
-    model = build_model(config).to(device).eval()
-    predictor = Predictor(model, ClipSettings.of(config), load_face_detector(ENVIRONMENT.device))
-
+    predictor = Predictor.load(given.model, ENVIRONMENT.device)
+    process = psutil.Process()
+    print(f"{given.resolution}, {ENVIRONMENT.device}, {cv2.__version__}; seconds, MiB")
+    print("length  decoder  judge  network  rest/decoder  windows  memory at most")
     with tempfile.TemporaryDirectory() as place:
-        few, many = Path(place, "few"), Path(place, "many")
-        few.mkdir()
-        many.mkdir()
-        for number in range(given.videos):
-            make_video(few / f"{number}.mp4", SIZES[given.resolution], number)
-            for copy in range(4):
-                os.link(few / f"{number}.mp4", many / f"{number}-{copy}.mp4")
-        paths = sorted(few.glob("*.mp4"))
-        predictor.predict_video(paths[0])
-        rounds = [
-            (
-                seconds(lambda: [predictor.predict_video(path) for path in paths]),
-                seconds(lambda: predictor.predict_folder(few, workers)),
+        short = Path(place, "short.mp4")
+        make_video(short, SIZES[given.resolution], 0)
+        predictor.judge(short)
+        for seconds in given.seconds:
+            path, most = longer(short, seconds, Path(place, f"{seconds}.mp4")), [0]
+
+            def watch(share: float, most: list[int] = most) -> None:
+                most[0] = max(most[0], process.memory_info().rss)
+
+            decoder = timed(lambda path=path: decode(path))[0]
+            taken, judged = timed(lambda path=path: predictor.judge(path, progress=watch))
+            assert isinstance(judged, Judgement)
+            network = network_alone(predictor, judged)
+            print(
+                f"{seconds:6}  {decoder:7.2f}  {taken:5.1f}  {network:7.2f}  "
+                f"{(taken - network) / decoder:12.2f}  {len(judged.windows):7}  "
+                f"{most[0] / 2**20:6.0f}",
+                flush=True,
             )
-            for _ in range(3)
-        ]
-        in_turn, together = (sorted(times)[1] for times in zip(*rounds, strict=True))
-        print(f"{given.videos} videos of {given.resolution}, 10 s, on {device}, {workers} threads:")
-        print(f"  one after the other  {given.videos / in_turn:.2f} videos/s")
-        faster = f"{in_turn / together:.2f} times as fast"
-        print(f"  predict_folder       {given.videos / together:.2f} videos/s, {faster}")
-        process = psutil.Process()
-        before = process.memory_info().rss
-        predictor.predict_folder(many, workers)
-        grown = (process.memory_info().rss - before) / 2**20
-        print(f"  {4 * given.videos} videos           {grown:+.0f} MiB of {before / 2**20:.0f} MiB")
-
-    def network(frames: int) -> float:
-        clips = torch.rand(1, frames, 3, given.size, given.size, device=device)
-
-        def score() -> None:
-            with torch.inference_mode():
-                model(clips).logit.cpu()
-
-        score()
-        return 1000 * sorted(seconds(score) for _ in range(9))[4]
-
-    clip, video = network(given.frames), network(given.frames * given.clips)
-    print(f"  the network alone    {clip:.0f} ms a clip, {video:.0f} ms a video")
 
 
 if __name__ == "__main__":

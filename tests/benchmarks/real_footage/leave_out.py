@@ -154,17 +154,20 @@ def degraded_reals(given: argparse.Namespace, videos: pd.DataFrame) -> pd.DataFr
     return pd.concat(parts)
 
 
-def write_final(given: argparse.Namespace, calibration: tuple[float, float, float]) -> None:
-    """The model that left out none, with the calibration of the left-out scores."""
+def write_final(given: argparse.Namespace, calibration: dict[str, float]) -> None:
+    """The model that left out none, with the calibration of the left-out scores.
+
+    These had the offsets of their own models taken off: so its own is taken off, too.
+    """
     content = torch.load(given.output / "none/run/models/best_model.pth", weights_only=True)
-    content |= dict(zip(("temperature", "offset", "threshold"), calibration, strict=True))
+    content |= calibration | {"offset": calibration["offset"] + content["offset"]}
     content["model"] = {
         name: value.half() if value.is_floating_point() else value
         for name, value in content["model"].items()
     }
     save_checkpoint(given.final, content)
     size = given.final.stat().st_size / 2**20
-    print(f"{given.final}: {size:.1f} MiB; temperature, offset, threshold {calibration}")
+    print(f"{given.final}: {size:.1f} MiB; {calibration}, and its own offset in addition")
 
 
 def main() -> None:
@@ -182,8 +185,9 @@ def main() -> None:
     videos.drop(columns="clip_file").to_csv(given.output / "left_out_scores.csv", index=False)
     print_report(videos)
     calibration = calibrate(videos.logit.to_numpy(), videos.label.to_numpy())
-    temperature, offset, threshold = calibration
-    limit = offset + temperature * np.log(threshold / (1 - threshold))
+    threshold = calibration["threshold"]
+    odds = np.log(threshold / (1 - threshold))
+    limit = calibration["offset"] + calibration["temperature"] * odds
     print_false_alarms(degraded_reals(given, videos), limit)
     if given.final:
         write_final(given, calibration)
