@@ -86,7 +86,9 @@ def fake_gpu() -> Iterator[None]:
         patch.setattr(torch, "Generator", lambda device="cpu": generator("cpu"))
         patch.setattr(torch._C, "_current_graph_task_id", lambda: 0)  # checkpoint() asks for it
         patch.setattr(torch.Tensor, "backward", lambda *given, **_: backward(*given[:2]) and None)
-        patch.setattr(torch.autograd, "grad", lambda root, wanted, **_: backward(root, None, wanted))
+        patch.setattr(
+            torch.autograd, "grad", lambda root, wanted, **_: backward(root, None, wanted)
+        )
         for function in CACHED:
             function.cache_clear()
         torch.clear_autocast_cache()

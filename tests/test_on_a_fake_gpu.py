@@ -1,90 +1,260 @@
-"""What a GPU would do, shown without one: devices, dtypes, and that a step never waits for it."""
+"""What a GPU would do, shown without one: devices, dtypes, and that no step waits for it.
+
+Each check is run on the code as it is, then on planted mistakes that no test on a CPU would find.
+"""
 
 import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from fake_gpu import GPU, Watch, fake_gpu, made_on_gpu
+from torch import nn
+
 import cell_04_dataset_class as data
 import cell_05_model_definition as models
 import cell_06_loss_and_utils as utils
 import cell_07_training_functions as training
 import cell_08_evaluation_functions as evaluation
-from cell_02_global_config import CONFIG, Config
+from cell_02_global_config import CONFIG
 
-HALF = (None, torch.float16, torch.bfloat16)
-SMALL = dataclasses.replace(CONFIG, BACKBONE="resnet18", IMAGE_SIZE=32, FRAMES_PER_VIDEO=4)
-
-
-def changed(**settings: Any) -> Config:
-    return dataclasses.replace(SMALL, **settings)
+SMALL = dataclasses.replace(CONFIG, BACKBONE="resnet18", IMAGE_SIZE=32, FRAMES_PER_VIDEO=2)
+changed = partial(dataclasses.replace, SMALL)
+BLEND = torch.tensor([False, True, False, False])  # a real tensor: the CPU knows its values
 
 
-def batch_of(config: Config, clips: int = 4, per_video: int = 1) -> data.Batch:
-    """A batch as `device_batches` gives it: half of its fakes are to be self-blended."""
-    frames, side = config.FRAMES_PER_VIDEO * per_video, config.IMAGE_SIZE
-    pixels = torch.empty(clips, frames, side, side, 3, dtype=torch.uint8, device=GPU)
-    blend = BLEND
-    landmarks, labels = torch.empty(clips, frames, 5, 2, device=GPU), torch.empty(clips, device=GPU)
-    return data.Batch(pixels, landmarks, labels, torch.arange(clips), blend)
+def tiny_backbone(name: str, image_size: int) -> tuple[nn.Module, int]:
+    """Two blocks, which gradient checkpointing can recompute; a twentieth of resnet18's time."""
+    stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+    block = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+    parts = dict(stem=stem, block=block, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten())
+    return nn.Sequential(OrderedDict(both=nn.Sequential(OrderedDict(parts)))), 8
 
 
-BLEND = torch.tensor([False, True, False, False])
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch, request):
+    if torch.version.cuda is None:
+        pytest.skip("this torch is built for CPUs, and does not know what a GPU would do")
+    if "resnet18" not in request.node.name:
+        monkeypatch.setattr(models, "build_backbone", tiny_backbone)
+    # Its thread would not be in fake mode.
+    monkeypatch.setattr(training, "device_batches", lambda loader, device: iter(loader))
+    monkeypatch.setattr(training, "scores_of", lambda parts, *_: parts)
+    with fake_gpu():
+        yield
 
 
-def shown(batch, config, draws):
-    return data.normalize(data.augment(batch, draws, config))
+def batch_of(per_video: int = 1) -> data.Batch:
+    """A batch of four clips as `device_batches` gives it."""
+    frames, side = SMALL.FRAMES_PER_VIDEO * per_video, SMALL.IMAGE_SIZE
+    pixels = torch.empty(4, frames, side, side, 3, dtype=torch.uint8, device=GPU)
+    landmarks, labels = torch.empty(4, frames, 5, 2, device=GPU), torch.empty(4, device=GPU)
+    return data.Batch(pixels, landmarks, labels, torch.arange(4), BLEND)
 
 
-def draws_of(config):
-    return data.PairedGenerator(GPU, [0], same=0.5 if config.AUGMENTATION == "robust" else 1.0)
-
-
-def check_augmentation(config):
-    batch, draws = batch_of(config), draws_of(config)
-    shown(batch, config, draws)
-    with Watch() as watch:
-        clips = shown(batch, config, draws)
-    assert clips.device == GPU and clips.dtype == torch.float32, clips
-    assert not watch.waits, watch.waits
-
-
-def check_step(config, precision, **options):
-    model: Any = made_on_gpu(lambda: models.build_model(config).train())
+def model_of(config=SMALL, precision=None) -> Any:
+    model: Any = made_on_gpu(lambda: models.build_model(config))
     model.precision = precision
+    return model
+
+
+def without_waiting(step: Callable[..., Any], *given: Any) -> Any:
+    with Watch() as watch:
+        result = step(*given)
+    assert not watch.waits, f"the CPU waits for {watch.waits}"
+    return result
+
+
+def check_augmentation(kind: str = "codec", twins: float = 1.0) -> None:
+    batch, draws = batch_of(), data.PairedGenerator(GPU, [0], same=twins)
+    config = changed(AUGMENTATION=kind)
+    data.normalize(data.augment(batch, draws, config))  # puts constants on the GPU
+    clips = without_waiting(lambda: data.normalize(data.augment(batch, draws, config)))
+    assert clips.device == GPU and clips.dtype == torch.float32 and clips.shape[:3] == (4, 2, 3)
+
+
+def check_step(config=SMALL, precision=torch.float16, **options: Any) -> None:
+    model = model_of(config, precision).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     scaler, average = training.LossScaler(GPU, precision), utils.ModelEMA(model, 0.98)
-    given = model, utils.build_loss(config), optimizer, scaler, 0.5, 1.0, average
-    trainer = training.Trainer(*given, **options)
-    batch, draws = batch_of(config), draws_of(config)
+    given: Any = model, utils.build_loss(config), optimizer, scaler, 0.5, 1.0, average
+    trainer, batch = training.Trainer(*given, **options), batch_of()
     meter = training.EpochMeter(trainer, None, 1, None)
+    clips = data.normalize(data.to_float(batch.clips))
 
-    def step():
-        output, loss, norm = trainer.step(shown(batch, config, draws), batch.labels)
-        meter.update(batch, output, loss, norm)
-
-    step()
-    with Watch() as watch:
-        step()
-    assert not watch.waits, watch.waits
-    scores, figures = meter.waiting[-1][1:]
-    assert {v.dtype for v in (figures, scores.losses, scores.logits)} == {torch.float32}
-    assert {v.device for v in (figures, scores.losses, scores.logits, scores.attention)} == {GPU}
-    assert {(w.grad.dtype, w.grad.device) for w in model.parameters()} == {(torch.float32, GPU)}
-    assert {value.device for value in average.module.state_dict().values()} == {GPU}
+    without_waiting(lambda: meter.update(batch, *trainer.step(clips, batch.labels)))
+    ((_, scores, figures),) = meter.waiting
+    results = (figures, scores.losses, scores.logits, scores.frame_logits, scores.attention)
+    results += (*average.module.parameters(), *(weight.grad for weight in model.parameters()))
+    assert {(value.device, value.dtype) for value in results} == {(GPU, torch.float32)}
 
 
-def test_x():
-    import time
-    for kind in ("none","plain","codec","robust"):
-        t=time.time()
-        with fake_gpu(): check_augmentation(changed(AUGMENTATION=kind))
-        print(kind,time.time()-t)
-def test_y():
-    import time
-    for p in HALF:
-        t=time.time()
-        with fake_gpu(): check_step(SMALL,p)
-        print(p,time.time()-t)
+def check_validation(precision=None, per_video: int = 1) -> None:
+    model = utils.ModelEMA(model_of(precision=precision), 0.9)
+    batch, loss = batch_of(per_video), utils.build_loss(SMALL)
+    shown = data.normalize(data.to_float(batch.clips))  # puts constants on the GPU
+    data.self_blend(shown, batch.landmarks, data.DeviceRandom(GPU, [0]))
+    (scores,) = without_waiting(training.validate, model, [batch], loss, GPU)
+    assert scores.frame_logits.shape == scores.attention.shape == (4, 2 * per_video)
+    assert {value.device for value in (scores.losses, scores.logits, scores.attention)} == {GPU}
+
+
+def check_heat_maps() -> None:
+    clips = torch.empty(1, 2, 3, 32, 32, device=GPU)
+    heat, output = evaluation.heat_maps(model_of().eval(), clips)
+    assert heat.shape == (1, 2, 32, 32) and heat.device == output.logit.device == GPU
+
+
+@pytest.mark.parametrize("kind", ["none", "plain", "codec", "robust"])
+def test_augmentation(kind):
+    check_augmentation(kind, 0.5 if kind == "robust" else 1.0)
+
+
+def test_a_training_step_in_float32():
+    check_step(precision=None)
+
+
+def test_a_training_step_of_resnet18_in_fp16():
+    check_step(precision=torch.float16)
+
+
+def test_a_training_step_in_fp16_in_parts():
+    check_step(micro_batch=3)
+
+
+def test_a_training_step_in_bf16_that_computes_activations_again():
+    check_step(changed(GRADIENT_CHECKPOINTING=True), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("precision", "clips"), [(None, 3), (torch.float16, 1), (torch.bfloat16, 1)]
+)
+def test_validation(precision, clips):
+    check_validation(precision, clips)
+
+
+def test_heat_maps():
+    check_heat_maps()
+
+
+# Mistakes
+
+
+def face_on_the_cpu(values: tuple, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values) * 1
+
+
+def sent_each_time(values: tuple, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, device=device)
+
+
+def drawn_on_the_cpu(self: Any, count: int, low: float, high: float, *shape: int) -> torch.Tensor:
+    return torch.empty(count, *shape).uniform_(low, high)
+
+
+def taken_by_an_index(values: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    return values[torch.tensor(rows)]
+
+
+def taken_by_a_mask(values: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    return values[values.flatten(1).amax(dim=1) >= 0]
+
+
+def read_each_time(loss: Any, *given: Any) -> torch.Tensor:
+    value = loss(*given)
+    return value * (1.0 if value.item() > 0 else 0.5)
+
+
+def first_gradient_on_the_cpu(where: Any, condition: Any, *values: Any) -> torch.Tensor:
+    return torch.ones(()) if isinstance(values[0], float) else where(condition, *values)
+
+
+def clipped_on_the_cpu(self: Any) -> torch.Tensor:
+    norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+    return norm / self.scaler.get_scale()
+
+
+def half_frames(forward: Any, self: Any, clips: torch.Tensor) -> Any:
+    return forward(self, clips.half())
+
+
+def averaged_on_the_cpu(init: Any, self: Any, model: nn.Module, decay: float) -> None:
+    init(self, model, decay)
+    for module in self.module.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                setattr(module, name, nn.Parameter(torch.empty_like(weight, device="cpu")))
+
+
+def loss_on_the_cpu(score: Any, output: Any, loss: torch.Tensor, batch: Any) -> Any:
+    return score(output, loss.cpu(), batch)
+
+
+def instead(where: Any, name: str, mistake: Callable, wraps: bool = False) -> tuple:
+    """A planted mistake; one that `wraps` gets what is there as its first argument."""
+    return where, name, mistake, wraps
+
+
+MISTAKES = {
+    "constants of the face on the CPU": (
+        check_augmentation,
+        instead(data, "device_constant", face_on_the_cpu),
+    ),
+    "constants sent at each step": (
+        check_augmentation,
+        instead(data, "device_constant", sent_each_time),
+    ),
+    "random numbers from the CPU": (
+        check_augmentation,
+        instead(data.DeviceRandom, "uniform", drawn_on_the_cpu),
+    ),
+    "rows taken by an index that is sent over": (
+        check_augmentation,
+        instead(data, "take", taken_by_an_index),
+    ),
+    "rows taken by a mask": (check_augmentation, instead(data, "take", taken_by_a_mask)),
+    "the loss read at each step": (
+        check_step,
+        instead(training, "total_loss", read_each_time, wraps=True),
+    ),
+    "the first gradient on the CPU": (
+        check_step,
+        instead(torch, "where", first_gradient_on_the_cpu, wraps=True),
+    ),
+    "the loss scale read at each step": (
+        check_step,
+        instead(training.Trainer, "clip_gradients", clipped_on_the_cpu),
+    ),
+    "descriptions left in half precision": (
+        check_step,
+        instead(torch.Tensor, "float", lambda self: self),
+    ),
+    "half-precision frames outside autocast": (
+        partial(check_validation, None),
+        instead(models.DeepfakeDetector, "score_clip", half_frames, wraps=True),
+    ),
+    "averaged weights on the CPU": (
+        check_step,
+        instead(utils.ModelEMA, "__init__", averaged_on_the_cpu, wraps=True),
+    ),
+    "losses moved to the CPU batch by batch": (
+        check_validation,
+        instead(training.BatchScores, "of", loss_on_the_cpu, wraps=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_is_found(mistake, monkeypatch):
+    check, (where, name, replacement, wraps) = MISTAKES[mistake]
+    if wraps:
+        before = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *given: replacement(before, *given))
+    else:
+        monkeypatch.setattr(where, name, replacement)
+    with pytest.raises((AssertionError, RuntimeError, ValueError)) as found:
+        check()
+    print(f"{mistake}: {type(found.value).__name__}: {str(found.value).splitlines()[0]}")
