@@ -50,7 +50,7 @@ def backward(root: Any, gradient: Any = None, wanted: Any = None) -> list[torch.
     """Gradients into `.grad` of the weights as autograd's engine does, or of one tensor wanted."""
     first = torch.ones_like(root) if gradient is None else gradient
     if (first.device, first.shape) != (root.device, root.shape):
-        raise RuntimeError(f"the first gradient is {first.shape} on {first.device}")
+        raise RuntimeError(f"the first gradient is {first.shape} on device {first.device}")
     expected, ready, found = nodes_before(root.grad_fn), [root.grad_fn], []
     arrived: dict[Any, dict[int, torch.Tensor]] = {root.grad_fn: {root.output_nr: first}}
     while ready:
@@ -74,6 +74,18 @@ def backward(root: Any, gradient: Any = None, wanted: Any = None) -> list[torch.
             expected[after] -= 1
             ready += [] if expected[after] else [after]
     return found
+
+
+def why_not() -> str:
+    """Why this torch cannot have a fake GPU; empty if it can."""
+    if torch.version.cuda is None:
+        return "this torch is built for CPUs, and does not know what a GPU would do"
+    try:
+        with FakeTensorMode():
+            torch.empty(1, device=GPU).contiguous()
+    except RuntimeError as error:  # torch 2.5 looks for the driver
+        return f"torch {torch.__version__} has no fake GPUs without a driver: {error}"
+    return ""
 
 
 @contextlib.contextmanager

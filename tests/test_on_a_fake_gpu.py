@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_gpu import GPU, Watch, fake_gpu, made_on_gpu
+from fake_gpu import GPU, Watch, fake_gpu, made_on_gpu, why_not
 from torch import nn
 
 import cell_04_dataset_class as data
@@ -36,8 +36,8 @@ def tiny_backbone(name: str, image_size: int) -> tuple[nn.Module, int]:
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch, request):
-    if torch.version.cuda is None:
-        pytest.skip("this torch is built for CPUs, and does not know what a GPU would do")
+    if reason := why_not():
+        pytest.skip(reason)
     if "resnet18" not in request.node.name:
         monkeypatch.setattr(models, "build_backbone", tiny_backbone)
     # Its thread would not be in fake mode.
@@ -89,7 +89,8 @@ def check_step(config=SMALL, precision=torch.float16, **options: Any) -> None:
     ((_, scores, figures),) = meter.waiting
     results = (figures, scores.losses, scores.logits, scores.frame_logits, scores.attention)
     results += (*average.module.parameters(), *(weight.grad for weight in model.parameters()))
-    assert {(value.device, value.dtype) for value in results} == {(GPU, torch.float32)}
+    kinds = {(value.device, value.dtype) for value in results}
+    assert kinds == {(GPU, torch.float32)}, f"devices and dtypes {kinds}"
 
 
 def check_validation(precision=None, per_video: int = 1) -> None:
@@ -178,6 +179,7 @@ def clipped_on_the_cpu(self: Any) -> torch.Tensor:
 
 
 def half_frames(forward: Any, self: Any, clips: torch.Tensor) -> Any:
+    self.precision = None
     return forward(self, clips.half())
 
 
@@ -193,68 +195,34 @@ def loss_on_the_cpu(score: Any, output: Any, loss: torch.Tensor, batch: Any) -> 
     return score(output, loss.cpu(), batch)
 
 
-def instead(where: Any, name: str, mistake: Callable, wraps: bool = False) -> tuple:
-    """A planted mistake; one that `wraps` gets what is there as its first argument."""
-    return where, name, mistake, wraps
-
-
-MISTAKES = {
-    "constants of the face on the CPU": (
-        check_augmentation,
-        instead(data, "device_constant", face_on_the_cpu),
-    ),
-    "constants sent at each step": (
-        check_augmentation,
-        instead(data, "device_constant", sent_each_time),
-    ),
-    "random numbers from the CPU": (
-        check_augmentation,
-        instead(data.DeviceRandom, "uniform", drawn_on_the_cpu),
-    ),
-    "rows taken by an index that is sent over": (
-        check_augmentation,
-        instead(data, "take", taken_by_an_index),
-    ),
-    "rows taken by a mask": (check_augmentation, instead(data, "take", taken_by_a_mask)),
-    "the loss read at each step": (
-        check_step,
-        instead(training, "total_loss", read_each_time, wraps=True),
-    ),
-    "the first gradient on the CPU": (
-        check_step,
-        instead(torch, "where", first_gradient_on_the_cpu, wraps=True),
-    ),
-    "the loss scale read at each step": (
-        check_step,
-        instead(training.Trainer, "clip_gradients", clipped_on_the_cpu),
-    ),
-    "descriptions left in half precision": (
-        check_step,
-        instead(torch.Tensor, "float", lambda self: self),
-    ),
-    "half-precision frames outside autocast": (
-        partial(check_validation, None),
-        instead(models.DeepfakeDetector, "score_clip", half_frames, wraps=True),
-    ),
-    "averaged weights on the CPU": (
-        check_step,
-        instead(utils.ModelEMA, "__init__", averaged_on_the_cpu, wraps=True),
-    ),
-    "losses moved to the CPU batch by batch": (
-        check_validation,
-        instead(training.BatchScores, "of", loss_on_the_cpu, wraps=True),
-    ),
+Mistake = tuple[Callable, Any, str, Callable, str]  # check, where, name, mistake, what is found
+DEVICES, DTYPES, READ = "device", "dtype|[Hh]alf", "_local_scalar_dense"
+AUGMENT, STEP, VALIDATE, DRAWS = check_augmentation, check_step, check_validation, data.DeviceRandom
+TRAINER, WAITS = training.Trainer, "the CPU waits for"
+MISTAKES: dict[str, Mistake] = {
+    "constants on the CPU": (AUGMENT, data, "device_constant", face_on_the_cpu, DEVICES),
+    "constants sent each time": (AUGMENT, data, "device_constant", sent_each_time, WAITS),
+    "random numbers from the CPU": (AUGMENT, DRAWS, "uniform", drawn_on_the_cpu, DEVICES),
+    "rows by an index that is sent": (AUGMENT, data, "take", taken_by_an_index, WAITS),
+    "rows by a mask": (AUGMENT, data, "take", taken_by_a_mask, "nonzero"),
+    "the loss read in each step": (STEP, training, "total_loss", read_each_time, READ),
+    "a first gradient on the CPU": (STEP, torch, "where", first_gradient_on_the_cpu, DEVICES),
+    "the loss scale read": (STEP, TRAINER, "clip_gradients", clipped_on_the_cpu, READ),
+    "descriptions left in half": (STEP, torch.Tensor, "float", lambda self: self, DTYPES),
+    "half without autocast": (STEP, models.DeepfakeDetector, "score_clip", half_frames, DTYPES),
+    "averages on the CPU": (STEP, utils.ModelEMA, "__init__", averaged_on_the_cpu, DEVICES),
+    "losses sent to the CPU": (VALIDATE, training.BatchScores, "of", loss_on_the_cpu, WAITS),
 }
+WRAPPERS = (read_each_time, first_gradient_on_the_cpu, half_frames, averaged_on_the_cpu)
+WRAPPERS += (loss_on_the_cpu,)  # these get what they replace first
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_planted_mistake_is_found(mistake, monkeypatch):
-    check, (where, name, replacement, wraps) = MISTAKES[mistake]
-    if wraps:
-        before = getattr(where, name)
-        monkeypatch.setattr(where, name, lambda *given: replacement(before, *given))
-    else:
-        monkeypatch.setattr(where, name, replacement)
-    with pytest.raises((AssertionError, RuntimeError, ValueError)) as found:
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_planted_mistake_is_found(name, monkeypatch):
+    check, where, attribute, mistake, message = MISTAKES[name]
+    before = getattr(where, attribute)
+    planted = partial(mistake, before) if mistake in WRAPPERS else mistake
+    monkeypatch.setattr(where, attribute, lambda *given: planted(*given))
+    with pytest.raises((AssertionError, RuntimeError, ValueError), match=message) as found:
         check()
-    print(f"{mistake}: {type(found.value).__name__}: {str(found.value).splitlines()[0]}")
+    print(f"{name}: {type(found.value).__name__}: {str(found.value).splitlines()[0]}")
