@@ -1244,6 +1244,7 @@ def cache_clips(
     cache_dir: Path,
     detector: torch.nn.ModuleList | None,
     workers: int,
+    *,
     share: slice = slice(None),
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Make the clips of a `share` of videos, in threads: OpenCV decodes outside Python's lock.

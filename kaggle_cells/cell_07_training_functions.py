@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import psutil
 import torch
 import torch.distributed as dist
@@ -31,12 +32,14 @@ from tqdm.auto import tqdm
 from cell_01_imports_and_setup import (
     IN_NOTEBOOK,
     NO_BARS,
+    RANK,
     WORLD_SIZE,
     native_precision,
     show_figure,
     styled,
 )
 from cell_02_global_config import Config
+from cell_03_data_processing import cache_clips
 from cell_04_dataset_class import (
     Batch,
     DeviceRandom,
@@ -64,8 +67,8 @@ def device_batches(loader: DataLoader, device: torch.device) -> Iterator[Batch]:
         return
 
     def to_device(batch: Batch) -> Batch:
-        moved = (part.to(device, non_blocking=True) for part in batch[:3])
-        return Batch(*moved, *batch[3:])
+        moved = [part.to(device, non_blocking=True) for part in batch[:3]]
+        return Batch._make([*moved, *batch[3:]])
 
     def fetch() -> Batch | None:
         batch = next(batches, None)
@@ -562,13 +565,14 @@ def validate(
 
 # %% [markdown]
 # **Several processes**, started by `torchrun`, train one model on as many GPUs, of one machine or
-# more (DistributedDataParallel); on Kaggle, skip this. They start from equal weights, take equal
-# shares of each batch, and average their gradients.
+# more (DistributedDataParallel); on Kaggle, skip this. The first one finds the videos and deals
+# them out, and each makes the clips of its share. In training they start from equal weights, take
+# equal shares of each batch, and average their gradients.
 
 
 # %%
 def join_processes(device: torch.device) -> None:
-    """Join torchrun's other processes, however long the first one needs to prepare the data.
+    """Join torchrun's other processes, however long the slowest needs for its share of the clips.
 
     Raises RuntimeError if some of them have a GPU and some have not.
     """
@@ -601,6 +605,22 @@ def all_gather_object(value: Any) -> list:
 def broadcast_object(value: Any) -> Any:
     """The first process's value, in all of them."""
     return all_gather_object(value)[0]
+
+
+def cache_clips_together(videos: pd.DataFrame, *how: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`cache_clips` of videos that all processes know: each makes a share, all get the result."""
+    parts = all_gather_object(cache_clips(videos, *how, share=slice(RANK, None, WORLD_SIZE)))
+    place = {path: number for number, path in enumerate(videos.path)}
+    made, failed = (pd.concat(tables) for tables in zip(*parts, strict=True))
+    order: Any = dict(by="path", key=lambda paths: paths.map(place), ignore_index=True)
+    return made.sort_values(**order), failed.sort_values(**order)
+
+
+def help_to_prepare(*how: Any) -> dict[str, pd.DataFrame]:
+    """Make shares of the videos that the first process sends, until it sends the splits' tables."""
+    while not isinstance(sent := broadcast_object(None), dict):
+        cache_clips_together(sent, *how)
+    return sent
 
 
 # %% [markdown]

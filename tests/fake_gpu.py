@@ -82,9 +82,10 @@ def why_not() -> str:
         return "this torch is built for CPUs, and does not know what a GPU would do"
     try:
         with FakeTensorMode():
-            torch.empty(1, device=GPU).contiguous()
+            torch.empty(2, device=GPU)[0]
     except RuntimeError as error:  # torch 2.5 looks for the driver
-        return f"torch {torch.__version__} has no fake GPUs without a driver: {error}"
+        reason = str(error).splitlines()[0]
+        return f"torch {torch.__version__} has no fake GPUs without a driver: {reason}"
     return ""
 
 

@@ -87,7 +87,7 @@ def check_step(config=SMALL, precision=torch.float16, **options: Any) -> None:
 
     without_waiting(lambda: meter.update(batch, *trainer.step(clips, batch.labels)))
     ((_, scores, figures),) = meter.waiting
-    results = (figures, scores.losses, scores.logits, scores.frame_logits, scores.attention)
+    results: tuple = (figures, scores.losses, scores.logits, scores.frame_logits, scores.attention)
     results += (*average.module.parameters(), *(weight.grad for weight in model.parameters()))
     kinds = {(value.device, value.dtype) for value in results}
     assert kinds == {(GPU, torch.float32)}, f"devices and dtypes {kinds}"
@@ -213,7 +213,7 @@ MISTAKES: dict[str, Mistake] = {
     "averages on the CPU": (STEP, utils.ModelEMA, "__init__", averaged_on_the_cpu, DEVICES),
     "losses sent to the CPU": (VALIDATE, training.BatchScores, "of", loss_on_the_cpu, WAITS),
 }
-WRAPPERS = (read_each_time, first_gradient_on_the_cpu, half_frames, averaged_on_the_cpu)
+WRAPPERS: tuple = (read_each_time, first_gradient_on_the_cpu, half_frames, averaged_on_the_cpu)
 WRAPPERS += (loss_on_the_cpu,)  # these get what they replace first
 
 
