@@ -155,24 +155,24 @@ def in_parts(
     size: int | None,
     in_step: bool = False,
     multiple: int = 1,
-    begin: Callable[[], None] = lambda: None,
+    undo: Callable[[], None] = lambda: None,
 ) -> tuple[list, int | None]:
     """What `compute` makes of tensors of B clips, `size` clips at once (None: all), and the size.
 
-    Whenever memory runs out, the size is halved, though parts stay multiples of `multiple`, and
-    all starts again with `begin`.
+    Whenever memory runs out, all starts again after `undo`, with half the size, but parts stay
+    multiples of `multiple`.
     """
     count = len(columns[0])
     while True:
         most = min(size or count, count)
         split = (column.split(most + most % multiple) for column in columns)
         parts = zip(*split, strict=True) if most < count else [columns]
-        begin()
         try:
             return [compute(*part) for part in parts], size
         except RuntimeError as error:
             require_out_of_memory(error)
         size = halved(most, in_step)  # only here, because the error keeps tensors in memory
+        undo()
 
 
 def step_fits(
@@ -271,14 +271,15 @@ class Trainer:
         If loss or gradients are not finite, weights and running statistics stay what they were.
         """
         before = flat_statistics(self.model)
+        self.optimizer.zero_grad(set_to_none=True)
 
-        def begin() -> None:
+        def undo() -> None:
             self.optimizer.zero_grad(set_to_none=True)
             roll_back(self.model, before, labels.new_ones((), dtype=torch.bool))
 
         compute = partial(self.add_gradients, len(clips))
         size = self.micro_batch
-        parts, self.micro_batch = in_parts(compute, (clips, labels), size, True, begin=begin)
+        parts, self.micro_batch = in_parts(compute, (clips, labels), size, True, undo=undo)
         norm = self.clip_gradients()
         self.scaler.unscale_(self.optimizer)
         self.scaler.step(self.optimizer)

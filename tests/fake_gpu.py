@@ -19,6 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cell_04_dataset_class as data
+import cell_05_model_definition as models
+import cell_06_loss_and_utils as utils
+import cell_07_training_functions as training
 
 GPU = torch.device("cuda:1")  # not 0: something made on "cuda" would be on another GPU
 CACHED: tuple[Any, ...] = (data.device_constant, data.codec_constants)
@@ -190,3 +193,54 @@ class Watch(TorchDispatchMode):
         written = made or tensors_in(args[:1])
         self.bytes += sum(map(bytes_of, [*read, *written]))
         self.kernels += -(-max(1, len(tensors_in(args[:1]))) // TENSORS_A_LAUNCH)
+
+
+def batch_of(config: Any, count: int, blend: torch.Tensor, per_video: int = 1) -> data.Batch:
+    """A batch as `device_batches` gives it; `blend` is real, because the CPU knows its values."""
+    frames, side = config.FRAMES_PER_VIDEO * per_video, config.IMAGE_SIZE
+    pixels = torch.empty(count, frames, side, side, 3, dtype=torch.uint8, device=GPU)
+    landmarks = torch.empty(count, frames, 5, 2, device=GPU)
+    return data.Batch(pixels, landmarks, torch.empty(count, device=GPU), torch.arange(count), blend)
+
+
+def trainer_of(config: Any, precision: torch.dtype | None, **options: Any) -> training.Trainer:
+    """What section 11 makes, on the fake GPU."""
+    model: Any = made_on_gpu(lambda: models.build_model(config)).train()
+    model.precision = precision
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    scaler, average = training.LossScaler(GPU, precision), utils.ModelEMA(model, 0.98)
+    given: Any = model, utils.build_loss(config), optimizer, scaler, 0.5, 1.0, average
+    return training.Trainer(*given, **options)
+
+
+def watch_augmentation(config: Any, count: int = 16) -> Watch:
+    """What it takes to augment clips of which a quarter is self-blended."""
+    blend = torch.arange(count) % 4 == 1
+    with fake_gpu():
+        batch, draws = batch_of(config, count, blend), data.PairedGenerator(GPU, [0])
+        data.normalize(data.augment(batch, draws, config))  # puts constants on the GPU
+        with Watch() as watch:
+            data.normalize(data.augment(batch, draws, config))
+    return watch
+
+
+def watch_step(config: Any, count: int = 16, gradients: bool = True) -> Watch:
+    """What a step in fp16 takes; without `gradients` all but forward and backward."""
+    with fake_gpu():
+        trainer = trainer_of(config, torch.float16)
+        meter = training.EpochMeter(trainer, None, 1, None)
+        batch = batch_of(config, count, torch.zeros(count, dtype=torch.bool))
+
+        def nothing(count: int, clips: Any, labels: Any) -> tuple:
+            for weight in trainer.model.parameters():
+                weight.grad = torch.empty_like(weight)
+            frames = torch.empty(count, config.FRAMES_PER_VIDEO, device=GPU)
+            return [torch.empty(count, device=GPU), frames, frames], torch.empty((), device=GPU)
+
+        if not gradients:
+            trainer.add_gradients = nothing  # type: ignore[method-assign]
+        clips = torch.empty_like(batch.clips.movedim(-1, 2), dtype=torch.float32)
+        for _ in range(2):  # the first one makes the optimizer's averages
+            with Watch() as watch:
+                meter.update(batch, *trainer.step(clips, batch.labels))
+    return watch

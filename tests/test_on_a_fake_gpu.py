@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from fake_gpu import GPU, Watch, fake_gpu, made_on_gpu, why_not
+from fake_gpu import (
+    GPU,
+    Watch,
+    batch_of,
+    fake_gpu,
+    made_on_gpu,
+    trainer_of,
+    watch_augmentation,
+    watch_step,
+    why_not,
+)
 from torch import nn
 
 import cell_04_dataset_class as data
@@ -38,21 +48,16 @@ def tiny_backbone(name: str, image_size: int) -> tuple[nn.Module, int]:
 def gpu(monkeypatch, request):
     if reason := why_not():
         pytest.skip(reason)
-    if "resnet18" not in request.node.name:
+    if "resnet" not in request.node.name:
         monkeypatch.setattr(models, "build_backbone", tiny_backbone)
     # Its thread would not be in fake mode.
     monkeypatch.setattr(training, "device_batches", lambda loader, device: iter(loader))
     monkeypatch.setattr(training, "scores_of", lambda parts, *_: parts)
+    if "traffic" in request.node.name:
+        yield
+        return
     with fake_gpu():
         yield
-
-
-def batch_of(per_video: int = 1) -> data.Batch:
-    """A batch of four clips as `device_batches` gives it."""
-    frames, side = SMALL.FRAMES_PER_VIDEO * per_video, SMALL.IMAGE_SIZE
-    pixels = torch.empty(4, frames, side, side, 3, dtype=torch.uint8, device=GPU)
-    landmarks, labels = torch.empty(4, frames, 5, 2, device=GPU), torch.empty(4, device=GPU)
-    return data.Batch(pixels, landmarks, labels, torch.arange(4), BLEND)
 
 
 def model_of(config=SMALL, precision=None) -> Any:
@@ -69,7 +74,7 @@ def without_waiting(step: Callable[..., Any], *given: Any) -> Any:
 
 
 def check_augmentation(kind: str = "codec", twins: float = 1.0) -> None:
-    batch, draws = batch_of(), data.PairedGenerator(GPU, [0], same=twins)
+    batch, draws = batch_of(SMALL, 4, BLEND), data.PairedGenerator(GPU, [0], same=twins)
     config = changed(AUGMENTATION=kind)
     data.normalize(data.augment(batch, draws, config))  # puts constants on the GPU
     clips = without_waiting(lambda: data.normalize(data.augment(batch, draws, config)))
@@ -77,25 +82,22 @@ def check_augmentation(kind: str = "codec", twins: float = 1.0) -> None:
 
 
 def check_step(config=SMALL, precision=torch.float16, **options: Any) -> None:
-    model = model_of(config, precision).train()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    scaler, average = training.LossScaler(GPU, precision), utils.ModelEMA(model, 0.98)
-    given: Any = model, utils.build_loss(config), optimizer, scaler, 0.5, 1.0, average
-    trainer, batch = training.Trainer(*given, **options), batch_of()
+    trainer: Any = trainer_of(config, precision, **options)
+    batch = batch_of(config, 4, BLEND)
     meter = training.EpochMeter(trainer, None, 1, None)
     clips = data.normalize(data.to_float(batch.clips))
 
     without_waiting(lambda: meter.update(batch, *trainer.step(clips, batch.labels)))
     ((_, scores, figures),) = meter.waiting
     results: tuple = (figures, scores.losses, scores.logits, scores.frame_logits, scores.attention)
-    results += (*average.module.parameters(), *(weight.grad for weight in model.parameters()))
+    results += (*trainer.average.module.parameters(), *(w.grad for w in trainer.model.parameters()))
     kinds = {(value.device, value.dtype) for value in results}
     assert kinds == {(GPU, torch.float32)}, f"devices and dtypes {kinds}"
 
 
 def check_validation(precision=None, per_video: int = 1) -> None:
     model = utils.ModelEMA(model_of(precision=precision), 0.9)
-    batch, loss = batch_of(per_video), utils.build_loss(SMALL)
+    batch, loss = batch_of(SMALL, 4, BLEND, per_video), utils.build_loss(SMALL)
     shown = data.normalize(data.to_float(batch.clips))  # puts constants on the GPU
     data.self_blend(shown, batch.landmarks, data.DeviceRandom(GPU, [0]))
     (scores,) = without_waiting(training.validate, model, [batch], loss, GPU)
@@ -139,6 +141,19 @@ def test_validation(precision, clips):
 
 def test_heat_maps():
     check_heat_maps()
+
+
+# Traffic, for 16 clips of the default setting: 16 frames of 160 pixels, ResNet50
+
+
+def test_traffic_of_augmentation():
+    watch = watch_augmentation(CONFIG)
+    assert watch.bytes <= 5.5e9 and watch.kernels <= 200, (watch.bytes, watch.kernels)
+
+
+def test_traffic_of_the_bookkeeping_around_a_resnet50():
+    watch = watch_step(CONFIG, gradients=False)
+    assert watch.kernels <= 100, watch.kernels
 
 
 # Mistakes
