@@ -63,7 +63,7 @@ from typing import Any
 # FFmpeg and OpenCV report damaged videos without naming them; data/skipped.csv names them.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
-# Under torchrun, only the first process prepares data, writes files and prints.
+# Under torchrun, all processes make clips, but only the first one writes tables and prints.
 _launcher = dict(os.environ) if "TORCHELASTIC_RUN_ID" in os.environ else {}
 RANK, LOCAL_RANK = int(_launcher.get("RANK", 0)), int(_launcher.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(_launcher.get("WORLD_SIZE", 1))

@@ -53,6 +53,7 @@ GRADIENT_CLIP: float = 1.0  # maximum gradient norm; 0: no clipping
 LR_PATIENCE: int = 3  # halve the learning rate after this many epochs without a better val loss
 PATIENCE: int = 8  # stop after this many epochs without a better validation AUC
 EMA_DECAY: float = 0.98  # EMA decay; closer to 1 averages over more steps; 0 disables it
+SYNC_BATCH_NORM: str = "auto"  # torchrun on GPUs, on or off; auto: with fewer than 8 clips on each
 AMP: str = "auto"  # auto: bf16 or fp16, whichever the GPU prefers, fp32 on CPU; or off, fp16, bf16
 # Evaluation and run
 ROBUSTNESS: int = 500  # test videos to score again under compression, blur, ...; 0: none
@@ -142,6 +143,7 @@ class Parameters:
     LR_PATIENCE: int = allow(0, 10**4)
     PATIENCE: int = allow(1, 10**4)
     EMA_DECAY: float = allow(0, 0.99999)
+    SYNC_BATCH_NORM: str = allow("auto", "on", "off")
     AMP: str = allow("auto", "off", "fp16", "bf16")
     ROBUSTNESS: int = allow(0, 10**6)
     TIME_BUDGET_HOURS: float = allow(0, 10**4)
@@ -207,6 +209,10 @@ class Config(Parameters):
     def time_budget(self) -> float:
         """Seconds for the whole run."""
         return 3600 * (self.TIME_BUDGET_HOURS or (11 if ON_KAGGLE else math.inf))
+
+    def syncs_batch_norm(self, clips: int) -> bool:
+        """Whether processes on GPUs, with so many `clips` each, share their batch statistics."""
+        return self.SYNC_BATCH_NORM == "on" or (self.SYNC_BATCH_NORM == "auto" and clips < 8)
 
     @property
     def work_dir(self) -> Path:
@@ -344,11 +350,16 @@ def mixed_seed(*numbers: int) -> int:
 
 
 def seed_everything(*numbers: int) -> None:
-    """Seed Python, NumPy and PyTorch (all devices) from one or more numbers."""
+    """Seed Python, NumPy and PyTorch from one or more numbers, each GPU with a seed of its own.
+
+    With the same seed, DataParallel's copies would drop the same units of their clips.
+    """
     seed = mixed_seed(*numbers)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    for index, generator in enumerate(torch.cuda.default_generators):
+        generator.manual_seed(mixed_seed(*numbers, index))
 
 
 # %%
@@ -358,6 +369,7 @@ if not IN_NOTEBOOK:
     _given |= parameters_from_environment(dict(os.environ))
 CONFIG = adopt_checkpoint(Config(**_given))
 seed_everything(CONFIG.SEED)
+torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on all GPUs
 
 if SHOW_TABLES:
     _summary = {

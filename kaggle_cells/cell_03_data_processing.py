@@ -964,6 +964,7 @@ def read_pictures(path: Path, count: int) -> Frames:
 # %%
 DETECTION_FRAMES = 8  # frames of a clip that the detector looks at
 DETECTION_SIDE = 640  # longer side of the frames it sees
+GPU_ERROR = re.compile("CUDA|CUDNN|cuDNN|CUBLAS")  # in messages: no fault of the video
 FACE_SIZES = (80, 32)  # smallest face in their pixels; small ones only if there is no larger one
 
 
@@ -992,7 +993,10 @@ def load_face_detector(device: str | torch.device) -> torch.nn.ModuleList:
 
 
 def detect_faces(frames: list[np.ndarray], detector: Iterable[Any]) -> list[list[Face]]:
-    """The faces in each of some RGB frames of one size. Raises VideoError if the detector fails."""
+    """The faces in each of some RGB frames of one size.
+
+    Raises VideoError if the detector fails, and what the GPU raises if that fails.
+    """
     scale = min(1.0, DETECTION_SIDE / max(frames[0].shape[:2]))
     shrink = dict(fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     small = [cv2.resize(frame, None, **shrink) for frame in frames]
@@ -1004,9 +1008,9 @@ def detect_faces(frames: list[np.ndarray], detector: Iterable[Any]) -> list[list
         try:
             images = np.stack([small[time] for time in faceless])
             boxes, _, landmarks = stage.detect(images, landmarks=True)
-        except torch.cuda.OutOfMemoryError:
-            raise
         except (IndexError, RuntimeError, ValueError) as error:  # it fails on boxes without area
+            if GPU_ERROR.search(str(error)):
+                raise
             raise VideoError(f"the face detector failed: {error}") from error
         for time, box, points in zip(faceless, boxes, landmarks, strict=True):
             if box is not None:
@@ -1580,12 +1584,15 @@ def cache_clips(
     cache_dir: Path,
     detector: torch.nn.ModuleList | None,
     workers: int,
+    *,
+    share: slice = slice(None),
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Make the clips of all videos, in threads: OpenCV decodes outside Python's lock.
+    """Make the clips of a `share` of videos, in threads: OpenCV decodes outside Python's lock.
 
-    Returns the usable videos with CLIP_COLUMNS, and the others with a `reason`.
+    Returns the usable ones with CLIP_COLUMNS, and the others with a `reason`.
     """
-    crops = find_face_crops(videos, settings, detector)
+    crops = find_face_crops(videos, settings, detector)  # decided by all of them
+    videos = videos[share]
 
     def make(row: int) -> tuple[int, dict]:
         return row, cached_clip(videos.path[row], settings, cache_dir, detector, crops[row])

@@ -428,16 +428,20 @@ def self_blend(
     return torch.lerp(clips, inner, ratio * mask[:, :, None]), mask
 
 
+def take(values: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    return torch.stack([values[row] for row in rows])
+
+
 def with_self_blends(
     clips: torch.Tensor, landmarks: torch.Tensor, blend: torch.Tensor, random: DeviceRandom
 ) -> torch.Tensor:
     """Self-blend, in place, the clips (B, T, 3, S, S) that `blend` (B,), on the CPU, marks."""
-    rows = np.flatnonzero(blend.numpy())
-    if not len(rows):
-        return clips
-    index = torch.from_numpy(rows).to(clips.device, non_blocking=True)
-    blended, _ = self_blend(clips[index], landmarks[index], random)
-    return clips.index_copy_(0, index, blended)
+    rows = [row for row, chosen in enumerate(blend.tolist()) if chosen]
+    if rows:
+        # By numbers that the CPU knows: an index on the device would have to be sent there.
+        blended, _ = self_blend(take(clips, rows), take(landmarks, rows), random)
+        torch._foreach_copy_([clips[row] for row in rows], list(blended))
+    return clips
 
 
 # %% [markdown]
@@ -517,11 +521,11 @@ def change_resolutions(clips: torch.Tensor, random: DeviceRandom) -> torch.Tenso
 def change_quality(clips: torch.Tensor, random: DeviceRandom) -> torch.Tensor:
     """Clips (B, T, 3, S, S) with another compression, resolution, sharpness and gamma."""
     draw = functools.partial(random.uniform, len(clips))
-    rows = np.flatnonzero(random.numbers(len(clips), 0, 1) < 0.3)
-    if len(rows):
-        index = torch.from_numpy(rows).to(clips.device, non_blocking=True)
-        coarseness = draw(0.1, 1, 1, 1, 1, 1)[index]
-        clips = clips.index_copy(0, index, compress(clips[index], coarseness))
+    rows = np.flatnonzero(random.numbers(len(clips), 0, 1) < 0.3).tolist()
+    coarseness = draw(0.1, 1, 1, 1, 1, 1)
+    if rows:
+        compressed = compress(take(clips, rows), take(coarseness, rows))
+        torch._foreach_copy_([clips[row] for row in rows], list(compressed))
     clips = change_resolutions(clips, random)
     pool = functools.partial(F.avg_pool2d, stride=1, padding=2, count_include_pad=False)
     blurred = pool(pool(clips.flatten(0, 1), 5), 5).view_as(clips)

@@ -46,8 +46,9 @@ class DeepfakeDetector(nn.Module):
     """Frames -> backbone -> BiLSTM -> multi-head self-attention -> one logit per clip.
 
     `backbone` maps (N, 3, S, S) to (N, `features`); `frames` is T. Without `lstm_layers` the logit
-    is the mean of the frames'. `precision` is a dtype for mixed precision, noted here because
-    DataParallel's threads do not inherit the caller's autocast.
+    is the mean of the frames'. `precision` is a dtype for the backbone, noted here because
+    DataParallel's threads do not inherit the caller's autocast; the rest, which takes little time,
+    is in float32.
     """
 
     precision: torch.dtype | None = None
@@ -76,12 +77,15 @@ class DeepfakeDetector(nn.Module):
 
     def forward(self, clips: torch.Tensor) -> DetectorOutput:
         """Normalised clips (B, T, 3, S, S). In evaluation, K * T frames are K interleaved clips."""
-        with torch.autocast(clips.device.type, self.precision, enabled=self.precision is not None):
-            return self.score_clip(clips) if self.training else self.average_views(clips)
+        return self.score_clip(clips) if self.training else self.average_views(clips)
 
     def score_clip(self, clips: torch.Tensor) -> DetectorOutput:
         """One clip, of any length T, for each of B videos: (B, T, 3, S, S)."""
-        described = self.backbone(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
+        # DataParallel's copies have lost the memory format of the weights: the input brings it.
+        frames = clips.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(clips.device.type, self.precision, enabled=self.precision is not None):
+            described = self.backbone(frames)
+        described = described.float().unflatten(0, clips.shape[:2])
         frame_logits = self.frame_head(described).squeeze(-1)
         if not self.reads_order:
             equal = torch.full_like(frame_logits, 1 / frame_logits.shape[1])

@@ -91,6 +91,14 @@ class EarlyStopping:
 
 
 # %%
+def by_dtype(tensors: Iterable[torch.Tensor]) -> dict[torch.dtype, list[torch.Tensor]]:
+    """Lists for torch's `_foreach` functions, which take a few kernels for all of a list."""
+    found: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.dtype, []).append(tensor)
+    return found
+
+
 class ModelEMA(nn.Module):
     """An exponential moving average of a network's weights and statistics over the steps.
 
@@ -98,12 +106,17 @@ class ModelEMA(nn.Module):
     CPU wait for the GPU.
     """
 
-    steps: torch.Tensor
-
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__()
         self.module, self.decay = copy.deepcopy(model).requires_grad_(False), decay
-        self.register_buffer("steps", torch.zeros((), device=next(model.parameters()).device))
+        self.steps = 0
+
+    def get_extra_state(self) -> int:
+        """A part of the state dict."""
+        return self.steps
+
+    def set_extra_state(self, state: int) -> None:
+        self.steps = state
 
     def forward(self, clips: torch.Tensor) -> tuple:
         return self.module(clips)
@@ -112,14 +125,14 @@ class ModelEMA(nn.Module):
     def update(self, model: nn.Module) -> None:
         """Add the current weights of `model` to the average."""
         self.steps += 1
-        share = self.steps.reciprocal().clamp(min=1 - self.decay)
-        own = itertools.chain(self.module.parameters(), self.module.buffers())
-        theirs = itertools.chain(model.parameters(), model.buffers())
-        for mean, value in zip(own, theirs, strict=True):
-            if mean.is_floating_point():
-                mean.lerp_(value, share.to(mean.dtype))
+        share = max(1 / self.steps, 1 - self.decay)
+        theirs = by_dtype(itertools.chain(model.parameters(), model.buffers()))
+        own = by_dtype(itertools.chain(self.module.parameters(), self.module.buffers()))
+        for dtype, means in own.items():
+            if dtype.is_floating_point:
+                torch._foreach_lerp_(means, theirs[dtype], share)
             else:
-                mean.copy_(value)
+                torch._foreach_copy_(means, theirs[dtype])
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -142,7 +155,7 @@ def free_memory() -> None:
 
 # %%
 DAMAGE = (OSError, EOFError, RuntimeError, ValueError, BadZipFile, UnpicklingError, zlib.error)
-FORMAT = 3  # of last_checkpoint.pth; a run saved in another format cannot be resumed
+FORMAT = 4  # of last_checkpoint.pth; a run saved in another format cannot be resumed
 RESUMABLE_CHANGES = {  # parameters that may change when a run is resumed
     *("DATA_DIR", "WORK_DIR", "CACHE_DIR", "PREDICT_DIR", "RESUME", "NUM_WORKERS"),
     *("TIME_BUDGET_HOURS", "EPOCHS", "PATIENCE", "GRADIENT_CHECKPOINTING", "ROBUSTNESS"),

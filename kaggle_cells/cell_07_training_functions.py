@@ -11,13 +11,15 @@ import datetime
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import psutil
 import torch
 import torch.distributed as dist
@@ -30,12 +32,14 @@ from tqdm.auto import tqdm
 from cell_01_imports_and_setup import (
     IN_NOTEBOOK,
     NO_BARS,
+    RANK,
     WORLD_SIZE,
     native_precision,
     show_figure,
     styled,
 )
 from cell_02_global_config import Config
+from cell_03_data_processing import cache_clips
 from cell_04_dataset_class import (
     Batch,
     DeviceRandom,
@@ -46,7 +50,7 @@ from cell_04_dataset_class import (
     with_self_blends,
 )
 from cell_05_model_definition import DeepfakeDetector, DetectorOutput, build_model
-from cell_06_loss_and_utils import FocalLoss, ModelEMA, free_memory, unwrapped
+from cell_06_loss_and_utils import FocalLoss, ModelEMA, by_dtype, free_memory, unwrapped
 
 LOG_EVERY = 10  # steps
 BAD_STEPS = 5  # so many non-finite steps in a row end the run
@@ -62,17 +66,25 @@ def device_batches(loader: DataLoader, device: torch.device) -> Iterator[Batch]:
         yield from loader
         return
 
+    def to_device(batch: Batch) -> Batch:
+        moved = [part.to(device, non_blocking=True) for part in batch[:3]]
+        return Batch._make([*moved, *batch[3:]])
+
     def fetch() -> Batch | None:
         batch = next(batches, None)
-        if batch is None:
-            return None
-        moved = (part.to(device, non_blocking=True) for part in batch[:3])
-        return Batch(*moved, *batch[3:])
+        try:
+            return batch and to_device(batch)
+        except RuntimeError as error:
+            require_out_of_memory(error)
+            return batch  # it will fit when the step before it has ended
 
     batches = iter(loader)
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(fetch)
         while (batch := ahead.result()) is not None:
+            if batch.clips.device.type == "cpu":
+                free_memory()
+                batch = to_device(batch)
             ahead = pool.submit(fetch)
             yield batch
 
@@ -106,18 +118,61 @@ class LossScaler(torch.amp.GradScaler):
 
 # %% [markdown]
 # **Memory.** The batch size is found by trying. If memory runs out later, because something else
-# uses the GPU, the same batch is computed in smaller parts whose gradients add up: slower, but with
-# the same result.
+# uses the GPU, the same batch is computed in smaller parts: slower, but with the same result. In
+# training their gradients add up.
 
 # %%
-OUT_OF_MEMORY = "out of memory|can't allocate memory|ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
-OUT_OF_MEMORY += "|unable to find an engine to execute"  # cuDNN, without room for its workspace
+OUT_OF_MEMORY = "out of memory|can't allocate memory|ALLOC_FAILED|ALLOCATION_FAILED"
+OUT_OF_MEMORY += "|(CUBLAS|CUDNN)_STATUS_NOT_INITIALIZED"
+# cuDNN, without room for its workspace
+OUT_OF_MEMORY += "|unable to find an engine to execute|Unable to find a valid cuDNN algorithm"
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or one of its libraries, could not allocate memory."""
-    is_torchs = isinstance(error, torch.cuda.OutOfMemoryError)
-    return is_torchs or re.search(OUT_OF_MEMORY, str(error)) is not None
+def require_out_of_memory(error: RuntimeError) -> None:
+    """Raise the error, unless a device or one of its libraries could not allocate memory."""
+    if not re.search(OUT_OF_MEMORY, str(error)):
+        raise error
+
+
+def halved(size: int, in_step: bool = False) -> int:
+    """Half of the clips computed at once. Raises RuntimeError, with advice, if there is no half."""
+    if size == 1 or (in_step and WORLD_SIZE > 1):  # others would wait in the middle of their step
+        raise RuntimeError(
+            f"memory ran out with {size} clips at once. Set GRADIENT_CHECKPOINTING=True and run "
+            "again to resume after the last complete epoch. A smaller BATCH_SIZE, "
+            "FRAMES_PER_VIDEO, IMAGE_SIZE or BACKBONE saves memory too, but starts over"
+        )
+    half = (size + 1) // 2
+    print(f"Memory ran out with {size} clips at once: computing {half} at a time from now on")
+    free_memory()
+    return half
+
+
+# %%
+def in_parts(
+    compute: Callable,
+    columns: Sequence[torch.Tensor],
+    size: int | None,
+    in_step: bool = False,
+    multiple: int = 1,
+    undo: Callable[[], None] = lambda: None,
+) -> tuple[list, int | None]:
+    """What `compute` makes of tensors of B clips, `size` clips at once (None: all), and the size.
+
+    Whenever memory runs out, all starts again after `undo`, with half the size, but parts stay
+    multiples of `multiple`.
+    """
+    count = len(columns[0])
+    while True:
+        most = min(size or count, count)
+        split = (column.split(most + most % multiple) for column in columns)
+        parts = zip(*split, strict=True) if most < count else [columns]
+        try:
+            return [compute(*part) for part in parts], size
+        except RuntimeError as error:
+            require_out_of_memory(error)
+        size = halved(most, in_step)  # only here, because the error keeps tensors in memory
+        undo()
 
 
 def step_fits(
@@ -136,12 +191,11 @@ def step_fits(
         model.precision = precision
         others = [weight.clone() for weight in model.parameters()]  # EMA, or DDP's buckets
         output = model(normalize(augment(batch, PairedGenerator(device, [0]), config)))
-        (output.logit.float().sum() + output.frame_logits.float().sum()).backward()
+        (output.logit.sum() + output.frame_logits.sum()).backward()
         torch.optim.AdamW(model.parameters()).step()  # allocates two averages of each weight
         del others
     except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
+        require_out_of_memory(error)
         return False
     return True
 
@@ -172,28 +226,24 @@ def total_loss(
     output: DetectorOutput, labels: torch.Tensor, criterion: nn.Module, frame_weight: float
 ) -> torch.Tensor:
     """The loss of the clips, plus that of single frames against the same labels."""
-    frames = criterion(output.frame_logits.float(), labels[:, None].expand_as(output.frame_logits))
-    return criterion(output.logit.float(), labels) + frame_weight * frames
+    frames = criterion(output.frame_logits, labels[:, None].expand_as(output.frame_logits))
+    return criterion(output.logit, labels) + frame_weight * frames
 
 
-def halved(size: int) -> int:
-    """A smaller micro-batch. Raises RuntimeError, with advice, if there can be none."""
-    if size == 1 or WORLD_SIZE > 1:  # other processes would wait in the middle of their step
-        raise RuntimeError(
-            f"memory ran out at a micro-batch of {size}. Set GRADIENT_CHECKPOINTING=True and run "
-            "again to resume after the last complete epoch. A smaller BATCH_SIZE, "
-            "FRAMES_PER_VIDEO, IMAGE_SIZE or BACKBONE saves memory too, but starts over"
-        )
-    half = (size + 1) // 2
-    print(f"Memory ran out with {size} clips at once: computing {half} at a time from now on")
-    free_memory()
-    return half
+def flat_statistics(model: nn.Module) -> dict[torch.dtype, torch.Tensor]:
+    """The running statistics of a network, one flat tensor for each dtype."""
+    kinds = by_dtype(model.buffers()).items()
+    return {dtype: torch.cat([*map(torch.flatten, buffers)]) for dtype, buffers in kinds}
 
 
-def roll_back(model: nn.Module, before: list[torch.Tensor], failed: torch.Tensor) -> None:
-    """Restore the running statistics if a step has `failed`."""
-    for buffer, value in zip(model.buffers(), before, strict=True):
-        buffer.copy_(torch.where(failed, value, buffer))
+def roll_back(model: nn.Module, before: dict[torch.dtype, torch.Tensor], failed: Any) -> None:
+    """Restore the running statistics if a step has `failed`, a bool or a tensor of one."""
+    now = flat_statistics(model)
+    for dtype, buffers in by_dtype(model.buffers()).items():
+        kept = torch.where(failed, before[dtype], now[dtype])
+        parts = kept.split([buffer.numel() for buffer in buffers])
+        views = [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)]
+        torch._foreach_copy_(buffers, views)
 
 
 # %%
@@ -220,42 +270,49 @@ class Trainer:
 
         If loss or gradients are not finite, weights and running statistics stay what they were.
         """
-        before = [buffer.clone() for buffer in self.model.buffers()]
-        while (result := self.accumulate(clips, labels)) is None:
-            roll_back(self.model, before, clips.new_ones((), dtype=torch.bool))
-            self.micro_batch = halved(self.micro_batch or len(clips))
+        before = flat_statistics(self.model)
+        self.optimizer.zero_grad(set_to_none=True)
+
+        def undo() -> None:
+            self.optimizer.zero_grad(set_to_none=True)
+            roll_back(self.model, before, labels.new_ones((), dtype=torch.bool))
+
+        compute = partial(self.add_gradients, len(clips))
+        size = self.micro_batch
+        parts, self.micro_batch = in_parts(compute, (clips, labels), size, True, undo=undo)
+        norm = self.clip_gradients()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         roll_back(self.model, before, ~norm.isfinite())
         if self.average is not None:
             self.average.update(self.model)
-        return *result, norm
+        outputs, losses = zip(*parts, strict=True)
+        columns = map(torch.cat, zip(*outputs, strict=True))
+        return DetectorOutput(*columns), torch.stack(losses).sum(), norm
 
-    def accumulate(
-        self, clips: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[DetectorOutput, Any] | None:
-        """Output and loss, the gradients left in the weights; None if memory ran out."""
-        self.optimizer.zero_grad(set_to_none=True)
-        size, outputs, losses = self.micro_batch or len(clips), [], []
-        try:
-            for part, part_labels in zip(clips.split(size), labels.split(size), strict=True):
-                output = self.model(part)
-                loss = total_loss(output, part_labels, self.criterion, self.frame_weight)
-                loss = loss * (len(part) / len(clips))
-                # An infinite loss can have finite gradients. Backward from NaN makes all of them
-                # NaN, in every process, and the scaler skips the step.
-                self.scaler.scale(loss).backward(torch.where(loss.isfinite(), 1.0, math.nan))
-                outputs.append([value.detach() for value in output])
-                losses.append(loss.detach())
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return None  # the error keeps the failed step's tensors alive, so it must end here
-        return DetectorOutput(*map(torch.cat, zip(*outputs, strict=True))), torch.stack(
-            losses
-        ).sum()
+    def add_gradients(
+        self, count: int, clips: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Output and loss of some of a step's `count` clips, which add their gradients."""
+        output = self.model(clips)
+        loss = total_loss(output, labels, self.criterion, self.frame_weight) * len(clips) / count
+        # An infinite loss can have finite gradients. Backward from NaN makes all of them NaN, in
+        # every process, and the scaler skips the step.
+        self.scaler.scale(loss).backward(torch.where(loss.isfinite(), 1.0, math.nan))
+        return [value.detach() for value in output], loss.detach()
+
+    def clip_gradients(self) -> torch.Tensor:
+        """Clip the gradients, which are still scaled, by their true norm, and return that.
+
+        If it is not finite, all become NaN, which the scaler finds.
+        """
+        gradients = [w.grad for w in self.model.parameters() if w.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norm = norm / self.scaler.scale(torch.ones_like(norm))
+        share = (self.gradient_clip or math.inf) / (norm + 1e-6)
+        torch._foreach_mul_(gradients, torch.where(norm.isfinite(), share.clamp(max=1), math.nan))
+        return norm
 
 
 # %% [markdown]
@@ -276,7 +333,7 @@ class BatchScores(NamedTuple):
 
     @classmethod
     def of(cls, output: DetectorOutput, loss: torch.Tensor, batch: Batch) -> "BatchScores":
-        logits, frame_logits, attention = (value.detach().float() for value in output)
+        logits, frame_logits, attention = (value.detach() for value in output)
         losses = loss.detach().expand(len(logits))
         return cls(losses, logits, batch.labels, batch.rows, frame_logits, attention)
 
@@ -436,8 +493,14 @@ def train_one_epoch(
     trainer.model.train()
     trainer.interrupted = True
     meter = EpochMeter(trainer, loader.dataset, epoch, bar)
+    size = None
+
+    def shown(*part: torch.Tensor) -> torch.Tensor:
+        return normalize(augment(Batch(*part), random, config))
+
     for batch in device_batches(loader, device):
-        clips = normalize(augment(batch, random, config))
+        parts, size = in_parts(shown, batch, size, True, multiple=2)  # twins share their draws
+        clips = torch.cat(parts) if parts[1:] else parts[0]
         output, loss, norm = trainer.step(clips, batch.labels)
         meter.update(batch, output, loss, norm)
     return meter.scores()
@@ -454,15 +517,21 @@ def score_batches(
     bar: tqdm | None,
 ) -> list[BatchScores]:
     """What the model says of every batch. Self-blends are the same each time."""
-    parts, random = [], DeviceRandom(device, [0])
-    for batch in device_batches(loader, device):
+    found, size, random = [], None, DeviceRandom(device, [0])
+
+    def score(*part: torch.Tensor) -> BatchScores:
+        batch = Batch(*part)
         clips = with_self_blends(to_float(batch.clips), batch.landmarks, batch.blend, random)
         output = model(normalize(clips))
         loss = total_loss(output, batch.labels, criterion, frame_weight)
-        parts.append(BatchScores.of(output, loss, batch))
+        return BatchScores.of(output, loss, batch)
+
+    for batch in device_batches(loader, device):
+        parts, size = in_parts(score, batch, size)
+        found += parts
         if bar is not None:
             bar.update()
-    return parts
+    return found
 
 
 def validate(
@@ -497,13 +566,14 @@ def validate(
 
 # %% [markdown]
 # **Several processes**, started by `torchrun`, train one model on as many GPUs, of one machine or
-# more (DistributedDataParallel); on Kaggle, skip this. They start from equal weights, take equal
-# shares of each batch, average their gradients and, on GPUs, synchronise batch normalisation.
+# more (DistributedDataParallel); on Kaggle, skip this. The first one finds the videos and deals
+# them out, and each makes the clips of its share. In training they start from equal weights, take
+# equal shares of each batch, and average their gradients.
 
 
 # %%
 def join_processes(device: torch.device) -> None:
-    """Join torchrun's other processes, however long the first one needs to prepare the data.
+    """Join torchrun's other processes, however long the slowest needs for its share of the clips.
 
     Raises RuntimeError if some of them have a GPU and some have not.
     """
@@ -538,9 +608,20 @@ def broadcast_object(value: Any) -> Any:
     return all_gather_object(value)[0]
 
 
-def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """On GPUs, make batch normalisation use the whole batch instead of a process's share."""
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model
+def cache_clips_together(videos: pd.DataFrame, *how: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`cache_clips` of videos that all processes know: each makes a share, all get the result."""
+    parts = all_gather_object(cache_clips(videos, *how, share=slice(RANK, None, WORLD_SIZE)))
+    place = {path: number for number, path in enumerate(videos.path)}
+    made, failed = (pd.concat(tables) for tables in zip(*parts, strict=True))
+    order: Any = dict(by="path", key=lambda paths: paths.map(place), ignore_index=True)
+    return made.sort_values(**order), failed.sort_values(**order)
+
+
+def help_to_prepare(*how: Any) -> dict[str, pd.DataFrame]:
+    """Make shares of the videos that the first process sends, until it sends the splits' tables."""
+    while not isinstance(sent := broadcast_object(None), dict):
+        cache_clips_together(sent, *how)
+    return sent
 
 
 # %% [markdown]

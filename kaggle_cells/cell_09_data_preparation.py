@@ -24,7 +24,6 @@ from cell_03_data_processing import (
     OWN_TABLES,
     VIDEO_COLUMNS,
     ClipSettings,
-    cache_clips,
     check_files,
     crossing_groups,
     find_videos,
@@ -39,6 +38,7 @@ from cell_03_data_processing import (
     split_videos,
 )
 from cell_06_loss_and_utils import find_resume_checkpoint, run_settings
+from cell_07_training_functions import broadcast_object, cache_clips_together
 from cell_08_evaluation_functions import plot_samples
 
 if RANK:
@@ -152,8 +152,8 @@ def prepare_clips(skipped: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
             sample = sample[sample.split == "test"].reset_index(drop=True)
         space = require_space(sample, CLIP_SETTINGS, CONFIG.cache_dir)
         print(f"{len(sample)} videos taken: {space}", flush=True)
-        settings = CLIP_SETTINGS, CONFIG.cache_dir, FACE_DETECTOR, CONFIG.NUM_WORKERS
-        videos, failed = cache_clips(sample, *settings)
+        how = CLIP_SETTINGS, CONFIG.cache_dir, FACE_DETECTOR, CONFIG.NUM_WORKERS
+        videos, failed = cache_clips_together(broadcast_object(sample), *how)
         if failed.empty:
             return videos, skipped
         skipped = pd.concat([skipped, failed], ignore_index=True)

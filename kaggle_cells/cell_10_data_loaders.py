@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from cell_01_imports_and_setup import ENVIRONMENT, RANK, WORLD_SIZE, save_figure
 from cell_02_global_config import CONFIG
+from cell_03_data_processing import ClipSettings, load_face_detector
 from cell_04_dataset_class import (
     ClipDataset,
     PairBatches,
@@ -35,15 +36,21 @@ from cell_07_training_functions import (
     amp_dtype,
     broadcast_object,
     choose_batch_size,
+    help_to_prepare,
     join_processes,
 )
 
 DEVICE = torch.device(ENVIRONMENT.device)
 PRECISION = amp_dtype(CONFIG.AMP, DEVICE)
-if RANK == 0:  # the first process prepares the data; others wait in `join_processes`
-    from cell_09_data_preparation import SPLIT_TABLES
 join_processes(DEVICE)
-SPLIT_TABLES = broadcast_object(SPLIT_TABLES if RANK == 0 else None)
+if RANK == 0:
+    from cell_09_data_preparation import SPLIT_TABLES
+
+    broadcast_object(SPLIT_TABLES)
+else:
+    detector = load_face_detector(ENVIRONMENT.device) if CONFIG.FACE_CROP else None
+    how = ClipSettings.of(CONFIG), CONFIG.cache_dir, detector, CONFIG.NUM_WORKERS
+    SPLIT_TABLES = help_to_prepare(*how)
 RUN_SETTINGS = run_settings(CONFIG, pd.concat(SPLIT_TABLES.values()))
 
 

@@ -21,7 +21,7 @@ from cell_05_model_definition import (
     shape_table,
 )
 from cell_06_loss_and_utils import EarlyStopping, ModelEMA, RunState, build_loss
-from cell_07_training_functions import LossScaler, Trainer, broadcast_object, synchronise_batch_norm
+from cell_07_training_functions import LossScaler, Trainer, broadcast_object
 from cell_10_data_loaders import (
     BATCH_SIZE_USED,
     DEVICE,
@@ -51,7 +51,8 @@ def parallelise(model: nn.Module) -> nn.Module:
     """The model as it is trained: on one device, on several, or in several processes."""
     if WORLD_SIZE > 1:
         devices = [DEVICE] if DEVICE.type == "cuda" else None
-        model = synchronise_batch_norm(model, DEVICE)
+        if devices and CONFIG.syncs_batch_norm(BATCH_SIZE_USED // WORLD_SIZE):
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return nn.parallel.DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
     gpus = ENVIRONMENT.gpu_ids
     return nn.DataParallel(model, gpus) if len(gpus) > 1 else model

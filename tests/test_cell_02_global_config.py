@@ -129,3 +129,27 @@ def test_a_name_that_papermill_was_given_and_that_is_no_parameter_stops_the_run(
         cell.check_injected(["# Parameters\nlearning_rate = 0.1\n"])
     with pytest.raises(ValueError, match=r"XYZ is not a parameter\. Section 2 lists them"):
         cell.check_injected(["# Parameters\nXYZ = 1\n"])
+
+
+def test_each_gpu_draws_numbers_of_its_own_that_depend_on_the_seed_alone(monkeypatch):
+    """DataParallel's copies would otherwise drop the same units."""
+    gpus = tuple(torch.Generator() for _ in range(2))
+    monkeypatch.setattr(torch.cuda, "default_generators", gpus)
+    with torch.random.fork_rng():
+        draws = []
+        for seed in (1, 1, 2):
+            cell.seed_everything(seed)
+            draws.append([float(torch.rand((), generator=gpu)) for gpu in gpus])
+    assert draws[0] == draws[1] and len({*draws[0], *draws[2]}) == 4
+
+
+def test_float32_is_float32_on_every_gpu():
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize(
+    ("choice", "clips", "synchronised"),
+    [("auto", 7, True), ("auto", 8, False), ("on", 8, True), ("off", 2, False)],
+)
+def test_processes_with_enough_clips_keep_their_own_batch_statistics(choice, clips, synchronised):
+    assert changed(SYNC_BATCH_NORM=choice).syncs_batch_norm(clips) == synchronised

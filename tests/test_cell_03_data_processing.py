@@ -1092,7 +1092,15 @@ def test_bad_videos_are_listed_with_reasons_and_the_rest_goes_on(two_videos, tmp
     assert "not a video" in skipped.reason[0] and "No such file" in skipped.reason[1]
 
 
-def test_a_failing_face_detector_is_the_videos_reason_but_a_full_gpu_is_not(two_videos):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    ],
+)
+def test_a_failing_face_detector_is_the_videos_reason_but_a_failing_gpu_is_not(two_videos, error):
     class Failing(torch.nn.Module):
         min_face_size = 20
 
@@ -1103,8 +1111,8 @@ def test_a_failing_face_detector_is_the_videos_reason_but_a_full_gpu_is_not(two_
     detector[0].error = RuntimeError("torch.cat(): expected a non-empty list of Tensors")
     with pytest.raises(VideoError, match="face detector failed: torch.cat"):
         cell.make_clip(two_videos.path[0], SMALL, detector)
-    detector[0].error = torch.cuda.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+    detector[0].error = error
+    with pytest.raises(RuntimeError, match="CUDA|CUDNN"):
         cell.make_clip(two_videos.path[0], SMALL, detector)
 
 

@@ -55,7 +55,39 @@ def test_mixed_precision_acts_inside_the_model_and_stays_close():
         full = model(clips).logit
         model.precision = torch.bfloat16
         mixed = model(clips).logit
-    assert mixed.dtype == torch.bfloat16 and torch.allclose(full, mixed.float(), atol=0.1)
+    assert not torch.equal(full, mixed) and torch.allclose(full, mixed, atol=0.1)
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def test_in_mixed_precision_all_after_the_backbone_is_in_float32(precision):
+    model, seen = small_model().train(), dict[str, torch.dtype]()
+    model.precision = precision
+
+    def watch(name: str, module: torch.nn.Module) -> None:
+        def note(module, given, made):
+            seen[name] = (made[0] if isinstance(made, tuple) else made).dtype
+
+        module.register_forward_hook(note)
+
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.LSTM, torch.nn.Linear)):
+            watch(name, module)
+    output = model(torch.rand(2, 4, 3, 64, 64))
+    assert {part.dtype for part in output} == {torch.float32}
+    in_backbone = {dtype for name, dtype in seen.items() if name.startswith("backbone")}
+    after = {dtype for name, dtype in seen.items() if not name.startswith("backbone")}
+    assert in_backbone == {precision} and after == {torch.float32}
+
+
+def test_convolutions_run_in_channels_last_where_weights_have_lost_it():
+    """As in DataParallel's second copy: weights are flattened when they are sent to its GPU."""
+    model, seen = small_model().train().to(memory_format=torch.contiguous_format), []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda module, given, made: seen.append(made))
+    model(torch.rand(2, 4, 3, 64, 64))
+    assert len(seen) == 20
+    assert all(made.is_contiguous(memory_format=torch.channels_last) for made in seen)
 
 
 def test_clips_do_not_influence_each_other_but_the_order_of_frames_counts():

@@ -8,15 +8,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import cell_04_dataset_class
 import cell_07_training_functions as cell
 from cell_02_global_config import CONFIG
 from cell_04_dataset_class import Batch, PairedGenerator, Sample
@@ -122,7 +116,8 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted_and_changes_nothing()
     assert (
         0 < (trainer.average.module.linear.weight - model.linear.weight).abs() < 1
     )  # it follows, at a distance
-    assert all(value.isfinite().all() for value in trainer.average.state_dict().values())
+    averages = trainer.average.module.state_dict().values()
+    assert all(value.isfinite().all() for value in averages)
 
 
 def test_an_infinite_loss_with_finite_gradients_is_skipped_too():
@@ -186,42 +181,19 @@ def test_gradients_are_clipped_at_their_true_size_when_the_loss_is_scaled():
     assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[0] > 0.01
 
 
-@pytest.fixture
-def fresh_constants():
-    """Forgets, before and after, the tensors that section 4 keeps for a device."""
-    kept = [
-        value for value in vars(cell_04_dataset_class).values() if hasattr(value, "cache_clear")
-    ]
-    for function in kept:
-        function.cache_clear()
-    yield
-    for function in kept:
-        function.cache_clear()
-
-
+@pytest.mark.parametrize("limit", [0.0, 1.0])
 @pytest.mark.parametrize("precision", [None, torch.float16])
-@pytest.mark.usefixtures("fresh_constants")
-def test_nothing_in_a_training_step_needs_to_know_a_number(precision):
-    """Tensors have no values here: reading one, for which a CPU waits for its GPU, is an error."""
-
-    def step(look=lambda loss: None):
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model = Tiny()
-            trainer = trainer_of(model, precision, gradient_clip=1.0, average=ModelEMA(model, 0.5))
-            clips, labels = torch.zeros(4, 2, 8, 8, 3, dtype=torch.uint8), torch.zeros(4)
-            batch = Batch(clips, torch.zeros(4, 2, 5, 2), labels, None, blend)
-            shown = cell.augment(batch, PairedGenerator(CPU, [0]), TWO_FRAMES)
-            output, loss, norm = trainer.step(cell.normalize(shown), labels)
-            meter = cell.EpochMeter(trainer, None, 1, None)
-            meter.update(batch, output, loss, norm)
-            look(loss)
-            return meter.waiting[0][1]
-
-    blend = torch.tensor([False, True, False, True])  # the CPU knows it
-    assert step().logits.shape == (4,)
-    for look in (float, bool, lambda loss: loss.nonzero()):
-        with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
-            step(look)
+def test_gradients_whose_norm_overflows_change_nothing(limit, precision):
+    """Each of them is finite, but not the sum of their squares."""
+    model = Tiny()
+    trainer = trainer_of(model, precision, gradient_clip=limit)
+    batch = torch.ones(4, 2, 3, 8, 8), torch.tensor([0.0, 1, 1, 1])
+    trainer.step(*batch)
+    before = copy.deepcopy(model.state_dict())
+    model.linear.weight.register_hook(lambda gradient: torch.full_like(gradient, 3e38))
+    norm = trainer.step(*batch)[2]
+    assert not norm.isfinite()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 # Memory
@@ -279,9 +251,79 @@ def test_gradients_of_a_part_that_was_done_before_memory_ran_out_do_not_count_tw
 
 def test_when_not_even_one_clip_fits_the_error_says_what_to_do():
     with pytest.raises(
-        RuntimeError, match="memory ran out at a micro-batch of 1. Set GRADIENT_CHECKPOINTING"
+        RuntimeError, match="memory ran out with 1 clips at once. Set GRADIENT_CHECKPOINTING"
     ):
         run_epoch(trainer_of(out_of_memory_above(0)()))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 20.00 MiB",
+        "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "Unable to find a valid cuDNN algorithm to run convolution",
+        "GET was unable to find an engine to execute this computation",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_when_memory_runs_out_libraries_say_it_in_many_ways(message):
+    def out_of_memory(logits):
+        raise RuntimeError(message)
+
+    trainer = trainer_of(Tiny(at=[1], event=out_of_memory))
+    assert len(run_epoch(trainer).labels) == 21 and trainer.micro_batch == 2
+
+
+@pytest.mark.parametrize(("batch", "most"), [(8, 5), (7, 2), (21, 3)])
+def test_validation_goes_on_when_memory_runs_out_and_scores_every_clip_once(batch, most, capsys):
+    torch.manual_seed(0)
+    plain, greedy = Tiny(), out_of_memory_above(most)()
+    greedy.load_state_dict(plain.state_dict())
+    expected, found = (
+        cell.validate(model, DataLoader(Bright(), batch), FocalLoss(), CPU)
+        for model in (plain, greedy)
+    )
+    assert found.rows.tolist() == list(range(21)) and found.loss == pytest.approx(expected.loss)
+    assert np.allclose(found.logits, expected.logits)
+    assert sum(size > most for size in greedy.sizes) <= 3, "it remembers what fits"
+    assert f"Memory ran out with {batch} clips at once" in capsys.readouterr().out
+
+
+def test_a_clip_that_does_not_fit_by_itself_ends_validation_with_advice():
+    with pytest.raises(RuntimeError, match="memory ran out with 1 clips at once"):
+        cell.validate(out_of_memory_above(0)(), DataLoader(Bright(), 4), FocalLoss(), CPU)
+
+
+def test_augmentation_goes_on_in_pairs_when_memory_runs_out(monkeypatch):
+    sizes, augment = [], cell.augment
+
+    def greedy(batch, *given):
+        sizes.append(len(batch.clips))
+        if len(batch.clips) > 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return augment(batch, *given)
+
+    monkeypatch.setattr(cell, "augment", greedy)
+    scores = run_epoch(trainer_of(Tiny()), batch=6)
+    assert sorted(scores.rows.tolist()) == list(range(21))
+    assert sizes == [6, 4, *[2, 2, 2] * 3, 2, 1]
+
+
+@pytest.mark.parametrize("device", ["meta"])  # as a GPU is, it is not the CPU
+def test_a_batch_that_has_no_room_beside_the_one_before_is_sent_after_it(device, monkeypatch):
+    moves, to = [], torch.Tensor.to
+
+    def greedy(tensor, *given, **options):
+        moves.append(len(moves))
+        if len(moves) == 4:  # the clips of the second batch
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return to(tensor, *given, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", greedy)
+    batches = list(cell.device_batches(DataLoader(Bright(), 4), torch.device(device)))
+    assert [len(batch.clips) for batch in batches] == [4] * 5 + [1]
+    assert all(part.device.type == device for batch in batches for part in batch[:3])
 
 
 def test_another_error_of_the_network_is_not_taken_for_a_lack_of_memory():

@@ -432,6 +432,79 @@ print("validated", cell.validated.rows.tolist())
     assert weights[0]["model"].keys() == weights[1]["model"].keys()
 
 
+PREPARATION = f"""
+import cell_03_data_processing as cell
+rank, made, make_clip = os.environ.get("RANK", "0"), [], cell.make_clip
+def noted(path, *how):
+    made.append(path)
+    with open(f"made-{{rank}}.txt", "a") as stream:
+        print(path.name, file=stream)
+    if len(made) == int(os.environ.get("KILLED_AT", 0)) and rank == "1":
+        {KILL}
+    if path.name == "0003.mp4":
+        raise cell.VideoError("damaged")
+    return make_clip(path, *how)
+cell.make_clip = noted
+import cell_10_data_loaders
+"""
+
+
+def clips_made(folder: Path) -> dict[int, list[str]]:
+    """Names of the videos whose clips each process has begun to make."""
+    return {
+        rank: (folder / f"made-{rank}.txt").read_text().splitlines()
+        for rank in range(2)
+        if (folder / f"made-{rank}.txt").exists()
+    }
+
+
+def split_tables(folder: Path) -> list[pd.DataFrame]:
+    """What section 9 has written, without the place of the cache."""
+    tables = [
+        pd.read_csv(folder / "data" / f"{s}.csv") for s in ("train", "val", "test", "skipped")
+    ]
+    return [table.drop(columns="clip_file", errors="ignore") for table in tables]
+
+
+@pytest.fixture(scope="module")
+def prepared_alone(shared, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("preparation") / "alone"
+    run(PREPARATION, folder, **{**shared, "CACHE_DIR": folder / "cache", "NUM_WORKERS": 1})
+    return folder
+
+
+def test_processes_prepare_a_share_each_and_all_have_the_tables_of_one(
+    shared, prepared_alone, tmp_path
+):
+    parameters = {**shared, "CACHE_DIR": tmp_path / "cache", "NUM_WORKERS": 1}
+    together(2, PREPARATION, tmp_path, **parameters)
+    (alone,), shares = clips_made(prepared_alone).values(), clips_made(tmp_path)
+    assert sorted(shares[0] + shares[1]) == sorted(alone)
+    assert abs(len(shares[0]) - len(shares[1])) <= 2
+    for one, two in zip(split_tables(prepared_alone), split_tables(tmp_path), strict=True):
+        pd.testing.assert_frame_equal(one, two)
+    assert "damaged" in split_tables(tmp_path)[-1].reason.tolist()
+
+
+def test_when_one_process_is_killed_the_next_run_makes_only_what_is_missing(
+    shared, prepared_alone, tmp_path
+):
+    parameters = {**shared, "CACHE_DIR": tmp_path / "cache", "NUM_WORKERS": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KILLED_AT", "4")
+        together(2, PREPARATION, tmp_path, expect=-9, **parameters)
+    begun = clips_made(tmp_path)
+    assert len(begun[1]) == 4
+    for file in tmp_path.glob("made-*.txt"):
+        file.unlink()
+    together(2, PREPARATION, tmp_path, **parameters)
+    again = [name for names in clips_made(tmp_path).values() for name in names]
+    assert not {*begun[1][:3]} & {*again} and begun[1][3] in again
+    for one, two in zip(split_tables(prepared_alone), split_tables(tmp_path), strict=True):
+        pd.testing.assert_frame_equal(one, two)
+    assert not list((tmp_path / "cache").glob(".partial-*"))
+
+
 @pytest.mark.slow
 def test_there_may_be_fewer_clips_to_validate_than_processes(finished_run, shared, tmp_path):
     videos = manifest(tmp_path, finished_run.folder, slice(2))

@@ -2,12 +2,17 @@
 
     python tests/benchmarks/training.py [--backbone resnet50 --size 160 --frames 16]
         [--clips 240] [--rounds 3]
+    python tests/benchmarks/training.py --count
 
 On a GPU the default is the user's setting: ResNet50, 16 frames of 160 pixels. On the CPU it is that
-of demo.yaml: resnet18, 6 frames of 96 pixels. The plain loop is what most notebooks have: float32,
-frames augmented one at a time on the CPU by two worker processes, float clips sent to the device,
-the loss read at every step. Everything is measured in turns, `--rounds` times, and ratios are
-medians over the rounds. Each memory figure comes from a process of its own.
+of demo.yaml: resnet18, 6 frames of 96 pixels. Videos have three clips each. The plain loop is what
+most notebooks have: float32, frames augmented one at a time on the CPU by two worker processes,
+float clips sent to the device, the loss read at every step. Everything is measured in turns,
+`--rounds` times, and ratios are medians over the rounds. Each memory figure comes from a process of
+its own.
+
+With --count, nothing is timed: it counts the kernels that a GPU would launch in a step of 16 clips
+of the default setting, and the bytes it would move, on a machine without one.
 """
 
 import argparse
@@ -23,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["TQDM_DISABLE"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kaggle_cells"))
 
 import numpy as np
@@ -42,7 +48,7 @@ from cell_04_dataset_class import (
     PairedGenerator,
 )
 from cell_05_model_definition import build_model
-from cell_06_loss_and_utils import FocalLoss, build_loss, free_memory
+from cell_06_loss_and_utils import FocalLoss, ModelEMA, build_loss, free_memory
 from cell_07_training_functions import (
     LossScaler,
     Trainer,
@@ -60,10 +66,11 @@ def make_clips(folder: Path, count: int, config: Config) -> pd.DataFrame:
     pairs.
     """
     rng, rows = np.random.default_rng(0), []
-    shape = (config.FRAMES_PER_VIDEO, config.IMAGE_SIZE, config.IMAGE_SIZE, 3)
+    frames = config.FRAMES_PER_VIDEO * config.CLIPS_PER_VIDEO
+    shape = (frames, config.IMAGE_SIZE, config.IMAGE_SIZE, 3)
     for number in range(count):
         file = folder / f"{number}.npz"
-        landmarks = np.full((config.FRAMES_PER_VIDEO, 5, 2), np.nan, np.float32)
+        landmarks = np.full((frames, 5, 2), np.nan, np.float32)
         np.savez(file, frames=rng.integers(0, 256, shape, np.uint8), landmarks=landmarks)
         rows.append(
             dict(
@@ -80,8 +87,8 @@ def make_clips(folder: Path, count: int, config: Config) -> pd.DataFrame:
 class PlainDataset(Dataset):
     """Float clips (T, 3, S, S), each frame augmented by itself on the CPU."""
 
-    def __init__(self, table: pd.DataFrame, size: int) -> None:
-        self.table = table
+    def __init__(self, table: pd.DataFrame, size: int, every: int) -> None:
+        self.table, self.every = table, every
         self.change = v2.Compose(
             [
                 v2.ToImage(),
@@ -98,7 +105,7 @@ class PlainDataset(Dataset):
 
     def __getitem__(self, row: int) -> tuple[torch.Tensor, float]:
         with np.load(self.table.clip_file[row]) as saved:
-            frames = saved["frames"]
+            frames = saved["frames"][:: self.every]
         return torch.stack([self.change(frame) for frame in frames]), float(self.table.label[row])
 
 
@@ -106,9 +113,8 @@ def plain_loop(table: pd.DataFrame, config: Config, batch: int) -> tuple[float, 
     """Clips a second and peak GiB of an epoch."""
     model = build_model(config).to(DEVICE).to(memory_format=torch.contiguous_format).train()
     optimizer, criterion = torch.optim.AdamW(model.parameters(), lr=1e-4), nn.BCEWithLogitsLoss()
-    loader = DataLoader(
-        PlainDataset(table, config.IMAGE_SIZE), batch, shuffle=True, drop_last=True, num_workers=2
-    )
+    data = PlainDataset(table, config.IMAGE_SIZE, config.CLIPS_PER_VIDEO)
+    loader = DataLoader(data, batch, shuffle=True, drop_last=True, num_workers=2)
     memory = Peak()
     total, started = 0.0, 0.0
     for epoch in range(2):  # the first one warms up
@@ -142,13 +148,19 @@ class FromDevice:
 class Ours:
     """The notebook's way: `epoch()` trains one and gives its clips a second."""
 
-    def __init__(self, table: pd.DataFrame, config: Config, batch: int) -> None:
+    def __init__(
+        self, table: pd.DataFrame, config: Config, batch: int, parallel: bool = False
+    ) -> None:
         self.config, self.model = config, build_model(config).to(DEVICE)
         self.model.precision = precision = amp_dtype(config.AMP, DEVICE)
+        network = nn.DataParallel(self.model) if parallel else self.model
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         scaler = LossScaler(DEVICE, precision)
-        self.trainer = Trainer(self.model, build_loss(config), optimizer, scaler, 0.5, 1.0)
-        batches = PairBatches(table, batch, seed=0, self_blend=config.SELF_BLEND)
+        average = ModelEMA(self.model, config.EMA_DECAY)
+        given = network, build_loss(config), optimizer, scaler, 0.5, 1.0, average
+        self.trainer = Trainer(*given)
+        options: Any = dict(self_blend=config.SELF_BLEND, clips_per_video=config.CLIPS_PER_VIDEO)
+        batches = PairBatches(table, batch, 0, **options)
         data = ClipDataset(table, config.NUM_WORKERS)
         self.loader = DataLoader(data, batch_sampler=batches, pin_memory=DEVICE.type == "cuda")
         self.few = DataLoader(data, batch_sampler=list(batches)[:2])
@@ -215,6 +227,23 @@ def activation_memory(config: Config, batch: int) -> float:
     return memory.gib() - base / 2**30
 
 
+def count() -> None:
+    """What a step of the default setting takes of a GPU, from tensors without values."""
+    from fake_gpu import watch_augmentation, watch_step
+
+    whole, around = watch_step(CONFIG), watch_step(CONFIG, gradients=False)
+    network = whole.bytes - around.bytes, whole.kernels - around.kernels
+    augmentation = watch_augmentation(CONFIG)
+    rows = {
+        "augmentation": (augmentation.bytes, augmentation.kernels),
+        "network in fp16, the LSTM without cuDNN": network,
+        "clipping, optimizer, statistics, average": (around.bytes, around.kernels),
+    }
+    print("A step of 16 clips. What goes through a list of tensors counts as a kernel for each 50.")
+    for name, (size, kernels) in rows.items():
+        print(f"{name}: {size / 1e9:.2f} GB, {kernels} kernels")
+
+
 def in_process(given: argparse.Namespace, what: str) -> list[float]:
     """Figures that a fresh process measures: `plain BATCH`, `ours BATCH CHECKPOINTING` or
     `activations ...`.
@@ -254,15 +283,13 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=6 if small else 16, help="frames of a clip")
     parser.add_argument("--clips", type=int, default=96 if small else 480, help="clips of an epoch")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--count", action="store_true", help="count bytes and kernels of a GPU")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    settings = dict(
-        BACKBONE=given.backbone,
-        IMAGE_SIZE=given.size,
-        FRAMES_PER_VIDEO=given.frames,
-        CLIPS_PER_VIDEO=1,
-    )
+    if given.count:
+        return count()
+    settings = dict(BACKBONE=given.backbone, IMAGE_SIZE=given.size, FRAMES_PER_VIDEO=given.frames)
     config = dataclasses.replace(CONFIG, **settings)
     with tempfile.TemporaryDirectory() as place:
         given.folder = given.folder or place
