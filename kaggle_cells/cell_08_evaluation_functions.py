@@ -68,7 +68,7 @@ from cell_03_data_processing import (
 )
 from cell_04_dataset_class import ClipDataset, Sample, batches_of_one_length, normalize, to_float
 from cell_05_model_definition import DeepfakeDetector, DetectorOutput, load_detector
-from cell_07_training_functions import validate
+from cell_07_training_functions import in_parts, validate
 
 
 # %%
@@ -809,10 +809,18 @@ class Predictor:
         return cls(model, settings, faces, *numbers, fingerprint, describe_model(file, saved))
 
     def score_clips(self, clips: np.ndarray) -> DetectorOutput:
-        """The network's output for clips (B, T, S, S, 3) uint8, on the model's device."""
-        batch = torch.from_numpy(clips).to(next(self.model.parameters()).device)
+        """The network's output for clips (B, T, S, S, 3) uint8, on the model's device.
+
+        Fewer clips at once where memory runs out.
+        """
+        device = next(self.model.parameters()).device
+
+        def score(part: torch.Tensor) -> DetectorOutput:
+            return self.model(normalize(to_float(part.to(device))))
+
         with torch.inference_mode():
-            return self.model(normalize(to_float(batch)))
+            parts, _ = in_parts(score, [torch.from_numpy(clips)], None)
+        return DetectorOutput(*map(torch.cat, zip(*parts, strict=True)))
 
     def verdict(self, probability: float) -> str:
         real_to, fake_from = self.limits or (self.threshold, self.threshold)
