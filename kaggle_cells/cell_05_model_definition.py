@@ -46,9 +46,8 @@ class DeepfakeDetector(nn.Module):
     """Frames -> backbone -> BiLSTM -> multi-head self-attention -> one logit per clip.
 
     `backbone` maps (N, 3, S, S) to (N, `features`); `frames` is T. Without `lstm_layers` the logit
-    is the mean of the frames'. `precision` is a dtype for the backbone, noted here because
-    DataParallel's threads do not inherit the caller's autocast; the rest, which takes little time,
-    is in float32.
+    is the mean of the frames'. `precision` is a dtype for the backbone alone, noted here because
+    DataParallel's threads do not inherit the caller's autocast.
     """
 
     precision: torch.dtype | None = None
@@ -64,8 +63,7 @@ class DeepfakeDetector(nn.Module):
         frames: int = 16,
     ) -> None:
         super().__init__()
-        width = 2 * lstm_hidden
-        self.backbone, self.frames = backbone, frames
+        self.backbone, self.frames, width = backbone, frames, 2 * lstm_hidden
         self.frame_head = nn.Sequential(nn.Dropout(dropout), nn.Linear(features, 1))
         self.reads_order = lstm_layers > 0
         if self.reads_order:
@@ -81,11 +79,10 @@ class DeepfakeDetector(nn.Module):
 
     def score_clip(self, clips: torch.Tensor) -> DetectorOutput:
         """One clip, of any length T, for each of B videos: (B, T, 3, S, S)."""
-        # DataParallel's copies have lost the memory format of the weights: the input brings it.
+        # DataParallel's second copy has lost the memory format of the weights.
         frames = clips.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         with torch.autocast(clips.device.type, self.precision, enabled=self.precision is not None):
-            described = self.backbone(frames)
-        described = described.float().unflatten(0, clips.shape[:2])
+            described = self.backbone(frames).float().unflatten(0, clips.shape[:2])
         frame_logits = self.frame_head(described).squeeze(-1)
         if not self.reads_order:
             equal = torch.full_like(frame_logits, 1 / frame_logits.shape[1])

@@ -175,6 +175,7 @@ def in_parts(
         undo()
 
 
+# %%
 def step_fits(
     config: Config, device: torch.device, precision: torch.dtype | None, count: int
 ) -> bool:
@@ -246,6 +247,19 @@ def roll_back(model: nn.Module, before: dict[torch.dtype, torch.Tensor], failed:
         torch._foreach_copy_(buffers, views)
 
 
+def clip_gradients(model: nn.Module, limit: float, scaler: LossScaler) -> torch.Tensor:
+    """Clip gradients that are still scaled by their true norm, 0 for no limit, and return the norm.
+
+    If it is not finite, all become NaN, which the scaler finds.
+    """
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    norm = norm / scaler.scale(torch.ones_like(norm))
+    share = ((limit or math.inf) / (norm + 1e-6)).clamp(max=1)
+    torch._foreach_mul_(gradients, torch.where(norm.isfinite(), share, math.nan))
+    return norm
+
+
 # %%
 @dataclass
 class Trainer:
@@ -280,7 +294,7 @@ class Trainer:
         compute = partial(self.add_gradients, len(clips))
         size = self.micro_batch
         parts, self.micro_batch = in_parts(compute, (clips, labels), size, True, undo=undo)
-        norm = self.clip_gradients()
+        norm = clip_gradients(self.model, self.gradient_clip, self.scaler)
         self.scaler.unscale_(self.optimizer)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -301,18 +315,6 @@ class Trainer:
         # every process, and the scaler skips the step.
         self.scaler.scale(loss).backward(torch.where(loss.isfinite(), 1.0, math.nan))
         return [value.detach() for value in output], loss.detach()
-
-    def clip_gradients(self) -> torch.Tensor:
-        """Clip the gradients, which are still scaled, by their true norm, and return that.
-
-        If it is not finite, all become NaN, which the scaler finds.
-        """
-        gradients = [w.grad for w in self.model.parameters() if w.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        norm = norm / self.scaler.scale(torch.ones_like(norm))
-        share = (self.gradient_clip or math.inf) / (norm + 1e-6)
-        torch._foreach_mul_(gradients, torch.where(norm.isfinite(), share.clamp(max=1), math.nan))
-        return norm
 
 
 # %% [markdown]

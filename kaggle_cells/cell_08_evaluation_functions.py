@@ -765,6 +765,21 @@ class Prediction:
         return self.face_share > 0
 
 
+def score_clips(model: DeepfakeDetector, clips: np.ndarray) -> DetectorOutput:
+    """The network's output for clips (B, T, S, S, 3) uint8, on its device.
+
+    Fewer at once where memory runs out.
+    """
+    device = next(model.parameters()).device
+
+    def score(part: torch.Tensor) -> DetectorOutput:
+        return model(normalize(to_float(part.to(device))))
+
+    with torch.inference_mode():
+        parts, _ = in_parts(score, [torch.from_numpy(clips)], None)
+    return DetectorOutput(*map(torch.cat, zip(*parts, strict=True)))
+
+
 def describe_model(file: Path, saved: dict) -> str:
     """A model and how good it is known to be: the first words of the card beside it, if any."""
     name = f"{file.name}, {saved['config']['BACKBONE']}. "
@@ -808,20 +823,6 @@ class Predictor:
         fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
         return cls(model, settings, faces, *numbers, fingerprint, describe_model(file, saved))
 
-    def score_clips(self, clips: np.ndarray) -> DetectorOutput:
-        """The network's output for clips (B, T, S, S, 3) uint8, on the model's device.
-
-        Fewer clips at once where memory runs out.
-        """
-        device = next(self.model.parameters()).device
-
-        def score(part: torch.Tensor) -> DetectorOutput:
-            return self.model(normalize(to_float(part.to(device))))
-
-        with torch.inference_mode():
-            parts, _ = in_parts(score, [torch.from_numpy(clips)], None)
-        return DetectorOutput(*map(torch.cat, zip(*parts, strict=True)))
-
     def verdict(self, probability: float) -> str:
         real_to, fake_from = self.limits or (self.threshold, self.threshold)
         if probability >= fake_from:
@@ -830,7 +831,7 @@ class Predictor:
 
     def predict_clip(self, clip: Clip) -> Prediction:
         """Score the result of `make_clip`."""
-        output = self.score_clips(clip.frames[None])
+        output = score_clips(self.model, clip.frames[None])
         prob = float(probabilities(output.logit.cpu().numpy(), self.temperature)[0])
         frame_scores = probabilities(output.frame_logits[0].cpu().numpy(), self.temperature)
         return Prediction(prob, self.verdict(prob), frame_scores, clip.face_share)
@@ -853,7 +854,7 @@ class Predictor:
         for windows in face_windows(Path(path), *how):
             judged = [window for window in windows if not window.reason]
             if judged:
-                output = self.score_clips(np.stack([window.clip for window in judged]))
+                output = score_clips(self.model, np.stack([window.clip for window in judged]))
                 logits = output.logit.float().cpu().numpy()
                 probs = probabilities(logits, self.temperature)
                 for window, logit, prob in zip(judged, logits, probs, strict=True):
@@ -990,7 +991,7 @@ def frame_and_heat(
 
     Of interleaved clips, that with the frame is explained.
     """
-    scores = predictor.score_clips(clip[None]).frame_logits[0].cpu()
+    scores = score_clips(predictor.model, clip[None]).frame_logits[0].cpu()
     t, frames = int(scores.argmax() if is_most else scores.argmin()), predictor.model.frames
     count = len(clip) // frames if len(clip) % frames == 0 else 1
     batch = torch.from_numpy(clip[None, t % count :: count].copy())

@@ -188,9 +188,8 @@ def first_gradient_on_the_cpu(where: Any, condition: Any, *values: Any) -> torch
     return torch.ones(()) if isinstance(values[0], float) else where(condition, *values)
 
 
-def clipped_on_the_cpu(self: Any) -> torch.Tensor:
-    norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-    return norm / self.scaler.get_scale()
+def clipped_on_the_cpu(model: nn.Module, limit: float, scaler: Any) -> torch.Tensor:
+    return nn.utils.clip_grad_norm_(model.parameters(), limit) / scaler.get_scale()
 
 
 def half_frames(forward: Any, self: Any, clips: torch.Tensor) -> Any:
@@ -213,7 +212,7 @@ def loss_on_the_cpu(score: Any, output: Any, loss: torch.Tensor, batch: Any) -> 
 Mistake = tuple[Callable, Any, str, Callable, str]  # check, where, name, mistake, what is found
 DEVICES, DTYPES, READ = "device", "dtype|[Hh]alf", "_local_scalar_dense"
 AUGMENT, STEP, VALIDATE, DRAWS = check_augmentation, check_step, check_validation, data.DeviceRandom
-TRAINER, WAITS = training.Trainer, "the CPU waits for"
+WAITS = "the CPU waits for"
 MISTAKES: dict[str, Mistake] = {
     "constants on the CPU": (AUGMENT, data, "device_constant", face_on_the_cpu, DEVICES),
     "constants sent each time": (AUGMENT, data, "device_constant", sent_each_time, WAITS),
@@ -222,7 +221,7 @@ MISTAKES: dict[str, Mistake] = {
     "rows by a mask": (AUGMENT, data, "take", taken_by_a_mask, "nonzero"),
     "the loss read in each step": (STEP, training, "total_loss", read_each_time, READ),
     "a first gradient on the CPU": (STEP, torch, "where", first_gradient_on_the_cpu, DEVICES),
-    "the loss scale read": (STEP, TRAINER, "clip_gradients", clipped_on_the_cpu, READ),
+    "the loss scale read": (STEP, training, "clip_gradients", clipped_on_the_cpu, READ),
     "descriptions left in half": (STEP, torch.Tensor, "float", lambda self: self, DTYPES),
     "half without autocast": (STEP, models.DeepfakeDetector, "score_clip", half_frames, DTYPES),
     "averages on the CPU": (STEP, utils.ModelEMA, "__init__", averaged_on_the_cpu, DEVICES),

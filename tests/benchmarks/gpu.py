@@ -327,7 +327,7 @@ def where_the_time_of_a_step_goes() -> str:
             plain, random.sometimes(len(plain), 0.7, 1, *ONES)
         ),
         "forward and backward": network,
-        "clipping": trainer.clip_gradients,
+        "clipping": lambda: training.clip_gradients(model, 1.0, trainer.scaler),
         "optimizer": trainer.optimizer.step,
         "statistics kept": lambda: training.roll_back(model, flat, finite),
         "average": lambda: trainer.average.update(model),
