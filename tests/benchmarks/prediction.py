@@ -53,9 +53,9 @@ def network_alone(predictor: Predictor, judged: Judgement) -> float:
     """Seconds for as many clips as were judged."""
     settings = predictor.settings
     clip = np.zeros((1, settings.frames, settings.size, settings.size, 3), np.uint8)
-    predictor.score_clips(clip)
+    score_clips(predictor.model, clip)
     count = sum(not window.reason for window in judged.windows)
-    return timed(lambda: [predictor.score_clips(clip).logit.cpu() for _ in range(count)])[0]
+    return timed(lambda: [score_clips(predictor.model, clip).logit.cpu() for _ in range(count)])[0]
 
 
 def main() -> None:
