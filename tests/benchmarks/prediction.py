@@ -22,7 +22,7 @@ from preparation import SIZES, make_video
 
 from cell_01_imports_and_setup import ENVIRONMENT
 from cell_03_data_processing import open_video
-from cell_08_evaluation_functions import Judgement, Predictor
+from cell_08_evaluation_functions import Judgement, Predictor, score_clips
 
 PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained" / "deepfake_detector.pth"
 
