@@ -190,14 +190,13 @@ def internet_is_reachable(seconds: float = 3.0) -> bool:
 
 
 def installed_version(module: str, requirement: str) -> str:
-    """Of the module itself if it knows: cv2 comes from several packages."""
+    """Of the package if it is there, else of the module: cv2 comes from several packages."""
     try:
-        found = importlib.import_module(module)
-    except ImportError:
-        return "not installed"
-    return getattr(found, "__version__", "") or importlib.metadata.version(
-        re.split("[<>=]", requirement)[0]
-    )
+        return importlib.metadata.version(re.split("[<>=]", requirement)[0])
+    except importlib.metadata.PackageNotFoundError:
+        if importlib.util.find_spec(module) is None:
+            return "not installed"
+    return getattr(importlib.import_module(module), "__version__", "unknown")
 
 
 def installed_versions() -> dict[str, str]:

@@ -163,7 +163,7 @@ def test_pictures_and_videos_are_trained_on_together(demo_set, tmp_path):
         "cell_13_model_evaluation",
         tmp_path / "run",
         **dict(DATA_DIR=root, MAX_VIDEOS_PER_CLASS=0, VAL_FRACTION=0.25, TEST_FRACTION=0.25),
-        **dict(FRAMES_PER_VIDEO=2, CLIPS_PER_VIDEO=2, IMAGE_SIZE=48, BACKBONE="mobilenet_v3_small"),
+        **dict(FRAMES_PER_VIDEO=2, CLIPS_PER_VIDEO=2, IMAGE_SIZE=48, BACKBONE="shufflenet_v2_x0_5"),
         **dict(PRETRAINED=False, LSTM_HIDDEN=8, ATTENTION_HEADS=2, EPOCHS=1, BATCH_SIZE=4),
         **dict(EPOCH_VIDEOS=8, DATASET_SHARES="[faces 3]", AUGMENTATION="robust", ROBUSTNESS=0),
     )
