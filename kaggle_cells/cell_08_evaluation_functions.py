@@ -1258,8 +1258,9 @@ def describe_limits(predictor: Predictor) -> str:
         return f"This model file has {only}: no video is called uncertain."
     real_to, fake_from = predictor.limits
     low = f"real up to {real_to:.2f}" if real_to >= 0 else "never real"
-    high = f"fake from {fake_from:.2f}" if fake_from <= 1 else "never fake"
-    return f"By P(fake), videos are called {low} and {high}: nine in ten such calls were right."
+    high = f"fake from P(fake) {fake_from:.2f}" if fake_from <= 1 else "never fake"
+    right = "nine in ten such calls were right on the videos it was calibrated with"
+    return f"A video is called {high}, {low}, else uncertain: {right}."
 
 
 def inline_html(judgement: Judgement, predictor: Predictor) -> str:
