@@ -176,7 +176,7 @@ def test_score_says_of_videos_and_folders_whether_they_are_fake(finished_run, de
     assert "error" in broken and "broken.mp4 (no frames can be decoded" in broken
     assert "1 not readable" in summary and (tmp_path / "out" / "report.html").exists()
     pretrained = processes.run([*words[:2], video, *into], tmp_path)
-    assert "It is weak" in pretrained and "no video is called uncertain" in pretrained
+    assert "It is weak" in pretrained and "else uncertain" in pretrained
     missing = processes.run([*words, "nowhere.mp4"], tmp_path, expect=1)
     assert "nowhere.mp4 does not exist" in missing
     no_model = processes.run([*words[:2], video, "--model", "none.pth"], tmp_path, expect=1)

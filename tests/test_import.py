@@ -176,7 +176,7 @@ def test_a_notebook_that_papermill_executed(edit, project, failed_run):
     edit.notebook = nbformat.read(
         failed_run.folder / "deepfake_detection.unfinished.ipynb", as_version=4
     )
-    assert edit.cell('BACKBONE = "resnet18"') and any(
+    assert edit.cell('BACKBONE = "resnet5O"') and any(
         cell.get("outputs") for cell in edit.notebook.cells
     )
     edit.insert(edit.index("class Config") + 1, "raise RuntimeError('here it ends')")
@@ -184,11 +184,11 @@ def test_a_notebook_that_papermill_executed(edit, project, failed_run):
     after = contents(project)
     assert (
         changes(before, after) == {"cell_02"}
-        and 'BACKBONE = "resnet18"' not in after["cell_02_global_config.py"]
+        and 'BACKBONE = "resnet5O"' not in after["cell_02_global_config.py"]
     )
     assert "+raise RuntimeError('here it ends')" in said and said.count("added by papermill") >= 2
     edit.notebook.cells[
-        edit.index('BACKBONE = "resnet18"')
+        edit.index('BACKBONE = "resnet5O"')
     ].metadata = {}  # a tag that another tool dropped
     assert "Nothing to do" in edit.take()
 
