@@ -170,6 +170,19 @@ def test_95_percent_intervals_cover_the_truth_about_95_times_in_100():
     assert covered[False] < covered[True], "videos of one group taken for independent: too sure"
 
 
+def test_the_offset_fits_classes_of_different_spread():
+    """No other offset gives a lower log loss: the middle of the class means does not."""
+    rng = np.random.default_rng(0)
+    logits = np.concatenate([rng.normal(-2, 3, 400), rng.normal(2, 0.5, 400)])
+    labels = np.repeat([0, 1], 400)
+    temperature, offset = cell.fit_calibration(logits, labels)
+
+    def loss(shift: float) -> float:
+        return cell.log_loss(labels == 1, cell.probabilities(logits - offset - shift, temperature))
+
+    assert abs(offset) > 0.2 and loss(0) < min(loss(-0.2), loss(0.2))
+
+
 def test_the_threshold_separates_best_and_is_near_one_half_among_equals():
     assert cell.fit_threshold(np.array([0.1, 0.2, 0.8, 0.9]), np.array([0, 0, 1, 1])) == 0.5
     assert cell.fit_threshold(
