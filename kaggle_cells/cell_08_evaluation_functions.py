@@ -1284,9 +1284,7 @@ def show_judgement(predictor: Predictor, path: str | Path) -> None:
 
 
 # %%
-JUDGEMENT_VERSION = (
-    1  # part of each kept verdict's name: increased when verdicts are made otherwise
-)
+JUDGEMENT_VERSION = 1  # part of a kept verdict's name: increased when verdicts are made otherwise
 PREDICTION_COLUMNS = ["path", "probability", "verdict", "threshold", "face_share", "seconds"]
 PREDICTION_COLUMNS += ["error", "faces", "seconds_judged", "from", "to"]
 

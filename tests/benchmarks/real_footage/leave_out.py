@@ -64,9 +64,8 @@ def deal_families(fakes: pd.DataFrame) -> dict[str, str]:
     kinds = pd.crosstab(fakes.family, fakes.kind)
     dealt = pd.DataFrame(0.0, index=FOLDS, columns=[*kinds, "all"])
     folds: dict[str, str] = {}
-    for family, counts in kinds.loc[
-        kinds.sum(axis=1).sort_values(kind="stable").index[::-1]
-    ].iterrows():
+    large_first = kinds.sum(axis=1).sort_values(kind="stable").index[::-1]
+    for family, counts in kinds.loc[large_first].iterrows():
         order = dealt.sort_values([counts.idxmax(), "all"], kind="stable")
         folds[str(family)] = fold = order.index[0]
         dealt.loc[fold] += [*counts, counts.sum()]
@@ -84,10 +83,8 @@ def assign_folds(videos: pd.DataFrame) -> pd.Series:
     source = videos.path.map(lambda path: re.sub(r"-[0-9a-f]{12}(-x\d+)?\.mp4$", "", path.name))
     for key in (videos.group, source):
         fold = fold.fillna(key.map(fold.groupby(key).first()))
-    by_group = videos.group.map(
-        {name: FOLDS[i % 4] for i, name in enumerate(sorted({*videos.group}))}
-    )
-    return fold.fillna(by_group)
+    in_turn = {name: FOLDS[i % 4] for i, name in enumerate(sorted({*videos.group}))}
+    return fold.fillna(videos.group.map(in_turn))
 
 
 def data_folder(folder: Path, videos: pd.DataFrame, fold: str, stills: Path) -> Path:
