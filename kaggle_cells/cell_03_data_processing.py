@@ -1838,16 +1838,18 @@ def plot_demo_person(number: int = 1, seed: int = 0) -> plt.Figure:
     """The middle frame of a demo video and its face crop, for the real one and each fake."""
     portrait = load_portrait()
     detector = load_face_detector("cpu") if CONFIG.FACE_CROP else None
-    figure, axes = plt.subplots(2, 4, figsize=(WIDTH, 3.6))
-    for column, method in zip(axes.T, ("real", *DEMO_METHODS), strict=True):
+    pictures, crops, methods = [], [], ("real", *DEMO_METHODS)
+    for method in methods:
         frames = demo_frames(portrait, number, method, seed)
         frame = to_rgb(frames[len(frames) // 2])
         if method == "real":  # the fakes hold their heads in the same place
             boxes, *_ = find_face([frame], detector)
             ((x, y, side),) = crop_squares(boxes, len(frame), frame.shape[1], CONFIG.FACE_MARGIN)
-        show_row(column[:1], "", frame[None])
-        show_row(column[1:], "", frame[None, y : y + side, x : x + side])
-        column[0].set_title(method)
+        pictures.append(frame)
+        crops.append(frame[y : y + side, x : x + side])
+    figure, (top, below) = plt.subplots(2, 1, figsize=(WIDTH, 3.6))
+    show_row(top, "", np.stack(pictures), methods)
+    show_row(below, "", np.stack(crops))
     return figure
 
 

@@ -569,7 +569,7 @@ def plot_self_blends(table: pd.DataFrame, seed: int, clips: int = 5) -> Figure:
     )
     real = to_float(frames)
     fake, masks = self_blend(real, landmarks, DeviceRandom(torch.device("cpu"), [seed]))
-    figure, axes = plt.subplots(3, len(items), figsize=(WIDTH, 3.5), squeeze=False)
+    figure, axes = plt.subplots(3, 1, figsize=(WIDTH, 4))
     show_row(axes[0], "real", real[:, 0].movedim(1, -1).numpy())
     show_row(axes[1], "mask", masks[:, 0].numpy())
     show_row(axes[2], "self-blend", fake[:, 0].movedim(1, -1).numpy())
@@ -591,10 +591,9 @@ def plot_augmentation(seed: int = 2) -> Figure:
     steps = {"real": real, "augmented": compress(augmented, torch.tensor(0.8))}
     steps |= {"perturbed": perturbed, "warped": warped, "mask": mask.expand_as(real)}
     steps["self-blend"] = real.lerp(warped, mask)
-    figure, axes = plt.subplots(1, len(steps), figsize=(WIDTH, 1.5))
-    for ax, (name, picture) in zip(axes, steps.items(), strict=True):
-        show_row(np.array([ax]), "", picture[0].movedim(1, -1).numpy())
-        ax.set_title(name, fontsize=9)
+    pictures = torch.cat([*steps.values()])[:, 0].movedim(1, -1).numpy()
+    figure, ax = plt.subplots(figsize=(WIDTH, 1.5))
+    show_row(ax, "", pictures, [*steps])
     return figure
 
 

@@ -462,6 +462,15 @@ def heat_maps(model: DeepfakeDetector, clips: torch.Tensor) -> tuple[torch.Tenso
     return heat, DetectorOutput(*(part.detach() for part in output))
 
 
+def overlay_heat(frame: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """A grey frame (S, S, 3) under its heat (S, S) in 0..1."""
+    colours = cv2.applyColorMap((255 * heat).astype(np.uint8), cv2.COLORMAP_INFERNO)
+    share = (0.15 + 0.6 * heat)[..., None]
+    grey = frame.mean(axis=-1, keepdims=True).repeat(3, axis=-1)
+    return ((1 - share) * grey + share * colours[..., ::-1]).astype(np.uint8)
+
+
+# %%
 # %% [markdown]
 # **Figures.** Each title says what was found. First the clips, and training:
 
@@ -477,11 +486,11 @@ def plot_samples(table: pd.DataFrame, per_clip: int = 5) -> Figure:
     firsts = table.sort_values(["label", "method", "path"]).groupby("method", sort=False).head(1)
     per_clip = min(per_clip, int(firsts.distinct_frames.max()))
     size = (WIDTH, 1.15 * len(firsts))
-    figure, axes = plt.subplots(len(firsts), per_clip, figsize=size, squeeze=False)
-    for row, sample in zip(axes, firsts.itertuples(), strict=True):
+    figure, axes = plt.subplots(len(firsts), squeeze=False, figsize=size)
+    for ax, sample in zip(axes.flat, firsts.itertuples(), strict=True):
         frames, _ = load_clip(sample.clip_file)
         picked = np.linspace(0, len(frames) - 1, per_clip).round().astype(int)
-        show_row(row, sample.method, frames[np.minimum(picked, len(frames) - 1)])
+        show_row(ax, sample.method, frames[np.minimum(picked, len(frames) - 1)])
     return figure
 
 
@@ -676,16 +685,11 @@ def draw_explanation(
 ) -> None:
     """Up to 6 frames of a clip (T, S, S, 3), their heat (T, S, S), and the T frame scores below."""
     shown = np.linspace(0, len(clip) - 1, min(6, len(clip))).round().astype(int)
-    grid = part.add_gridspec(3, len(shown), height_ratios=[1, 1, 1.15])
-    for column, t in enumerate(shown):
-        top, middle = (part.add_subplot(grid[row, column]) for row in (0, 1))
-        top.imshow(clip[t])
-        top.set_title(f"{t + 1}", fontsize=10, loc="center")
-        middle.imshow(clip[t].mean(axis=-1), cmap="gray", vmin=0, vmax=255)
-        middle.imshow(heat[t], cmap="inferno", vmin=0, vmax=1, alpha=0.15 + 0.6 * heat[t])
-        top.set_axis_off()
-        middle.set_axis_off()
-    times, ax = np.arange(1, len(clip) + 1), part.add_subplot(grid[2, :])
+    grid = part.add_gridspec(3, 1, height_ratios=[1, 1, 1.15])
+    top, middle, ax = (part.add_subplot(grid[row, 0]) for row in range(3))
+    show_row(top, "", clip[shown], [str(t + 1) for t in shown])
+    show_row(middle, "", np.stack([*map(overlay_heat, clip[shown], heat[shown])]))
+    times = np.arange(1, len(clip) + 1)
     ax.bar(times, attention / attention.max(), color="0.85", label="attention (of the largest)")
     ax.plot(times, scores, ".-", color=FAKE_COLOUR, label="P(fake) of the frame")
     ax.set(xlabel="frame", ylim=(0, 1.05), xlim=(0.4, len(clip) + 0.6))
@@ -799,7 +803,8 @@ class Predictor:
     """A detector, in eval mode, with everything needed to score videos as in training.
 
     `limits`: up to the first P(fake) a video is called real, from the second on fake. Without them,
-    as in older model files, `threshold` is both, and nothing is uncertain.
+    as in older model files, `threshold` is both, and nothing is uncertain. `info` is what else the
+    model file holds: config, epoch, val_auc, ...
     """
 
     model: DeepfakeDetector
@@ -810,6 +815,7 @@ class Predictor:
     limits: tuple[float, float] | None = None
     fingerprint: str = ""
     about: str = ""
+    info: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, file: str | Path, device: str | torch.device = "cpu") -> "Predictor":
@@ -821,7 +827,9 @@ class Predictor:
         limits = (saved["sure_real"], saved["sure_fake"]) if "sure_fake" in saved else None
         numbers = saved["temperature"], saved["threshold"], limits
         fingerprint = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-        return cls(model, settings, faces, *numbers, fingerprint, describe_model(file, saved))
+        about = describe_model(file, saved)
+        info = {name: value for name, value in saved.items() if name != "model"}
+        return cls(model, settings, faces, *numbers, fingerprint, about, info)
 
     def verdict(self, probability: float) -> str:
         real_to, fake_from = self.limits or (self.threshold, self.threshold)
@@ -975,15 +983,6 @@ def as_uri(picture: np.ndarray) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(content.tobytes()).decode()
 
 
-def overlay_heat(frame: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """A grey frame (S, S, 3) under its heat (S, S) in 0..1."""
-    colours = cv2.applyColorMap((255 * heat).astype(np.uint8), cv2.COLORMAP_INFERNO)
-    share = (0.15 + 0.6 * heat)[..., None]
-    grey = frame.mean(axis=-1, keepdims=True).repeat(3, axis=-1)
-    return ((1 - share) * grey + share * colours[..., ::-1]).astype(np.uint8)
-
-
-# %%
 def frame_and_heat(
     predictor: Predictor, clip: np.ndarray, is_most: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -1396,7 +1395,7 @@ def judge_videos(
         try:
             for number, path in enumerate(paths):
                 bar.set_postfix_str(f"{number + 1} of {len(paths)}")
-                progress = partial(move_bar, bar, sum(sizes[:number]), sizes[number])
+                progress = partial(move_bar, bar, bar.n, sizes[number])
                 judged.append(judge_or_recall(predictor, path, folder, how, progress))
                 progress(1.0)
                 if tell:

@@ -17,7 +17,6 @@ from IPython.display import display
 from cell_01_imports_and_setup import duration, save_csv, save_figure
 from cell_02_global_config import CONFIG
 from cell_03_data_processing import videos_below
-from cell_05_model_definition import load_detector
 from cell_07_training_functions import progress, validate
 from cell_08_evaluation_functions import (
     VERDICT_METRICS,
@@ -49,8 +48,9 @@ evaluation_started = time.perf_counter()
 RESULTS = CONFIG.work_dir / "results"
 FIGURES = RESULTS / "evaluation"
 MODEL_FILE = Path(CONFIG.CHECKPOINT) if CONFIG.EPOCHS == 0 else BEST_MODEL
-DETECTOR, MODEL_INFO = load_detector(MODEL_FILE, DEVICE)
-TEMPERATURE, THRESHOLD = MODEL_INFO["temperature"], MODEL_INFO["threshold"]
+PREDICTOR = Predictor.load(MODEL_FILE, DEVICE)
+DETECTOR, TEMPERATURE, THRESHOLD = PREDICTOR.model, PREDICTOR.temperature, PREDICTOR.threshold
+MODEL_INFO = PREDICTOR.info
 PREDICTIONS = SPLIT_TABLES["test"].drop(columns="split")
 METRICS, INTERVALS, FORMATTED_METRICS = {}, {}, {}  # by threshold
 SCORE_TABLE, VERDICT_TABLE, BY_METHOD, BY_DATASET, ROBUSTNESS_TABLE = 5 * [pd.DataFrame()]
@@ -141,7 +141,6 @@ EVALUATION_SECONDS = time.perf_counter() - evaluation_started
 # Verdicts mean little on videos that are unlike the training videos.
 
 # %%
-PREDICTOR = Predictor.load(MODEL_FILE, DEVICE)
 predict_video, show_video = PREDICTOR.predict_video, PREDICTOR.show
 SCORED = pd.DataFrame(columns=["verdict", "error"])
 if CONFIG.PREDICT_DIR:

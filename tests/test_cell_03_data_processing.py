@@ -1157,9 +1157,8 @@ def test_a_demo_fake_differs_from_its_original_in_the_face_only(method):
         )
 
 
-@pytest.mark.parametrize(
-    ("pairs", "low", "high"), [(24, 0.25, 0.75), pytest.param(60, 0.35, 0.65, marks=SLOW)]
-)
+@pytest.mark.parametrize(("pairs", "low", "high"), [(24, 0.25, 0.75), (60, 0.35, 0.65)])
+@SLOW
 def test_nothing_trivial_tells_the_demo_classes_apart(pairs, low, high, tmp_path, face_detector):
     """AUC near 0.5 from file size, frame count, colours, and all that is outside the face crop."""
     videos = find_videos(cell.make_demo_set(tmp_path, pairs, seed=7, workers=2))

@@ -410,13 +410,13 @@ def test_compression_loses_about_what_jpeg_does(size):
 
 
 def test_figures_of_self_blends_show_up_to_five_clips(clip_table):
-    figure = cell.plot_self_blends(clip_table, seed=1)
-    assert len(figure.axes) == 15
-    assert len(cell.plot_self_blends(clip_table[clip_table.label == 0][:2], seed=1).axes) == 6
+    for table, shown in ((clip_table, 5), (clip_table[clip_table.label == 0][:2], 2)):
+        rows = [ax.images[0].get_array() for ax in cell.plot_self_blends(table, seed=1).axes]
+        assert len(rows) == 3 and all(row.shape[1] // row.shape[0] == shown for row in rows)
     plt.close("all")
 
 
 def test_the_picture_of_the_augmentation_shows_each_step():
-    titles = [ax.get_title(loc="left") for ax in cell.plot_augmentation().axes]
-    assert titles == ["real", "augmented", "perturbed", "warped", "mask", "self-blend"]
+    (ax,) = cell.plot_augmentation().axes
+    assert [text.get_text() for text in ax.texts] == ["real", "augmented", "perturbed", "warped", "mask", "self-blend"]
     plt.close("all")

@@ -248,6 +248,7 @@ def test_a_name_that_papermill_was_given_and_that_is_no_parameter_stops_the_note
 # Interruption, holding out, and the finished model
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_resumes_to_the_same_end(finished_run, shared, tmp_path):
     stopped = run_script("cell_12_training_loop", tmp_path, **shared, TIME_BUDGET_HOURS=1e-6)
     assert "Stopped after 1 of 2 epochs" in stopped

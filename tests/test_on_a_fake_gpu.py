@@ -231,7 +231,11 @@ WRAPPERS: tuple = (read_each_time, first_gradient_on_the_cpu, half_frames, avera
 WRAPPERS += (loss_on_the_cpu,)  # these get what they replace first
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+FEW = ("rows by a mask", "the loss read in each step", "losses sent to the CPU")  # one of a kind
+REST = [pytest.param(name, marks=pytest.mark.slow) for name in MISTAKES if name not in FEW]
+
+
+@pytest.mark.parametrize("name", [*FEW, *REST])
 def test_a_planted_mistake_is_found(name, monkeypatch):
     check, where, attribute, mistake, message = MISTAKES[name]
     before = getattr(where, attribute)
