@@ -470,7 +470,6 @@ def overlay_heat(frame: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return ((1 - share) * grey + share * colours[..., ::-1]).astype(np.uint8)
 
 
-# %%
 # %% [markdown]
 # **Figures.** Each title says what was found. First the clips, and training:
 

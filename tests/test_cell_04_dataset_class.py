@@ -418,5 +418,12 @@ def test_figures_of_self_blends_show_up_to_five_clips(clip_table):
 
 def test_the_picture_of_the_augmentation_shows_each_step():
     (ax,) = cell.plot_augmentation().axes
-    assert [text.get_text() for text in ax.texts] == ["real", "augmented", "perturbed", "warped", "mask", "self-blend"]
+    assert [text.get_text() for text in ax.texts] == [
+        "real",
+        "augmented",
+        "perturbed",
+        "warped",
+        "mask",
+        "self-blend",
+    ]
     plt.close("all")
