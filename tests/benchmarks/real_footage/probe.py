@@ -11,6 +11,7 @@ they rank the crops as training does.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -21,7 +22,6 @@ from leave_out import assign_folds
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import nn
 from tqdm import tqdm
 
 from cell_03_data_processing import ClipSettings, load_clip
@@ -42,8 +42,8 @@ def cut_out(frames: np.ndarray, size: int, margin: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def describe(features: nn.Sequential, clips: torch.Tensor) -> np.ndarray:
-    """The description (D,) of a clip (1, T, 3, S, S): the mean of its frames'."""
+def describe(features: Any, clips: torch.Tensor) -> np.ndarray:
+    """The description (D,) of a clip (1, T, 3, S, S) by a list of blocks: its frames' mean."""
     maps, parts = normalize(clips)[0].contiguous(memory_format=torch.channels_last), []
     for number, block in enumerate(features):
         maps = block(maps)
