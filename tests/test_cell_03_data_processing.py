@@ -7,6 +7,7 @@ from pathlib import Path
 
 import conftest
 import cv2
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -1204,3 +1205,4 @@ def test_section_3_shows_a_demo_person_and_its_fakes_with_their_face_crops():
         ax.images[0].get_array().shape for ax in (top, below)
     )
     assert side < height < width / 4 and crops_width == 4 * (side + side // 20)
+    plt.close(figure)

@@ -263,6 +263,7 @@ def test_manipulations_with_too_few_fakes_come_last_with_hollow_marks(table):
 
 
 def test_every_figure_is_drawn_and_written(table, clip_table, tmp_path):
+    plt.close("all")  # of other tests
     labels, probs = table.label.to_numpy(), table.probability.to_numpy()
     history = pd.DataFrame(
         {
