@@ -1255,10 +1255,10 @@ def describe_limits(predictor: Predictor) -> str:
         only = f"one threshold, {predictor.threshold:.2f}"
         return f"This model file has {only}: no video is called uncertain."
     real_to, fake_from = predictor.limits
-    low = f"real up to {real_to:.2f}" if real_to >= 0 else "never real"
-    high = f"fake from P(fake) {fake_from:.2f}" if fake_from <= 1 else "never fake"
+    low = f"real up to P(fake) {real_to:.2f}" if real_to >= 0 else "never real"
+    high = f"fake from {fake_from:.2f}" if fake_from <= 1 else "never fake"
     right = "nine in ten such calls were right on the videos it was calibrated with"
-    return f"A video is called {high}, {low}, else uncertain: {right}."
+    return f"A video is called {low}, {high}, else uncertain: {right}."
 
 
 def inline_html(judgement: Judgement, predictor: Predictor) -> str:
