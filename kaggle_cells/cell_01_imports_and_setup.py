@@ -379,7 +379,7 @@ def save_figure(
 def show_row(ax: Axes, name: str, images: np.ndarray, titles: Sequence[str] = ()) -> None:
     """N images (N, H, W) in 0..1, or (N, H, W, 3), side by side as one picture, with its name.
 
-    One picture, because each `Axes` takes as long as a hundred images.
+    One picture, because many `Axes` are slow to draw.
     """
     white, width = 255 if images.dtype == np.uint8 else 1, images.shape[2]
     gap = [(0, 0), (0, 0), (0, width // 20), *[(0, 0)] * (images.ndim - 3)]

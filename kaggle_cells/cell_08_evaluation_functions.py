@@ -489,7 +489,7 @@ def plot_samples(table: pd.DataFrame, per_clip: int = 5) -> Figure:
     for ax, sample in zip(axes.flat, firsts.itertuples(), strict=True):
         frames, _ = load_clip(sample.clip_file)
         picked = np.linspace(0, len(frames) - 1, per_clip).round().astype(int)
-        show_row(ax, sample.method, frames[np.minimum(picked, len(frames) - 1)])
+        show_row(ax, sample.method, frames[picked])
     return figure
 
 
@@ -1282,7 +1282,7 @@ def show_judgement(predictor: Predictor, path: str | Path) -> None:
 
 
 # %%
-JUDGEMENT_VERSION = 1  # part of a kept verdict's name: increased when verdicts are made otherwise
+JUDGEMENT_VERSION = 2  # part of a kept verdict's name: increased when verdicts are made otherwise
 PREDICTION_COLUMNS = ["path", "probability", "verdict", "threshold", "face_share", "seconds"]
 PREDICTION_COLUMNS += ["error", "faces", "seconds_judged", "from", "to"]
 

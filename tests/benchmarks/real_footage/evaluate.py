@@ -123,14 +123,20 @@ def fake_above_real(table: pd.DataFrame) -> tuple[float, int]:
     return float(np.mean(shares)), len(shares)
 
 
+def against_reals(table: pd.DataFrame, column: str) -> dict[str, pd.DataFrame]:
+    """The fakes of each value of a column, with all real videos."""
+    reals = table[table.label == 0]
+    kinds = table[table.label == 1].groupby(column)
+    return {str(name): pd.concat([reals, fakes]) for name, fakes in kinds}
+
+
 def print_report(table: pd.DataFrame) -> None:
     """AUC of all videos, by kind, by generator, and of what should not matter; pairs in groups."""
-    reals = table[table.label == 0]
     parts = {"all": table}
     for column in ("kind", "method"):
-        for name, fakes in table[table.label == 1].groupby(column):
-            if column == "kind" or len(fakes) >= 5:
-                parts[f"{column} {name}"] = pd.concat([reals, fakes])
+        for name, part in against_reals(table, column).items():
+            if column == "kind" or part.label.sum() >= 5:
+                parts[f"{column} {name}"] = part
     rows = [auc_row(name, part, part.logit) for name, part in parts.items()]
     for name in ("picture size", "bytes a second", "sharpness"):
         ahead = table[name] if table[name].corr(table.label, "spearman") > 0 else -table[name]

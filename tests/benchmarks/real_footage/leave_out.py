@@ -87,6 +87,17 @@ def assign_folds(videos: pd.DataFrame) -> pd.Series:
     return fold.fillna(videos.group.map(in_turn))
 
 
+def with_folds(videos: pd.DataFrame) -> pd.DataFrame:
+    """The videos with their `fold`, and with groups as the corpus names them."""
+    group = videos.group.str.partition("/")[2]
+    return videos.assign(fold=assign_folds(videos), group=group)
+
+
+def may_be_known(videos: pd.DataFrame, tested: pd.Series) -> pd.Series:
+    """Which videos a model may have seen: nobody is on both sides."""
+    return ~tested & ~videos.group.isin(videos.group[tested])
+
+
 def data_folder(folder: Path, videos: pd.DataFrame, fold: str, stills: Path) -> Path:
     """A DATA_DIR with the stills and the corpus, split so that `fold` is the test set.
 
@@ -97,7 +108,7 @@ def data_folder(folder: Path, videos: pd.DataFrame, fold: str, stills: Path) -> 
         if not (folder / dataset.name).exists():
             (folder / dataset.name).symlink_to(dataset.resolve())
     tested = videos.fold == fold
-    known = ~tested & ~videos.group.isin(videos.group[tested])  # nobody is on both sides
+    known = may_be_known(videos, tested)
     validates = videos.group.isin(sorted({*videos.group[known]})[::10])
     split = np.select([tested, validates], ["test", "val"], "train")
     table = videos.assign(split=split)[tested | known]
@@ -135,9 +146,7 @@ def train(given: argparse.Namespace, videos: pd.DataFrame, fold: str) -> pd.Data
 
 def left_out_scores(given: argparse.Namespace) -> pd.DataFrame:
     """Every video of the corpus with the logit of the model of its fold, and its trivia."""
-    videos = find_corpus(given.corpus)
-    videos["fold"] = assign_folds(videos)
-    videos["group"] = videos.group.str.partition("/")[2]
+    videos = with_folds(find_corpus(given.corpus))
     folds = [*FOLDS, *(["none"] if given.final else [])]
     with ThreadPoolExecutor(given.jobs) as pool:
         scored = list(pool.map(partial(train, given, videos), folds))

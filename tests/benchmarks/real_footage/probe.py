@@ -17,8 +17,8 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
-from evaluate import auc_row, cache_corpus
-from leave_out import assign_folds
+from evaluate import against_reals, auc_row, cache_corpus
+from leave_out import may_be_known, with_folds
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -56,8 +56,8 @@ def left_out_logits(videos: pd.DataFrame, described: np.ndarray) -> np.ndarray:
     """The logit of each video (N,) from descriptions (N, D), by the other folds' regression."""
     logits = np.full(len(videos), np.nan)
     for fold in sorted({*videos.fold}):
-        tested = (videos.fold == fold).to_numpy()
-        known = ~tested & ~videos.group.isin(videos.group[tested]).to_numpy()
+        tested = videos.fold == fold
+        known = may_be_known(videos, tested)
         # Generators by the root of their number of videos, both classes alike.
         weight = videos[known].groupby("method").method.transform("size") ** -0.5
         weight /= weight.groupby(videos.label[known]).transform("sum")
@@ -70,10 +70,10 @@ def left_out_logits(videos: pd.DataFrame, described: np.ndarray) -> np.ndarray:
 
 def aucs(videos: pd.DataFrame, scores: pd.Series) -> str:
     """The AUC of all videos and of each kind of fakes against all real ones, with intervals."""
-    reals, found = videos[videos.label == 0], [f"all {auc_row('', videos, scores)['AUC']}"]
-    for kind, fakes in videos[videos.label == 1].groupby("kind"):
-        part = pd.concat([reals, fakes])
-        found.append(f"{kind} {auc_row('', part, scores[part.index])['AUC']}")
+    parts = {"all": videos} | against_reals(videos, "kind")
+    found = [
+        f"{name} {auc_row('', part, scores[part.index])['AUC']}" for name, part in parts.items()
+    ]
     return ", ".join(found)
 
 
@@ -84,9 +84,7 @@ def main() -> None:
     parser.add_argument("--crops", nargs="+", default=["112:0", "160:0", "192:0", "192:0.1"])
     given = parser.parse_args()
     backbone = load_detector(given.model)[0].backbone
-    videos = cache_corpus(given.corpus, SOURCE, torch.get_num_threads())
-    videos["fold"] = assign_folds(videos)
-    videos["group"] = videos.group.str.partition("/")[2]
+    videos = with_folds(cache_corpus(given.corpus, SOURCE, torch.get_num_threads()))
     for crop in given.crops:
         size, margin = crop.split(":")
         files = tqdm(videos.clip_file, crop, leave=False)
