@@ -441,6 +441,32 @@ def read_parameters(source: str, overrides: list[list[str]], known: dict[str, st
     return parameters
 
 
+def register_engine() -> str:
+    """The name of papermill's usual engine, told to write the notebook every five seconds.
+
+    It would before and after each of 280 cells, which takes a third of a short run.
+    """
+    from papermill.engines import NBClientEngine, papermill_engines
+
+    class SeldomSaving(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, *args, **kwargs):
+            save = nb_man.save
+
+            def save_if_due(**ignored):
+                if (nb_man.now() - nb_man.last_save_time).total_seconds() > 5:
+                    save()
+
+            nb_man.save = save_if_due
+            try:
+                super().execute_managed_notebook(nb_man, *args, **kwargs)
+            finally:
+                nb_man.save = save  # for the end, however it comes
+
+    papermill_engines.register("seldom_saving", SeldomSaving)
+    return "seldom_saving"
+
+
 def execute(notebook: Path, executed: Path, parameters: dict, resume: str) -> None:
     """Run a notebook with papermill. Raises Failure with the failing cell's file and `resume`."""
     # a warning about frozen modules, in every kernel
@@ -453,6 +479,7 @@ def execute(notebook: Path, executed: Path, parameters: dict, resume: str) -> No
             str(notebook),
             str(executed),
             parameters,
+            engine_name=register_engine(),
             kernel_name="python3",
             stdout_file=sys.stdout,
             progress_bar=sys.stderr.isatty(),

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import matplotlib
 import nbformat
+import papermill
 import pytest
 import torch
 import torchvision
-import yaml
 from conftest import CI, Run
 from processes import command
 from test_end_to_end import PROMISED
@@ -33,6 +33,14 @@ OFFLINE = {
     "PIP_INDEX_URL": "https://pypi.org/simple",
     "PIP_CONFIG_FILE": os.devnull,
 }
+SAVE_VERSION = """
+import nbclient, nbformat
+notebook = nbformat.read("../../asked.ipynb", as_version=4)
+try:
+    nbclient.NotebookClient(notebook, kernel_name="python3").execute()
+finally:
+    nbformat.write(notebook, "executed.ipynb")
+"""
 
 
 def python_without_facenet(folder: Path) -> Path:
@@ -90,16 +98,16 @@ class Kaggle:
         for cell in notebook.cells:
             for path in ("/kaggle/", "/tmp/clip_cache"):
                 cell.source = cell.source.replace(f'"{path}', f'"{self.folder}{path}')
-        (self.folder / "asked.ipynb").write_text(nbformat.writes(notebook), encoding="utf-8")
         given = {**CI, "DATA_DIR": "auto", "PRETRAINED": True, **parameters}
-        (self.folder / "given.yaml").write_text(yaml.safe_dump(given))
+        asked = self.folder / "asked.ipynb"
+        nbformat.write(notebook, asked)
+        papermill.execute_notebook(asked, asked, given, prepare_only=True, progress_bar=False)
         environment = {**OFFLINE, "KAGGLE_KERNEL_RUN_TYPE": "Batch", "HOME": self.folder}
         environment["MPLCONFIGDIR"] = matplotlib.get_configdir()  # its list of fonts takes a while
-        python = [python_without_facenet(self.folder), "-m", "papermill"]
+        words = [python_without_facenet(self.folder), "-c", SAVE_VERSION]
         with pytest.MonkeyPatch.context() as patch:
             for name in ("TQDM_DISABLE", "PYTHONPATH", "JUPYTER_PATH"):
                 patch.delenv(name, raising=False)
-            words = [*python, "../../asked.ipynb", "executed.ipynb", "-f", "../../given.yaml"]
             return Run(working, command(words, working, expect, **environment))
 
 
