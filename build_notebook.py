@@ -371,6 +371,10 @@ def edited_scripts(
         file = f"kaggle_cells/{name}"
         here = [number for number, home in enumerate(homes) if home == file]
         mine = [n for n, cell in enumerate(originals) if cell.metadata[SOURCE_KEY] == file]
+        is_changed = any(cells[n].source != originals[of[n]].source for n in here if n in of)
+        if [of.get(number) for number in here] == mine and not is_changed:
+            texts[name] = text
+            continue
         script = dict(zip(mine, jupytext.reads(text, fmt=FORMAT).cells, strict=True))
         own = {n: script[of[number]] for n, number in enumerate(here) if of.get(number) in script}
         texts[name] = script_text(text, [cells[number] for number in here], own)
