@@ -21,13 +21,13 @@ SECTION_12 = "import cell_12_training_loop"
 
 @pytest.fixture(scope="module")
 def shared(its_clips):
-    """Parameters of four epochs on the clips that are there already: three batches an epoch."""
+    """Parameters of three epochs on the clips that are there already: three batches an epoch."""
     return {
         **CI,
         **its_clips,
         "BACKBONE": "shufflenet_v2_x0_5",
         "EMA_DECAY": 0.9,
-        "EPOCHS": 4,
+        "EPOCHS": 3,
         "LR_PATIENCE": 0,
     }
 
@@ -74,7 +74,7 @@ def same_end(first: Path, second: Path) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(shared, tmp_path_factory) -> Path:
-    """Four epochs at once."""
+    """Three epochs at once."""
     folder = tmp_path_factory.mktemp("training") / "whole"
     run(SECTION_12, folder, **shared)
     saved = checkpoint(folder)
@@ -89,7 +89,7 @@ def uninterrupted(shared, tmp_path_factory) -> Path:
         "precision",
         "initial_weights",
     }
-    assert len(history(folder)) == saved["epoch"] == 4 and saved.keys() == parts | figures
+    assert len(history(folder)) == saved["epoch"] == 3 and saved.keys() == parts | figures
     assert (
         history(folder).learning_rate.min() < CI["LEARNING_RATE"]
     )  # LR_PATIENCE 0: some epoch was worse
@@ -132,7 +132,7 @@ import torch
 save = torch.save
 def half(content, file):
     save(content, file)
-    if content.get("epoch") == 3 and "optimizer" in content:
+    if content.get("epoch") == 2 and "optimizer" in content:
         os.truncate(file, os.path.getsize(file) // 2)
         {KILL}
 torch.save = half
@@ -171,7 +171,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     output = run(SECTION_12, tmp_path, **shared)
-    assert "last_checkpoint.pth is damaged" in output and "Resuming after epoch 3" in output
+    assert "last_checkpoint.pth is damaged" in output and "Resuming after epoch 2" in output
     same_end(uninterrupted, tmp_path)
 
 
@@ -190,7 +190,7 @@ def test_a_finished_run_is_not_repeated_and_its_best_model_is_restored(
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     (tmp_path / "models" / "best_model.pth").unlink()
     output = run(SECTION_12, tmp_path, **shared)
-    assert "Training is finished after epoch 4" in output and "\nepoch " not in output
+    assert "Training is finished after epoch 3" in output and "\nepoch " not in output
     same_end(uninterrupted, tmp_path)
 
 
@@ -248,13 +248,13 @@ cell.attached_checkpoints = lambda: [{{}}]
 """
     before = tmp_path / "before"
     (before / "models").mkdir(parents=True)
-    third_epoch = uninterrupted / "models" / "previous_checkpoint.pth"
-    shutil.copy(third_epoch, before / "models" / "last_checkpoint.pth")
+    second_epoch = uninterrupted / "models" / "previous_checkpoint.pth"
+    shutil.copy(second_epoch, before / "models" / "last_checkpoint.pth")
     found = attached.format(
         f"__import__('pathlib').Path({str(before / 'models' / 'last_checkpoint.pth')!r})"
     )
     after = tmp_path / "after"
-    assert f"Resuming after epoch 3 of {before}" in run(found, after, **shared)
+    assert f"Resuming after epoch 2 of {before}" in run(found, after, **shared)
     same_end(uninterrupted, after)
 
 
@@ -297,8 +297,8 @@ def test_an_interrupted_run_without_time_for_another_epoch_ends_with_what_it_has
     shared, uninterrupted, tmp_path
 ):
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
-    output = run(SECTION_12, tmp_path, **{**shared, "EPOCHS": 5, "TIME_BUDGET_HOURS": 1e-6})
-    assert "Stopped after 4 of 5 epochs" in output and len(history(tmp_path)) == 4
+    output = run(SECTION_12, tmp_path, **{**shared, "EPOCHS": 4, "TIME_BUDGET_HOURS": 1e-6})
+    assert "Stopped after 3 of 4 epochs" in output and len(history(tmp_path)) == 3
 
 
 def test_training_stops_while_there_is_time_left_for_the_results(shared, tmp_path):
@@ -314,7 +314,7 @@ cell.Trainer.step = step
 """
     output = run(program + SECTION_12, tmp_path, **{**shared, "TIME_BUDGET_HOURS": 0.25})
     assert (
-        "Stopped after 2 of 4 epochs: one more, of 5 min" in output
+        "Stopped after 2 of 3 epochs: one more, of 5 min" in output
         and "time budget of 15 min" in output
     )
     assert len(history(tmp_path)) == 2

@@ -157,7 +157,7 @@ from types import SimpleNamespace
 run = Path({str(finished_run.folder)!r})
 model, saved = load_detector(run / "models" / "best_model.pth")
 settings, faces = ClipSettings.of(SimpleNamespace(**saved["config"])), load_face_detector("cpu")
-for row in csv.DictReader(open(run / "results" / "test_predictions.csv")):
+for row in [*csv.DictReader(open(run / "results" / "test_predictions.csv"))][::2]:
     clip = make_clip(Path(row["path"]), settings, faces)
     with torch.no_grad():
         logit = model(normalize(to_float(torch.from_numpy(clip.frames)[None]))).logit
@@ -166,7 +166,7 @@ for row in csv.DictReader(open(run / "results" / "test_predictions.csv")):
     assert ("fake" if chance >= saved["threshold"] else "real") == row["verdict"]
     print(row["path"])
 """
-    assert run_program(program, tmp_path).count(".mp4") == 6
+    assert run_program(program, tmp_path).count(".mp4") == 3
 
 
 def test_the_readmes_python_works_as_it_stands(finished_run, tmp_path):
@@ -268,7 +268,8 @@ def test_other_settings_do_not_resume_an_old_run(finished_run, shared, tmp_path)
 
 def test_a_trained_model_scores_new_videos_without_training(finished_run, shared, tmp_path):
     """CHECKPOINT, EPOCHS=0 and PREDICT_DIR, with a held-out method and another IMAGE_SIZE."""
-    trained, videos = finished_run.folder / "models" / "best_model.pth", shared["DATA_DIR"]
+    trained = finished_run.folder / "models" / "best_model.pth"
+    videos = shared["DATA_DIR"] / "fake"
     scoring = {
         **shared,
         "CHECKPOINT": trained,
@@ -284,8 +285,9 @@ def test_a_trained_model_scores_new_videos_without_training(finished_run, shared
     run = Run(tmp_path, printed)
     assert "IMAGE_SIZE = 64" in run.output and not (run.folder / "models").exists()
     scored = run.table("results/predictions.csv").set_index("path")
-    tested = finished_run.table("results/test_predictions.csv").set_index("path")
-    assert len(scored) == 24 and scored.error.isna().all()
+    tested = finished_run.table("results/test_predictions.csv").query("label == 1")
+    tested = tested.set_index("path")
+    assert len(scored) == 12 and scored.error.isna().all()
     assert np.allclose(scored.probability[tested.index], tested.probability, atol=1e-4)
     by_method = run.table("results/metrics_by_method.csv").set_index("method")
     assert (
@@ -351,7 +353,8 @@ def test_no_dataset_is_for_scoring_alone(tmp_path):
 
 def test_real_videos_alone_train_a_detector_that_is_tested_on_every_manipulation(shared, tmp_path):
     held_out = {"HOLDOUT_METHODS": "[blend, lowres, jitter]", "SELF_BLEND": 1, "CLIPS_PER_VIDEO": 2}
-    parameters = {**shared, **held_out, "AUGMENTATION": "none"}
+    light = {"BACKBONE": "shufflenet_v2_x0_5", "AUGMENTATION": "none"}
+    parameters = {**shared, **held_out, **light}
     run = Run(tmp_path, run_script("cell_14_results_summary", tmp_path, **parameters))
     videos = run.results["data"]["videos"]
     assert videos["train"]["fake"] == videos["val"]["fake"] == 0 < videos["test"]["fake"]
