@@ -1385,7 +1385,8 @@ class Window:
 
     `start`, `end` in s; `box` (4,) in the frame's pixels, in the middle, and its longer side
     `size`; `sharpness` of the crops; `seen`, the share of the frames looked at; `reason` why it is
-    not judged; `clip` (T, S, S, 3) uint8. Face 0 stands for no face at all.
+    not judged; `clip` (T, S, S, 3) uint8, with `frame_logits` (T,) once it is scored. Face 0 stands
+    for no face at all.
     """
 
     face: int
@@ -1397,6 +1398,7 @@ class Window:
     seen: float = 0.0
     reason: str = ""
     clip: Any = None
+    frame_logits: Any = None
     logit: float = math.nan
     probability: float = math.nan
 

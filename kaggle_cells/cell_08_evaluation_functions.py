@@ -864,8 +864,10 @@ class Predictor:
                 output = score_clips(self.model, np.stack([window.clip for window in judged]))
                 logits = output.logit.float().cpu().numpy()
                 probs = probabilities(logits, self.temperature)
-                for window, logit, prob in zip(judged, logits, probs, strict=True):
-                    window.logit, window.probability = float(logit), float(prob)
+                frame_logits = output.frame_logits.float().cpu().numpy()
+                for row, window in enumerate(judged):
+                    window.logit, window.probability = float(logits[row]), float(probs[row])
+                    window.frame_logits = frame_logits[row]
             yield from windows
 
     def judge(
@@ -983,14 +985,14 @@ def as_uri(picture: np.ndarray) -> str:
 
 
 def frame_and_heat(
-    predictor: Predictor, clip: np.ndarray, is_most: bool
+    predictor: Predictor, window: Window, is_most: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The frame (S, S, 3) of a clip that scores most, or least, and its heat (S, S), if it has any.
+    """A window's frame (S, S, 3) that scores most, or least, and its heat (S, S), if it has any.
 
     Of interleaved clips, that with the frame is explained.
     """
-    scores = score_clips(predictor.model, clip[None]).frame_logits[0].cpu()
-    t, frames = int(scores.argmax() if is_most else scores.argmin()), predictor.model.frames
+    clip, scores, frames = window.clip, window.frame_logits, predictor.model.frames
+    t = int(scores.argmax() if is_most else scores.argmin())
     count = len(clip) // frames if len(clip) % frames == 0 else 1
     batch = torch.from_numpy(clip[None, t % count :: count].copy())
     batch = batch.to(next(predictor.model.parameters()).device)
@@ -1006,8 +1008,7 @@ def draw_pictures(predictor: Predictor, face: int, extremes: tuple[Window, Windo
     most, least = extremes
     moments = {"most": most} if most is least else {"most": most, "least": least}
     found = {
-        name: frame_and_heat(predictor, window.clip, name == "most")
-        for name, window in moments.items()
+        name: frame_and_heat(predictor, window, name == "most") for name, window in moments.items()
     }
     hottest = max([1e-9, *(heat.max() for _, heat in found.values() if heat is not None)])
     pictures: list[dict[str, Any]] = []
@@ -1047,7 +1048,8 @@ def judge_video(
         for window in predictor.scan(path, stride, max_windows):
             if not window.reason:
                 keep_extremes(extremes, window)
-            judgement.windows.append(dataclasses.replace(window, clip=None))
+            kept = dataclasses.replace(window, clip=None, frame_logits=None)
+            judgement.windows.append(kept)
             if progress:
                 progress(min(1.0, window.end / length))
     except VideoError as error:
