@@ -949,6 +949,8 @@ def read_picture(path: Path, size: int = 0) -> np.ndarray:
 def read_pictures(path: Path, count: int) -> Frames:
     """A picture, or `count` pictures of a folder of frames, as `read_frames` returns them."""
     files = frame_files(path)
+    if not files:
+        raise VideoError("is a folder without pictures")
     positions = frame_positions(len(files), count if len(files) > 1 else 1, 0, 0)
     wanted = {position: read_picture(files[position]) for position in set(positions.tolist())}
     if len({frame.shape for frame in wanted.values()}) > 1:

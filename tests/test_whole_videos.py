@@ -192,6 +192,9 @@ def odd(kind: str, frames: list[np.ndarray], folder: Path) -> Path:
         return cut(whole, file, 0.6)
     if kind == "one frame":
         return ffmpeg("-i", plain, "-frames:v", "1", *h264, file)
+    if kind == "folder":
+        file.mkdir()
+        return file
     if kind == "sound":
         return ffmpeg("-f", "lavfi", "-i", "sine=duration=2", file)
     blurred = [cv2.GaussianBlur(frame, (0, 0), 7) for frame in frames]
@@ -229,7 +232,8 @@ def test_what_training_would_not_know_is_not_judged_and_the_reason_is_said(
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"), [("one frame", "holds 1 frame"), ("sound", "sound alone")]
+    ("kind", "reason"),
+    [("one frame", "holds 1 frame"), ("sound", "sound alone"), ("folder", "without pictures")],
 )
 def test_what_cannot_be_decoded_says_why(kind, reason, people, predictor, tmp_path):
     file = odd(kind, people[0]["real"], tmp_path)
