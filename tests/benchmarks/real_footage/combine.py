@@ -1,14 +1,15 @@
-"""How do frames become a video's score? Rules compared on the models that leave_out.py trained.
+"""How do frames become a video's score? Rules compared on real footage.
 
-    python tests/benchmarks/real_footage/combine.py CORPUS RUNS [--also MORE_RUNS]
+    python tests/benchmarks/real_footage/combine.py CORPUS MODEL.pth [--also MODEL2.pth]
 
-RUNS is leave_out.py's --output. Each video is scored by the model of its fold, frame by frame, as
-it is and mirrored. Prints the AUC, with intervals, of each way to sum up 16 frames: of all videos
-and of each kind of fakes. With --also, those of the sum with another leave_out.py's scores, too.
+MODEL must not have been trained on the corpus. Prints the AUC, with intervals, of each way to sum
+up 16 frames: of all videos and of each kind of fakes. With --also, those of a second model and of
+the sum of both.
 """
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,14 +17,14 @@ import numpy as np
 import pandas as pd
 import torch
 from evaluate import cache_corpus
-from leave_out import with_folds
 from probe import aucs
 from tqdm import tqdm
 
 from cell_03_data_processing import ClipSettings, load_clip
-from cell_05_model_definition import DeepfakeDetector, load_detector
+from cell_05_model_definition import load_detector
 from cell_08_evaluation_functions import probabilities, score_clips
 
+FRAMES = 16
 Rule = Callable[[np.ndarray], np.ndarray]
 
 
@@ -45,39 +46,33 @@ RULES: dict[str, Rule] = {  # from logits (N, 16) to scores (N,)
 }
 
 
-def model_of(runs: Path, fold: str) -> tuple[DeepfakeDetector, ClipSettings]:
-    model, saved = load_detector(runs / fold / "run/models/best_model.pth")
-    return model, ClipSettings.of(SimpleNamespace(**saved["config"]))
-
-
-def left_out_frames(corpus: Path, runs: Path) -> tuple[pd.DataFrame, np.ndarray]:
+def score_frames(file: Path, corpus: Path) -> tuple[pd.DataFrame, np.ndarray]:
     """The videos and their frames' logits (N, 2, T), as they are and mirrored."""
-    _, settings = model_of(runs, "A")
-    videos = with_folds(cache_corpus(corpus, settings, torch.get_num_threads()))
-    logits = np.zeros((len(videos), 2, settings.frames))
-    for fold in sorted({*videos.fold}):
-        model, _ = model_of(runs, fold)
-        for row in tqdm(np.flatnonzero(videos.fold == fold), fold, leave=False):
-            clip, _ = load_clip(videos.clip_file.iloc[row], settings.size)
-            pair = np.stack([clip, clip[:, :, ::-1]])
-            logits[row] = score_clips(model, pair).frame_logits.float().numpy()
+    model, saved = load_detector(file)
+    settings = ClipSettings.of(SimpleNamespace(**saved["config"]))
+    videos = cache_corpus(corpus, replace(settings, frames=FRAMES), torch.get_num_threads())
+    logits = np.zeros((len(videos), 2, FRAMES))
+    for row, clip_file in enumerate(tqdm(videos.clip_file, file.name, leave=False)):
+        clip, _ = load_clip(clip_file, settings.size)
+        pair = np.stack([clip, clip[:, :, ::-1]])
+        logits[row] = score_clips(model, pair).frame_logits.float().numpy()
     return videos, logits
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("corpus", type=Path)
-    parser.add_argument("runs", type=Path)
+    parser.add_argument("model", type=Path)
     parser.add_argument("--also", type=Path)
     given = parser.parse_args()
-    videos, logits = left_out_frames(given.corpus, given.runs)
+    videos, logits = score_frames(given.model, given.corpus)
     scores = {name: rule(logits[:, 0]) for name, rule in RULES.items()}
     scores["mean of logits, with the mirror image"] = logits.mean(axis=(1, 2))
     if given.also:
-        others, also = left_out_frames(given.corpus, given.also)
-        assert (others.path == videos.path).all()
-        scores["mean of logits, the other runs"] = also[:, 0].mean(axis=1)
-        scores["mean of logits, both runs"] = logits[:, 0].mean(axis=1) + also[:, 0].mean(axis=1)
+        _, also = score_frames(given.also, given.corpus)
+        first, second = (part[:, 0].mean(axis=1) for part in (logits, also))
+        scores["mean of logits, the second model"] = second
+        scores["mean of logits, both models"] = first / first.std() + second / second.std()
     for name, values in scores.items():
         print(f"{name}: {aucs(videos, pd.Series(values, index=videos.index))}", flush=True)
 

@@ -1,6 +1,7 @@
 """How good is a model on real footage? Scores the videos that assemble.py brought.
 
     python tests/benchmarks/real_footage/evaluate.py FOLDER MODEL.pth [--output TABLE.csv]
+        [--final CALIBRATED.pth]
 
 Prints the AUC of all videos and of each kind and generator, against all real videos, with 95 %
 intervals from resampled groups (people and sources); in groups that hold both, how often a fake
@@ -9,7 +10,8 @@ compression and fewer pixels; and what picture size, sharpness and bytes a secon
 either way round: where these come near the model's, the sources of the videos tell the classes
 apart.
 
-The numbers count only if the model was trained on none of these videos: see leave_out.py.
+The numbers count only if the model was trained on none of these videos: see leave_out.py. Then
+`--final` writes the model in half precision, calibrated on them.
 """
 
 import argparse
@@ -41,10 +43,12 @@ from cell_03_data_processing import (  # noqa: E402
 )
 from cell_04_dataset_class import ClipDataset, Sample, batches_of_one_length  # noqa: E402
 from cell_05_model_definition import DeepfakeDetector, load_detector  # noqa: E402
+from cell_06_loss_and_utils import save_checkpoint  # noqa: E402
 from cell_07_training_functions import validate  # noqa: E402
 from cell_08_evaluation_functions import (  # noqa: E402
     auc_with_interval,
     blur_frame,
+    calibrate,
     change_frames,
     compress_jpeg,
     downscale,
@@ -154,9 +158,27 @@ def degraded_logits(model: DeepfakeDetector, table: pd.DataFrame) -> pd.DataFram
     return pd.DataFrame(logits)
 
 
-def print_false_alarms(reals: pd.DataFrame, threshold: float) -> None:
-    """The share of `degraded_logits` of real videos that reach the threshold, a logit."""
-    print(f"\nReal videos called fake\n{(reals >= threshold).mean().round(3).to_string()}")
+def print_false_alarms(reals: pd.DataFrame, calibration: dict[str, float]) -> None:
+    """The share of `degraded_logits` of real videos that reach the threshold."""
+    odds = np.log(calibration["threshold"] / (1 - calibration["threshold"]))
+    limit = calibration["offset"] + calibration["temperature"] * odds
+    print(f"\nReal videos called fake\n{(reals >= limit).mean().round(3).to_string()}")
+
+
+def write_final(model: Path, calibration: dict[str, float], file: Path) -> None:
+    """A model in half precision with the calibration of scores of videos that it did not know.
+
+    These had the offsets of their models taken off: so its own is taken off, too.
+    """
+    content = torch.load(model, weights_only=True)
+    content |= calibration | {"offset": calibration["offset"] + content["offset"]}
+    content["model"] = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in content["model"].items()
+    }
+    save_checkpoint(file, content)
+    size = file.stat().st_size / 2**20
+    print(f"{file}: {size:.1f} MiB; {calibration}, and its own offset in addition")
 
 
 def main() -> None:
@@ -164,6 +186,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("model", type=Path)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--final", type=Path)
     parser.add_argument("--frames", type=int, default=16, help="at least so many of each video")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
@@ -175,8 +198,11 @@ def main() -> None:
     table["probability"] = probabilities(table.logit.to_numpy(), saved["temperature"])
     table = with_trivia(table)
     print_report(table)
-    threshold = saved["temperature"] * np.log(saved["threshold"] / (1 - saved["threshold"]))
-    print_false_alarms(degraded_logits(model, table[table.label == 0]), threshold)
+    calibration = saved | {"offset": 0.0}  # its own has been taken off the logits
+    if given.final:
+        calibration = calibrate(table.logit.to_numpy(), table.label.to_numpy())
+        write_final(given.model, calibration, given.final)
+    print_false_alarms(degraded_logits(model, table[table.label == 0]), calibration)
     if given.output:
         table.drop(columns="clip_file").to_csv(given.output, index=False)
 

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from evaluate import (
     ROOT,
     degraded_logits,
@@ -33,10 +32,10 @@ from evaluate import (
     print_false_alarms,
     print_report,
     with_trivia,
+    write_final,
 )
 
 from cell_05_model_definition import load_detector
-from cell_06_loss_and_utils import save_checkpoint
 from cell_08_evaluation_functions import calibrate
 
 FOLDS = ("A", "B", "C", "D")
@@ -165,22 +164,6 @@ def degraded_reals(given: argparse.Namespace, videos: pd.DataFrame) -> pd.DataFr
     return pd.concat(parts)
 
 
-def write_final(given: argparse.Namespace, calibration: dict[str, float]) -> None:
-    """The model that left out none, with the calibration of the left-out scores.
-
-    These had the offsets of their own models taken off: so its own is taken off, too.
-    """
-    content = torch.load(given.output / "none/run/models/best_model.pth", weights_only=True)
-    content |= calibration | {"offset": calibration["offset"] + content["offset"]}
-    content["model"] = {
-        name: value.half() if value.is_floating_point() else value
-        for name, value in content["model"].items()
-    }
-    save_checkpoint(given.final, content)
-    size = given.final.stat().st_size / 2**20
-    print(f"{given.final}: {size:.1f} MiB; {calibration}, and its own offset in addition")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("corpus", type=Path)
@@ -196,12 +179,9 @@ def main() -> None:
     videos.drop(columns="clip_file").to_csv(given.output / "left_out_scores.csv", index=False)
     print_report(videos)
     calibration = calibrate(videos.logit.to_numpy(), videos.label.to_numpy())
-    threshold = calibration["threshold"]
-    odds = np.log(threshold / (1 - threshold))
-    limit = calibration["offset"] + calibration["temperature"] * odds
-    print_false_alarms(degraded_reals(given, videos), limit)
+    print_false_alarms(degraded_reals(given, videos), calibration)
     if given.final:
-        write_final(given, calibration)
+        write_final(given.output / "none/run/models/best_model.pth", calibration, given.final)
 
 
 if __name__ == "__main__":
