@@ -1382,9 +1382,10 @@ def find_faces(
 
 # %% [markdown]
 # A face that training would not know is not judged: it would be pressed to a number that means
-# nothing. The real-footage videos that trained the pretrained model, which sees crops of 192
-# pixels, have faces of at least 67 pixels (350 were measured) and, all but 3 of 737, a sharpness of
-# at least 6. A blur of 2 pixels, the strongest in training, leaves 5.5 of the median's 68.
+# nothing. The real-footage videos that the pretrained model, which sees crops of 192 pixels, was
+# calibrated on have faces of at least 67 pixels (350 were measured) and, all but 3 of 737, a
+# sharpness of at least 6. A blur of 2 pixels, the strongest in training, leaves 5.5 of the median's
+# 68.
 
 # %%
 LEAST_SIDE = 0.4  # of a crop before it is resized, as a share of its side after that
