@@ -1382,10 +1382,9 @@ def find_faces(
 
 # %% [markdown]
 # A face that training would not know is not judged: it would be pressed to a number that means
-# nothing. The real-footage videos that the pretrained model, which sees crops of 192 pixels, was
-# calibrated on have faces of at least 67 pixels (350 were measured) and, all but 3 of 737, a
-# sharpness of at least 6. A blur of 2 pixels, the strongest in training, leaves 5.5 of the median's
-# 68.
+# nothing. The pretrained model, which sees crops of 192 pixels, was calibrated on videos with faces
+# of at least 67 pixels (350 were measured) and, all but 3 of 737, a sharpness of at least 6. A blur
+# of 2 pixels, the strongest in training, leaves 5.5 of the median's 68.
 
 # %%
 LEAST_SIDE = 0.4  # of a crop before it is resized, as a share of its side after that
@@ -1398,8 +1397,7 @@ class Window:
 
     `start`, `end` in s; `box` (4,) in the frame's pixels, in the middle, and its longer side
     `size`; `sharpness` of the crops; `seen`, the share of the frames looked at; `reason` why it is
-    not judged; `clip` (T, S, S, 3) uint8, with `frame_logits` (T,) once it is scored. Face 0 stands
-    for no face at all.
+    not judged; `clip` (T, S, S, 3) uint8, with `frame_logits` (T,). Face 0: there is no face.
     """
 
     face: int

@@ -1048,8 +1048,7 @@ def judge_video(
         for window in predictor.scan(path, stride, max_windows):
             if not window.reason:
                 keep_extremes(extremes, window)
-            kept = dataclasses.replace(window, clip=None, frame_logits=None)
-            judgement.windows.append(kept)
+            judgement.windows.append(dataclasses.replace(window, clip=None, frame_logits=None))
             if progress:
                 progress(min(1.0, window.end / length))
     except VideoError as error:
