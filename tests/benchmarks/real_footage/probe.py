@@ -2,9 +2,9 @@
 
     python tests/benchmarks/real_footage/probe.py CORPUS MODEL.pth [--crops 112:0 192:0.1 ...]
 
-MODEL is a MobileNetV2 of this project, such as pretrained/deepfake_detector.pth. Four frames of each
-video are cut to each size in pixels and margin around the face box, and described by the backbone
-as it is: mean and deviation of its maps after five blocks. Logistic regression on three of
+MODEL is a MobileNetV2 of this project, such as pretrained/deepfake_detector.pth. Four frames of
+each video are cut to each size in pixels and margin around the face box, and described by the
+backbone as it is: mean and deviation of its maps after five blocks. Logistic regression on three of
 leave_out.py's folds scores the videos of the fourth. The AUCs are lower than after training, but
 they rank the crops as training does.
 """
