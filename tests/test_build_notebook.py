@@ -14,6 +14,7 @@ from conftest import run_notebook
 from processes import ROOT
 
 import build_notebook as builder
+from cell_08_evaluation_functions import Predictor
 
 
 def test_the_committed_notebook_is_what_the_scripts_give():
@@ -181,6 +182,17 @@ def test_score_says_of_videos_and_folders_whether_they_are_fake(finished_run, de
     assert "nowhere.mp4 does not exist" in missing
     no_model = processes.run([*words[:2], video, "--model", "none.pth"], tmp_path, expect=1)
     assert "none.pth does not exist" in no_model and "run trains one" in no_model
+
+
+def test_the_pretrained_detector_is_what_its_card_says():
+    card = (builder.PRETRAINED.parent / "README.md").read_text(encoding="utf-8")
+    predictor = Predictor.load(builder.PRETRAINED)
+    settings, limits = predictor.settings, predictor.limits
+    assert f"the mean of {settings.frames} frames a window; face crops of {settings.size}" in card
+    assert f"a margin of {settings.margin}" in card and f"*real* up to {limits[0]:.2f}," in card
+    assert "It never says *fake*" in card and limits[1] > 1
+    assert f"temperature {predictor.temperature:.2f}" in card
+    assert builder.PRETRAINED.stat().st_size < 15e6
 
 
 @pytest.fixture(scope="module")

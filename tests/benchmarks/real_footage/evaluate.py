@@ -165,12 +165,15 @@ def print_false_alarms(reals: pd.DataFrame, calibration: dict[str, float]) -> No
     print(f"\nReal videos called fake\n{(reals >= limit).mean().round(3).to_string()}")
 
 
-def write_final(model: Path, calibration: dict[str, float], file: Path) -> None:
+def write_final(model: Path, calibration: dict[str, float], file: Path, frames: int = 0) -> None:
     """A model in half precision with the calibration of scores of videos that it did not know.
 
-    These had the offsets of their models taken off: so its own is taken off, too.
+    They had the offsets of their models taken off: so its own is taken off, too. `frames` is how
+    many they are the mean of, if not as many as in training: it looks at as many from now on.
     """
     content = torch.load(model, weights_only=True)
+    if frames:
+        content["config"]["CLIPS_PER_VIDEO"] = frames // content["config"]["FRAMES_PER_VIDEO"]
     content |= calibration | {"offset": calibration["offset"] + content["offset"]}
     content["model"] = {
         name: value.half() if value.is_floating_point() else value
@@ -201,7 +204,7 @@ def main() -> None:
     calibration = saved | {"offset": 0.0}  # its own has been taken off the logits
     if given.final:
         calibration = calibrate(table.logit.to_numpy(), table.label.to_numpy())
-        write_final(given.model, calibration, given.final)
+        write_final(given.model, calibration, given.final, settings.frames)
     print_false_alarms(degraded_logits(model, table[table.label == 0]), calibration)
     if given.output:
         table.drop(columns="clip_file").to_csv(given.output, index=False)
