@@ -371,8 +371,8 @@ def edited_scripts(
         file = f"kaggle_cells/{name}"
         here = [number for number, home in enumerate(homes) if home == file]
         mine = [n for n, cell in enumerate(originals) if cell.metadata[SOURCE_KEY] == file]
-        is_changed = any(cells[n].source != originals[of[n]].source for n in here if n in of)
-        if [of.get(number) for number in here] == mine and not is_changed:
+        is_same = [cells[n].source for n in here] == [originals[n].source for n in mine]
+        if is_same and [of.get(number) for number in here] == mine:
             texts[name] = text
             continue
         script = dict(zip(mine, jupytext.reads(text, fmt=FORMAT).cells, strict=True))

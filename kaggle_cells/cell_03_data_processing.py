@@ -930,7 +930,7 @@ def read_frames(path: Path, count: int, seconds: float) -> Frames:
 
 # %%
 def decode_picture(content: bytes) -> np.ndarray:
-    """A picture file's content as RGB (H, W, 3) uint8, upright. Raises what Pillow raises."""
+    """A picture's content as RGB (H, W, 3) uint8, upright. Raises what OpenCV and Pillow raise."""
     if content.startswith(b"\xff\xd8") and b"\xff\xd9" in content[-64:]:
         picture = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
         if picture is not None:

@@ -49,19 +49,16 @@ RULES: dict[str, Callable[[np.ndarray], float]] = {
 }
 
 
-def clips_of(predictor: Predictor, number: int, method: str, seed: int, folder: Path) -> np.ndarray:
-    """The clips (N, T, S, S, 3) of the windows of one person's two minutes."""
+def windows_of(
+    predictor: Predictor, number: int, method: str, seed: int, folder: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """The clips (N, T, S, S, 3) of one person's two minutes, and their calibrated logits (N,)."""
     frames = data.demo_frames(data.load_portrait(), number, method, seed)
     data.write_video(folder / "video.mp4", frames, FPS)
-    windows = [window for window in predictor.scan(folder / "video.mp4") if window.clip is not None]
+    windows = [window for window in predictor.scan(folder / "video.mp4") if not window.reason]
     assert len(windows) == SECONDS // predictor.settings.seconds, f"{len(windows)} windows"
-    return np.stack([window.clip for window in windows])
-
-
-def logits_of(predictor: Predictor, clips: np.ndarray) -> np.ndarray:
-    """The calibrated logits (N,) of clips."""
-    raw = np.concatenate([score_clips(predictor.model, c[None]).logit.cpu() for c in clips])
-    return raw / predictor.temperature
+    logits = np.array([window.logit for window in windows])
+    return np.stack([window.clip for window in windows]), logits / predictor.temperature
 
 
 def score_person(
@@ -69,19 +66,22 @@ def score_person(
 ) -> list[tuple[int, bool, np.ndarray]]:
     """(length, place right, logits (N,)) of a real video, of length 0, and of its splices."""
     method = data.DEMO_METHODS[number % len(data.DEMO_METHODS)]
-    real, fake = (clips_of(predictor, number, kind, seed, folder) for kind in ("real", method))
+    (real, below), (fake, above) = (
+        windows_of(predictor, number, kind, seed, folder) for kind in ("real", method)
+    )
     count, frames = real.shape[:2]
     window = SECONDS / count
     times = window * (np.arange(count)[:, None] + (np.arange(frames) + 0.5) / frames)
-    logits = {0: logits_of(predictor, real), 1: logits_of(predictor, fake)}
-    found = [(0, False, logits[0])]
+    found = [(0, False, below)]
     for length in LENGTHS:
         for start in (0, (SECONDS - length) / 2, SECONDS - length):
             is_fake = (times >= start) & (times < start + length)
-            spliced = np.where(is_fake.all(axis=1), logits[1], logits[0])
+            spliced = np.where(is_fake.all(axis=1), above, below)
             mixed = is_fake.any(axis=1) & ~is_fake.all(axis=1)
             clips = np.where(is_fake[mixed, :, None, None, None], fake[mixed], real[mixed])
-            spliced[mixed] = logits_of(predictor, clips) if mixed.any() else []
+            if mixed.any():
+                logits = score_clips(predictor.model, clips).logit.cpu().numpy()
+                spliced[mixed] = logits / predictor.temperature
             found.append((length, bool(is_fake[spliced.argmax()].any()), spliced))
     return found
 

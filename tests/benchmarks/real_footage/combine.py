@@ -16,8 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
-from evaluate import cache_corpus
-from probe import aucs
+from evaluate import aucs, cache_corpus
 from tqdm import tqdm
 
 from cell_03_data_processing import ClipSettings, load_clip

@@ -134,6 +134,15 @@ def against_reals(table: pd.DataFrame, column: str) -> dict[str, pd.DataFrame]:
     return {str(name): pd.concat([reals, fakes]) for name, fakes in kinds}
 
 
+def aucs(videos: pd.DataFrame, scores: pd.Series) -> str:
+    """The AUC of all videos and of each kind of fakes against all real ones, with intervals."""
+    parts = {"all": videos} | against_reals(videos, "kind")
+    found = [
+        f"{name} {auc_row('', part, scores[part.index])['AUC']}" for name, part in parts.items()
+    ]
+    return ", ".join(found)
+
+
 def print_report(table: pd.DataFrame) -> None:
     """AUC of all videos, by kind, by generator, and of what should not matter; pairs in groups."""
     parts = {"all": table}

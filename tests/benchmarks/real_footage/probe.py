@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
-from evaluate import against_reals, auc_row, cache_corpus
+from evaluate import aucs, cache_corpus
 from leave_out import may_be_known, with_folds
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -66,15 +66,6 @@ def left_out_logits(videos: pd.DataFrame, described: np.ndarray) -> np.ndarray:
         model.fit(described[known], videos.label[known], logisticregression__sample_weight=weights)
         logits[tested] = model.decision_function(described[tested])
     return logits
-
-
-def aucs(videos: pd.DataFrame, scores: pd.Series) -> str:
-    """The AUC of all videos and of each kind of fakes against all real ones, with intervals."""
-    parts = {"all": videos} | against_reals(videos, "kind")
-    found = [
-        f"{name} {auc_row('', part, scores[part.index])['AUC']}" for name, part in parts.items()
-    ]
-    return ", ".join(found)
 
 
 def main() -> None:
