@@ -1560,8 +1560,9 @@ def load_clip(file: str | Path, size: int = CONFIG.IMAGE_SIZE) -> tuple[np.ndarr
 
 # %% [markdown]
 # Many datasets for this job consist of face crops. Whether pictures are crops is decided for each
-# dataset as a whole, from a few of them: where the usual crop around the face would take in nearly
-# all of the picture, the pictures are used whole.
+# dataset as a whole, from a few of each class: where the usual crop around the face would take in
+# nearly all of the picture, the pictures are used whole. If that is so in one class alone, both
+# are cropped, or the size of the face would tell real from fake.
 
 # %%
 PICTURES_LOOKED_AT = 24
@@ -1584,9 +1585,11 @@ def find_face_crops(
     pictures = videos[videos.path.map(is_picture)]
     crops = pd.Series(False, index=videos.index)
     for _, part in pictures.groupby("dataset"):
-        step = max(1, len(part) // PICTURES_LOOKED_AT)
-        shares = [crop_share(path, detector) for path in part.path[::step]] if detector else [1.0]
-        crops[part.index] = not settings.face_crop or float(np.nanmedian([*shares, 0.0])) > 0.8
+        usual = []
+        for _, paths in part.path.groupby(part.label) if detector else ():
+            some = paths[:: max(1, len(paths) // PICTURES_LOOKED_AT)]
+            usual.append(np.nanmedian([*(crop_share(path, detector) for path in some), 0.0]))
+        crops[part.index] = not settings.face_crop or not detector or min(usual) > 0.8
     return crops
 
 

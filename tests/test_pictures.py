@@ -89,6 +89,20 @@ def test_face_crops_are_used_whole_from_where_they_are_and_photos_are_cropped(
         assert 0 < landmarks[0, 0, 0] < landmarks[0, 1, 0] < 64  # the left eye, the right eye
 
 
+def test_where_one_class_alone_is_face_crops_both_are_cropped(tmp_path, face_detector):
+    """Else the size of the face would tell real from fake."""
+    draw(tmp_path, *(f"real/{number}.png" for number in range(3)), tight=False)
+    (tmp_path / "fake").mkdir()
+    x, y = cell.FACE_CENTRE
+    for number in range(6):
+        face = Image.open(tmp_path / f"real/{number % 3}.png").resize((512, 600))
+        face.crop((x - 175, y - 175, x + 175, y + 175)).save(tmp_path / f"fake/{number}.png")
+    usable, _ = cache_clips(find_videos(tmp_path), SETTINGS, tmp_path / "c", face_detector, 1)
+    eyes = np.array([np.diff(cell.load_clip(file, 64)[1][0, :2, 0]) for file in usable.clip_file])
+    assert len(usable) == 9 and not {*usable.clip_file} & {*map(str, usable.path)}
+    assert eyes.max() < 1.1 * eyes.min()
+
+
 @pytest.mark.parametrize("kind", ["truncated", "text", "empty"])
 def test_a_picture_that_cannot_be_decoded_is_skipped_with_the_reason(kind, tmp_path, face_detector):
     root = draw(tmp_path, "real/a.jpg", "real/b.jpg", "fake/a__x.jpg")
