@@ -1559,10 +1559,9 @@ def load_clip(file: str | Path, size: int = CONFIG.IMAGE_SIZE) -> tuple[np.ndarr
 
 
 # %% [markdown]
-# Many datasets for this job consist of face crops. Whether pictures are crops is decided for each
-# dataset as a whole, from a few of each class: where the usual crop around the face would take in
-# nearly all of the picture, the pictures are used whole. If that is so in one class alone, both
-# are cropped, or the size of the face would tell real from fake.
+# Many datasets for this job consist of face crops. A dataset's pictures are used whole if, in a few
+# of each class, the usual crop around the face would take in nearly all. If that is so in one class
+# alone, both are cropped, or the size of the face would tell real from fake.
 
 # %%
 PICTURES_LOOKED_AT = 24
@@ -1582,14 +1581,15 @@ def find_face_crops(
     videos: pd.DataFrame, settings: ClipSettings, detector: torch.nn.ModuleList | None
 ) -> pd.Series:
     """Which of the videos are pictures to be used whole."""
-    pictures = videos[videos.path.map(is_picture)]
-    crops = pd.Series(False, index=videos.index)
-    for _, part in pictures.groupby("dataset"):
+    crops = videos.path.map(is_picture).astype(bool)
+    if detector is None or not settings.face_crop:
+        return crops
+    for _, part in videos[crops].groupby("dataset"):
         usual = []
-        for _, paths in part.path.groupby(part.label) if detector else ():
+        for _, paths in part.path.groupby(part.label):
             some = paths[:: max(1, len(paths) // PICTURES_LOOKED_AT)]
             usual.append(np.nanmedian([*(crop_share(path, detector) for path in some), 0.0]))
-        crops[part.index] = not settings.face_crop or not detector or min(usual) > 0.8
+        crops[part.index] = min(usual) > 0.8
     return crops
 
 
@@ -1654,25 +1654,23 @@ def remove_partial_files(folder: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def require_space(videos: pd.DataFrame, settings: ClipSettings, cache_dir: Path) -> str:
+def require_space(
+    videos: pd.DataFrame, settings: ClipSettings, cache: Path, detector: torch.nn.ModuleList | None
+) -> str:
     """Say how much disk the missing clips need. Raises OSError if more than is free."""
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        remove_partial_files(cache_dir)
+        cache.mkdir(parents=True, exist_ok=True)
+        remove_partial_files(cache)
     except OSError as error:
-        raise OSError(
-            f"CACHE_DIR {cache_dir} is not a writable folder: {error.strerror}"
-        ) from error
-    present = [path for path in videos.path if not is_picture(path) and path.exists()]
-    missing = sum(not clip_file(path, settings, cache_dir).exists() for path in present)
-    needed = missing * (settings.frames * settings.size**2 * 3 + 4096) / 2**30
-    free = shutil.disk_usage(cache_dir).free / 2**30
-    words = f"{missing} clips to make, {1024 * needed:.0f} MiB; {free:.1f} GiB free in {cache_dir}"
+        raise OSError(f"CACHE_DIR {cache} is not a writable folder: {error.strerror}") from error
+    cached = videos.path[~find_face_crops(videos, settings, detector)]
+    paths = [p for p in cached if p.exists() and not clip_file(p, settings, cache).exists()]
+    frames = sum(1 if is_picture(path) else settings.frames for path in paths)
+    needed = (frames * settings.size**2 * 3 + len(paths) * 4096) / 2**30
+    free = shutil.disk_usage(cache).free / 2**30
+    words = f"{len(paths)} clips to make, {1024 * needed:.0f} MiB; {free:.1f} GiB free in {cache}"
     if needed > free:
-        raise OSError(
-            f"{words}. Set CACHE_DIR to a folder with more room, or use fewer videos, fewer frames "
-            "or smaller images"
-        )
+        raise OSError(f"{words}. Set CACHE_DIR where more is free, or take fewer or smaller clips")
     return words
 
 

@@ -150,7 +150,7 @@ def prepare_clips(skipped: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         require_classes(sample, needed_classes)
         if CONFIG.EPOCHS == 0:
             sample = sample[sample.split == "test"].reset_index(drop=True)
-        space = require_space(sample, CLIP_SETTINGS, CONFIG.cache_dir)
+        space = require_space(sample, CLIP_SETTINGS, CONFIG.cache_dir, FACE_DETECTOR)
         print(f"{len(sample)} videos taken: {space}", flush=True)
         how = CLIP_SETTINGS, CONFIG.cache_dir, FACE_DETECTOR, CONFIG.NUM_WORKERS
         videos, failed = cache_clips_together(broadcast_object(sample), *how)

@@ -97,7 +97,10 @@ def test_where_one_class_alone_is_face_crops_both_are_cropped(tmp_path, face_det
     for number in range(6):
         face = Image.open(tmp_path / f"real/{number % 3}.png").resize((512, 600))
         face.crop((x - 175, y - 175, x + 175, y + 175)).save(tmp_path / f"fake/{number}.png")
-    usable, _ = cache_clips(find_videos(tmp_path), SETTINGS, tmp_path / "c", face_detector, 1)
+    videos, cache = find_videos(tmp_path), tmp_path / "c"
+    needed = cell.require_space(videos, SETTINGS, cache, face_detector)
+    assert needed.startswith("9 clips to make")
+    usable, _ = cache_clips(videos, SETTINGS, cache, face_detector, 1)
     eyes = np.array([np.diff(cell.load_clip(file, 64)[1][0, :2, 0]) for file in usable.clip_file])
     assert len(usable) == 9 and not {*usable.clip_file} & {*map(str, usable.path)}
     assert eyes.max() < 1.1 * eyes.min()
