@@ -5,11 +5,9 @@
 
 FOLDER/dfdc gets 95,634 face crops of the Deepfake Detection Challenge with their list, from the
 repository i-Shreyansh/DeepFake-Detection; FOLDER/utkface gets real faces of UTKFace, from
-mattans/AgeProgression, without grey ones and those with black corners; FOLDER/openforensics gets
-10,000 real and 10,000 swapped faces of OpenForensics (Le et al., 2021), as Kaggle's "Deepfake and
-real images" has them, from ARYAHARIDAS06/DEEPFAKE. `--reals` takes so many real pictures of each,
-with a fake of each: enough beside videos in stage two. The datasets' terms apply (research).
-Reading takes a minute from mirrors; without, the repositories are cloned.
+mattans/AgeProgression, without grey ones and those with black corners. `--reals` takes so many real
+pictures of each, with a fake of each: enough beside videos in stage two. The terms of both datasets
+apply (research). Reading takes a minute from mirrors; without, the repositories are cloned.
 """
 
 import argparse
@@ -26,7 +24,6 @@ from assemble import git_folder
 from PIL import Image
 
 DFDC, UTKFACE = "i-Shreyansh/DeepFake-Detection", "mattans/AgeProgression"
-OPENFORENSICS = "ARYAHARIDAS06/DEEPFAKE"
 
 
 def blobs_below(git: Path, folder: str) -> dict[str, list[str]]:
@@ -105,12 +102,6 @@ def utkface(git: Path, target: Path, reals: int) -> None:
             file.unlink()
 
 
-def openforensics(git: Path, target: Path, reals: int) -> None:
-    for kind in ("real", "fake"):
-        names = {f"{kind}_{number}.jpg" for number in range(reals or 10_000)}
-        extract(git, f"dataset/{kind.title()}", names, target / kind)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
@@ -121,7 +112,6 @@ def main() -> None:
         for repo, write, target in (
             (DFDC, dfdc, given.folder / "dfdc"),
             (UTKFACE, utkface, given.folder / "utkface" / "real"),
-            (OPENFORENSICS, openforensics, given.folder / "openforensics"),
         ):
             git = git_folder(repo, given.mirrors, Path(clones))
             if git is None:
