@@ -1097,12 +1097,12 @@ REPORT_STYLE = """
 .dd .dim, .dd figcaption {color: var(--dim); font-size: .875em}
 .dd .card {background: var(--card); border-radius: 10px; margin: 10px 0; padding: 4px 14px;
   content-visibility: auto; contain-intrinsic-size: auto 62px}
-.dd summary {display: flex; align-items: center; gap: 12px; cursor: pointer; padding: 6px 0}
+.dd summary {display: flex; flex-flow: wrap; align-items: center; gap: 0 12px; cursor: pointer}
 .dd summary img, .dd summary .none {width: 48px; height: 48px; border-radius: 6px; flex: none;
   background: var(--line)}
-.dd summary b {flex: 1; min-width: 0}
-.dd .verdict {font-weight: 600; white-space: nowrap; color: var(--dim); text-align: right}
-.dd .fake {color: var(--fake); fill: var(--fake)}
+.dd summary {padding: 6px 0} .dd summary b {flex: 1 1 180px; min-width: 0}
+.dd .verdict {font-weight: 600; white-space: nowrap; text-align: right; margin-left: auto}
+.dd .verdict {color: var(--dim)} .dd .fake {color: var(--fake); fill: var(--fake)}
 .dd .real {color: var(--real); fill: var(--real)}
 .dd .uncertain {color: var(--uncertain); fill: var(--uncertain)}
 .dd .unjudged {fill: var(--line)}
