@@ -1180,11 +1180,13 @@ def make_clip(path: Path, settings: ClipSettings, detector: torch.nn.ModuleList 
         frames, positions, note = read_pictures(path, settings.frames)
     else:
         frames, positions, note = read_frames(path, settings.frames, settings.seconds)
+    height, width = frames[0].shape[:2]
     boxes, landmarks, share = find_face(frames, detector if settings.face_crop else None)
-    squares = crop_squares(boxes, len(frames[0]), frames[0].shape[1], settings.margin)
+    squares = crop_squares(boxes, height, width, settings.margin)
     crops = crop_frames(frames, squares, settings.size)
     landmarks = (landmarks - squares[:, None, :2]) * (settings.size / squares[0, 2])
-    return Clip(crops, squares, landmarks.round(2).astype(np.float32), share, positions, note)
+    landmarks = landmarks.round(2).astype(np.float32)
+    return Clip(crops, squares, landmarks, share, positions, note)
 
 
 # %% [markdown]
@@ -1319,7 +1321,7 @@ def plan_windows(
 
 # %%
 def gather_windows(
-    moments: Iterator[Moment], count: int, starts: Collection[int], look: Callable[[deque], None]
+    moments: Iterator[Moment], count: int, starts: Collection[int]
 ) -> Iterator[list[Moment]]:
     """Windows of `count` moments, and the last ones; raises what `moments` raises after them."""
     held, done, problem = deque[Moment](maxlen=count), -1, None
@@ -1328,16 +1330,12 @@ def gather_windows(
             if held and held[-1].number + 1 < moment.number:
                 held.clear()
             held.append(moment)
-            is_last = moment.number + 1 - count in starts
-            if is_last or moment.number % READ_AHEAD == 0:  # while others are decoded
-                look(held)
-            if is_last:
+            if moment.number + 1 - count in starts:
                 yield [*held]
                 done = moment.number
     except VideoError as error:
         problem = error
     if held and held[-1].number > done:
-        look(held)
         yield [*held]
     if problem:
         raise problem
@@ -1369,7 +1367,7 @@ class FaceTracker:
 
 
 def find_faces(
-    moments: Iterable[Moment], detector: torch.nn.ModuleList | None, tracker: FaceTracker
+    moments: list[Moment], detector: torch.nn.ModuleList | None, tracker: FaceTracker
 ) -> None:
     """Detect the faces of the moments that are looked at; without a detector, one that is NaN."""
     unseen = [moment for moment in moments if moment.is_looked_at and moment.faces is None]
@@ -1450,7 +1448,8 @@ def face_in(moments: list[Moment], face: int, settings: ClipSettings) -> Window:
     count = settings.frames if len(moments) > 1 else 1
     picked = ((np.arange(count) + 0.5) * len(boxes) / count).astype(int)
     frames = [moments[first + i].frame for i in picked]
-    squares = crop_squares(boxes[picked], len(frames[0]), frames[0].shape[1], settings.margin)
+    height, width = frames[0].shape[:2]
+    squares = crop_squares(boxes[picked], height, width, settings.margin)
     clip, looks = crop_frames(frames, squares, settings.size), len({*seen, *missed})
     start, end = time_span(moments, first, last)
     window = Window(face, start, end, tuple(boxes[len(boxes) // 2].round(1).tolist()))
@@ -1486,9 +1485,9 @@ def face_windows(
     else:
         starts, wanted = plan_windows(path, settings, stride, limit)
         moments = read_ahead(read_moments(path, settings, wanted))
-    looker = detector if settings.face_crop else None
-    look = functools.partial(find_faces, detector=looker, tracker=FaceTracker())
-    for window in gather_windows(moments, settings.frames, starts, look):
+    tracker = FaceTracker()
+    for window in gather_windows(moments, settings.frames, starts):
+        find_faces(window, detector if settings.face_crop else None, tracker)
         faces = sorted({face for moment in window for face in moment.faces or ()})
         span = time_span(window, 0, len(window) - 1)
         nobody = [Window(0, *span, reason="no face found")]

@@ -179,7 +179,8 @@ def report_preparation() -> None:
             f"{stills.sum()} pictures are shown {wanted} times, as clips in which nothing moves. "
             "FRAMES_PER_VIDEO = 1 learns as much from them in a fraction of the time."
         )
-    for row in VIDEOS[VIDEOS.note.fillna("") != ""].head(5).itertuples():
+    noted = VIDEOS[VIDEOS.note.fillna("") != ""]
+    for row in noted.head(5).itertuples():
         print(f"{row.path.name}: {row.note}")
 
 
