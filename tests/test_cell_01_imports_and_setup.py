@@ -77,9 +77,11 @@ def test_kaggle_says_whether_somebody_looks_on(monkeypatch, run_type, interactiv
 
 
 def test_the_internet_is_asked_for_no_longer_than_it_may_take(monkeypatch):
-    monkeypatch.setattr(
-        cell.urllib.request, "urlopen", lambda *_, **__: time.sleep(20)
-    )  # a name that nobody resolves
+    def unresolved(*_, **__):
+        time.sleep(20)
+        raise OSError("a name that nobody resolves")
+
+    monkeypatch.setattr(cell.urllib.request, "urlopen", unresolved)
     started = time.monotonic()
     assert not cell.internet_is_reachable(0.5) and time.monotonic() - started < 5
     monkeypatch.undo()

@@ -1,17 +1,19 @@
 """How long scoring takes and how much memory it needs, for short and long videos.
 
-    python tests/benchmarks/prediction.py [--seconds 10 120 1200] [--model MODEL.pth] ...
+    python tests/benchmarks/prediction.py [--seconds 10 120 1200] [--rounds 3] [--model FILE] ...
 
 It makes H.264 videos (see preparation.py) with a face, and takes the model that comes with the
 project. For each length it prints seconds of: the bare decoder, which grabs every frame; the whole
-judgement; the network alone, on the same number of clips; the rest of the judgement as a multiple
-of the bare decoder; and how much memory the process had at most. It uses the GPU if there is one.
+judgement; the network alone, on as many clips, and heat maps; the rest of the judgement as a
+multiple of the bare decoder; and how much memory the process had at most. These are medians of
+`--rounds`. It uses the GPU if there is one.
 """
 
 import argparse
 import subprocess
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -22,7 +24,7 @@ from preparation import SIZES, make_video
 
 from cell_01_imports_and_setup import ENVIRONMENT
 from cell_03_data_processing import open_video
-from cell_08_evaluation_functions import Judgement, Predictor, score_clips
+from cell_08_evaluation_functions import Judgement, Predictor, frame_and_heat, score_clips
 
 PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained" / "deepfake_detector.pth"
 
@@ -50,12 +52,35 @@ def decode(path: Path) -> int:
 
 
 def network_alone(predictor: Predictor, judged: Judgement) -> float:
-    """Seconds for as many clips as were judged."""
+    """Seconds for as many clips as were judged, and the heat maps of the report's pictures."""
     settings = predictor.settings
     clip = np.zeros((1, settings.frames, settings.size, settings.size, 3), np.uint8)
     score_clips(predictor.model, clip)
-    count = sum(not window.reason for window in judged.windows)
-    return timed(lambda: [score_clips(predictor.model, clip).logit.cpu() for _ in range(count)])[0]
+    window = next(window for window in judged.windows if not window.reason)
+    window = replace(window, clip=clip[0], frame_logits=np.zeros(len(clip[0])))
+
+    def work() -> None:
+        for _ in range(sum(not window.reason for window in judged.windows)):
+            score_clips(predictor.model, clip).logit.cpu()
+        for _ in judged.pictures:
+            frame_and_heat(predictor, window, True)
+
+    return timed(work)[0]
+
+
+def measure(predictor: Predictor, path: Path) -> tuple[float, ...]:
+    """Seconds of decoder, judgement and network, rest/decoder, windows, MiB at most."""
+    process, most = psutil.Process(), [0]
+
+    def watch(_: float) -> None:
+        most[0] = max(most[0], process.memory_info().rss)
+
+    decoder, _ = timed(lambda: decode(path))
+    taken, judged = timed(lambda: predictor.judge(path, progress=watch))
+    assert isinstance(judged, Judgement)
+    network = network_alone(predictor, judged)
+    rest = (taken - network) / decoder
+    return decoder, taken, network, rest, len(judged.windows), most[0] / 2**20
 
 
 def main() -> None:
@@ -63,11 +88,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=int, nargs="+", default=[10, 120, 1200])
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--resolution", choices=list(SIZES), default="720p")
     parser.add_argument("--model", type=Path, default=PRETRAINED)
     given = parser.parse_args()
     predictor = Predictor.load(given.model, ENVIRONMENT.device)
-    process = psutil.Process()
     print(f"{given.resolution}, {ENVIRONMENT.device}, {cv2.__version__}; seconds, MiB")
     print("length  decoder  judge  network  rest/decoder  windows  memory at most")
     with tempfile.TemporaryDirectory() as place:
@@ -75,19 +100,12 @@ def main() -> None:
         make_video(short, SIZES[given.resolution], 0)
         predictor.judge(short)
         for seconds in given.seconds:
-            path, most = longer(short, seconds, Path(place, f"{seconds}.mp4")), [0]
-
-            def watch(share: float, most: list[int] = most) -> None:
-                most[0] = max(most[0], process.memory_info().rss)
-
-            decoder = timed(lambda path=path: decode(path))[0]
-            taken, judged = timed(lambda path=path: predictor.judge(path, progress=watch))
-            assert isinstance(judged, Judgement)
-            network = network_alone(predictor, judged)
+            path = longer(short, seconds, Path(place, f"{seconds}.mp4"))
+            rounds = [measure(predictor, path) for _ in range(given.rounds)]
+            decoder, taken, network, rest, windows, memory = np.median(rounds, axis=0)
             print(
-                f"{seconds:6}  {decoder:7.2f}  {taken:5.1f}  {network:7.2f}  "
-                f"{(taken - network) / decoder:12.2f}  {len(judged.windows):7}  "
-                f"{most[0] / 2**20:6.0f}",
+                f"{seconds:6}  {decoder:7.2f}  {taken:5.1f}  {network:7.2f}  {rest:12.2f}  "
+                f"{windows:7.0f}  {memory:6.0f}",
                 flush=True,
             )
 
