@@ -125,7 +125,7 @@ def test_a_run_killed_in_the_middle_of_an_epoch_resumes_to_the_identical_end(
 @pytest.mark.parametrize(
     ("moment", "program"),
     [
-        (
+        pytest.param(
             "half of it written",
             f"""
 import torch
@@ -137,6 +137,7 @@ def half(content, file):
         {KILL}
 torch.save = half
 """,
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             "the old one moved, the new one not yet in its place",
@@ -197,19 +198,18 @@ def test_a_finished_run_is_not_repeated_and_its_best_model_is_restored(
 def test_a_resumed_run_asks_for_no_pretrained_weights_and_still_says_with_which_it_began(
     shared, tmp_path
 ):
-    program = f"""
+    program = """
 import cell_05_model_definition as cell
 def refused(name):
     print("asked for weights")
     raise OSError("no internet")
 cell.imagenet_weights = refused
-{SECTION_12}
-from cell_11_model_setup import WEIGHTS_ORIGIN
-print(WEIGHTS_ORIGIN)
 """
     parameters = {**shared, "PRETRAINED": True}
-    assert "asked for weights" in run(program, tmp_path, **{**parameters, "EPOCHS": 1})
-    resumed = run(program, tmp_path, **{**parameters, "EPOCHS": 2})
+    first = run(program + SECTION_12, tmp_path, **{**parameters, "EPOCHS": 1})
+    assert "asked for weights" in first
+    section_11 = "from cell_11_model_setup import WEIGHTS_ORIGIN\nprint(WEIGHTS_ORIGIN)\n"
+    resumed = run(program + section_11, tmp_path, **{**parameters, "EPOCHS": 2})
     assert "asked for weights" not in resumed and "starts from random weights" not in resumed
     assert resumed.rstrip().endswith("could not be downloaded (no internet)")
 
@@ -489,6 +489,7 @@ def test_processes_prepare_a_share_each_and_all_have_the_tables_of_one(
     assert "damaged" in split_tables(tmp_path)[-1].reason.tolist()
 
 
+@pytest.mark.slow
 def test_when_one_process_is_killed_the_next_run_makes_only_what_is_missing(
     shared, prepared_alone, tmp_path
 ):

@@ -44,7 +44,7 @@ for text in {texts!r}:
         raise SystemExit(1)
 """
     (folder / "notebook.py").write_text(program, encoding="utf-8")
-    return processes.run([folder / "notebook.py"], folder, expect)
+    return processes.run([folder / "notebook.py"], folder, expect, UNDRAWN=1)
 
 
 def edited(text: str, parameters: dict) -> str:
@@ -229,7 +229,11 @@ def test_fourteen_scripts_in_fourteen_processes_give_the_same_results(finished_r
 
 @pytest.mark.parametrize(
     ("first", "early", "missing"),
-    [([], 1, "cell_01"), ([0], 4, "cell_02"), ([0, 1, 2], 6, "cell_04")],
+    [
+        ([], 1, "cell_01"),
+        pytest.param([0], 4, "cell_02", marks=pytest.mark.slow),
+        ([0, 1, 2], 6, "cell_04"),
+    ],
 )
 def test_a_cell_run_too_early_names_the_cell_to_run_first(tmp_path, first, early, missing):
     printed = pasted(

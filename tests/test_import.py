@@ -193,7 +193,14 @@ def test_a_notebook_that_papermill_executed(edit, project, failed_run):
     assert "Nothing to do" in edit.take()
 
 
-@pytest.mark.parametrize("version", ["3.0", "4.0", "4.2", "4.4", "4.5 without ids"])
+@pytest.mark.parametrize(
+    "version",
+    [
+        "3.0",
+        *(pytest.param(version, marks=pytest.mark.slow) for version in ("4.0", "4.2", "4.4")),
+        "4.5 without ids",
+    ],
+)
 def test_notebooks_of_other_jupyter_versions(edit, project, version):
     before = contents(project)
     edit.cell("EPOCHS: int = 25").source = edit.cell("EPOCHS: int = 25").source.replace(
