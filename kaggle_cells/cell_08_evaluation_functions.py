@@ -1097,15 +1097,15 @@ REPORT_STYLE = """
 .dd .dim, .dd figcaption {color: var(--dim); font-size: .875em}
 .dd .card {background: var(--card); border-radius: 10px; margin: 10px 0; padding: 4px 14px;
   content-visibility: auto; contain-intrinsic-size: auto 62px}
-.dd summary {display: flex; flex-flow: wrap; align-items: center; gap: 0 12px; cursor: pointer}
+.dd summary {display: flex; flex-flow: wrap; align-items: center; gap: 0 12px; cursor: pointer;
+  padding: 6px 0}
 .dd summary img, .dd summary .none {width: 48px; height: 48px; border-radius: 6px; flex: none;
   background: var(--line)}
-.dd summary {padding: 6px 0} .dd summary b {flex: 1 1 180px; min-width: 0}
-.dd .verdict {font-weight: 600; white-space: nowrap; text-align: right; margin-left: auto}
-.dd .verdict {color: var(--dim)} .dd .fake {color: var(--fake); fill: var(--fake)}
-.dd .real {color: var(--real); fill: var(--real)}
-.dd .uncertain {color: var(--uncertain); fill: var(--uncertain)}
-.dd .unjudged {fill: var(--line)}
+.dd summary b {flex: 1 1 180px; min-width: 0}
+.dd .verdict {font-weight: 600; white-space: nowrap; text-align: right; margin-left: auto;
+  color: var(--dim)}
+.dd .fake {color: var(--fake); fill: var(--fake)} .dd .real {color: var(--real); fill: var(--real)}
+.dd .uncertain {color: var(--uncertain); fill: var(--uncertain)} .dd .unjudged {fill: var(--line)}
 .dd svg {display: block; width: 100%; height: 64px; background: var(--page); border-radius: 4px}
 .dd svg line {stroke: var(--ink); vector-effect: non-scaling-stroke; stroke-dasharray: 4 4}
 .dd rect {stroke: var(--page); vector-effect: non-scaling-stroke}

@@ -152,7 +152,7 @@ def print_spread(table: pd.DataFrame) -> None:
     centred = both.logit - both.groupby("group").logit.transform("mean")
     print(
         f"Logits of real videos: standard deviation {reals.mean().std():.2f} between groups, "
-        f"{within:.2f} within. AUC of these {len(both)} videos: "
+        f"{within:.2f} within. AUC of the {len(both)} videos in groups that hold both: "
         f"{roc_auc_score(both.label, both.logit):.3f}; without each group's mean, "
         f"{roc_auc_score(both.label, centred):.3f}"
     )
