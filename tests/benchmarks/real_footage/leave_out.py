@@ -1,17 +1,21 @@
 """Train on real footage, test on generators and sources that were left out.
 
     python tests/benchmarks/real_footage/leave_out.py CORPUS --stills STILLS --initial STAGE1.pth
-        [--output runs/leave_out] [--jobs 2] [--final MODEL.pth] [-p NAME VALUE]
+        [--by sources] [--keep 0.5] [--output runs/leave_out] [--jobs 2] [--final MODEL.pth]
+        [-p NAME VALUE]
 
 CORPUS is what assemble.py brought; STILLS holds datasets of face crops (see docs/training.md). The
 generators are dealt into four folds, whole families at a time; reals follow the fakes of their
 group, and others the footage they came with. For each fold the notebook is run with
 notebooks/params/finetune.yaml on the other three and on the stills, starting from stage one, and
 tested on the fold. All videos are thus scored by models that know neither their people nor their
-generator. Finished runs are kept.
+generator. With `--by sources`, whole repositories are dealt instead, with all that share people
+with them: models know no source and nobody of their fold, but can know a generator from elsewhere.
+Finished runs are kept.
 
-`--final` then trains on everything and writes the model, in half precision, calibrated on the
-scores of the left-out videos.
+`--keep` mixes so much of stage one's weights into the result (after Wortsman et al., 2022,
+arXiv 2109.01903). `--final` then trains on everything and writes the model, in half precision,
+calibrated on the scores of the left-out videos.
 """
 
 import argparse
@@ -22,20 +26,27 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import networkx as nx
 import numpy as np
 import pandas as pd
+import torch
 from evaluate import (
     ROOT,
+    cache_corpus,
     degraded_logits,
     find_corpus,
     print_false_alarms,
     print_report,
+    score,
     with_trivia,
     write_final,
 )
 
+from cell_03_data_processing import ClipSettings
 from cell_05_model_definition import load_detector
+from cell_06_loss_and_utils import save_checkpoint
 from cell_08_evaluation_functions import calibrate
 
 FOLDS = ("A", "B", "C", "D")
@@ -71,6 +82,11 @@ def deal_families(fakes: pd.DataFrame) -> dict[str, str]:
     return folds
 
 
+def source_of(videos: pd.DataFrame) -> pd.Series:
+    """The repository of each video, as assemble.py puts it into the name of the file."""
+    return videos.path.map(lambda path: re.sub(r"-[0-9a-f]{12}(-x\d+)?\.mp4$", "", path.name))
+
+
 def assign_folds(videos: pd.DataFrame) -> pd.Series:
     """The fold of each video: that of its generator's family or group, else of its repository.
 
@@ -79,17 +95,30 @@ def assign_folds(videos: pd.DataFrame) -> pd.Series:
     videos = videos.assign(family=videos.method.map(family_of))
     fakes = videos[videos.label == 1]
     fold = videos.family.map(deal_families(fakes)).where(videos.label == 1)
-    source = videos.path.map(lambda path: re.sub(r"-[0-9a-f]{12}(-x\d+)?\.mp4$", "", path.name))
-    for key in (videos.group, source):
+    for key in (videos.group, source_of(videos)):
         fold = fold.fillna(key.map(fold.groupby(key).first()))
     in_turn = {name: FOLDS[i % 4] for i, name in enumerate(sorted({*videos.group}))}
     return fold.fillna(videos.group.map(in_turn))
 
 
-def with_folds(videos: pd.DataFrame) -> pd.DataFrame:
+def assign_sources(videos: pd.DataFrame) -> pd.Series:
+    """The fold of each video: repositories that share people stay together, large ones first."""
+    links = nx.Graph(zip("from " + source_of(videos), videos.group, strict=True))
+    parts = {
+        name: part for part, names in enumerate(nx.connected_components(links)) for name in names
+    }
+    part = videos.group.map(parts)
+    folds, sizes = {}, dict.fromkeys(FOLDS, 0)
+    for name, size in part.value_counts(sort=False).sort_values(ascending=False).items():
+        folds[name] = fold = min(sizes, key=lambda fold: sizes[fold])
+        sizes[fold] += size
+    return part.map(folds)
+
+
+def with_folds(videos: pd.DataFrame, by: str = "generators") -> pd.DataFrame:
     """The videos with their `fold`, and with groups as the corpus names them."""
-    group = videos.group.str.partition("/")[2]
-    return videos.assign(fold=assign_folds(videos), group=group)
+    assign = assign_sources if by == "sources" else assign_folds
+    return videos.assign(fold=assign(videos), group=videos.group.str.partition("/")[2])
 
 
 def may_be_known(videos: pd.DataFrame, tested: pd.Series) -> pd.Series:
@@ -117,51 +146,54 @@ def data_folder(folder: Path, videos: pd.DataFrame, fold: str, stills: Path) -> 
     return folder
 
 
-def run_notebook(data: Path, output: Path, cache: Path, parameters: list[str]) -> pd.DataFrame:
-    """Train and test, once; returns the scores of the corpus's test videos."""
-    file = output / "results" / "test_predictions.csv"
-    if not file.exists():
-        words = ["run", "finetune", "-p", "DATA_DIR", data, "-p", "CACHE_DIR", cache, *parameters]
-        command = [sys.executable, ROOT / "build_notebook.py", *words, "--output", output]
-        subprocess.run([str(word) for word in command], check=True, env=os.environ)
-    table = pd.read_csv(file)
-    files = pd.read_csv(output / "data" / "test.csv")[["path", "clip_file"]]
-    return table[table.dataset == "corpus"].merge(files, on="path")
-
-
 def folder_of(given: argparse.Namespace, fold: str) -> Path:
     return given.output / re.sub(r"\W+", "_", fold)
 
 
-def train(given: argparse.Namespace, videos: pd.DataFrame, fold: str) -> pd.DataFrame:
-    """The scores of a fold's videos by the model trained without them; "none" leaves out none."""
+def train(given: argparse.Namespace, videos: pd.DataFrame, fold: str) -> None:
+    """Run the notebook, once, without a fold's videos; "none" leaves out none."""
     place = folder_of(given, fold)
-    data = data_folder(place / "data", videos, fold, given.stills)
-    parameters = ["-p", "INITIAL_MODEL", str(given.initial.resolve())]
-    for name, value in {"VAL_FRACTION": 0.02, "TEST_FRACTION": 0.01, **dict(given.p)}.items():
-        parameters += ["-p", name, str(value)]
-    return run_notebook(data, place / "run", given.corpus / "cache", parameters)
+    if (place / "run/results/test_predictions.csv").exists():
+        return
+    parameters = {
+        "DATA_DIR": data_folder(place / "data", videos, fold, given.stills),
+        "CACHE_DIR": given.corpus / "cache",
+        "INITIAL_MODEL": given.initial.resolve(),
+        "VAL_FRACTION": 0.02,
+        "TEST_FRACTION": 0.01,
+    } | dict(given.p)
+    words = [word for name, value in parameters.items() for word in ("-p", name, value)]
+    command = [sys.executable, ROOT / "build_notebook.py", "run", "finetune", *words]
+    command += ["--output", place / "run"]
+    subprocess.run([str(word) for word in command], check=True, env=os.environ)
 
 
-def left_out_scores(given: argparse.Namespace) -> pd.DataFrame:
-    """Every video of the corpus with the logit of the model of its fold, and its trivia."""
-    videos = with_folds(find_corpus(given.corpus))
-    folds = [*FOLDS, *(["none"] if given.final else [])]
-    with ThreadPoolExecutor(given.jobs) as pool:
-        scored = list(pool.map(partial(train, given, videos), folds))
-    tests = pd.concat(scored[: len(FOLDS)]).set_index("path")
-    videos = videos.assign(name=videos.path.map(str))
-    videos = videos.join(tests[["logit", "clip_file"]], on="name").dropna(subset=["logit"])
-    return with_trivia(videos)
+def model_of(given: argparse.Namespace, fold: str) -> Path:
+    """The model trained without a fold, with `--keep` of the weights it began with."""
+    tuned = folder_of(given, fold) / "run/models/best_model.pth"
+    if not given.keep:
+        return tuned
+    content, initial = (torch.load(file, weights_only=True) for file in (tuned, given.initial))
+    for name, value in content["model"].items():
+        if value.is_floating_point():
+            value.lerp_(initial["model"][name].to(value), given.keep)
+    content["offset"] += given.keep * (initial["offset"] - content["offset"])
+    mixed = folder_of(given, fold) / f"kept_{given.keep:g}.pth"
+    save_checkpoint(mixed, content)
+    return mixed
 
 
-def degraded_reals(given: argparse.Namespace, videos: pd.DataFrame) -> pd.DataFrame:
-    """`degraded_logits` of all real videos, each by the model of its fold."""
-    parts = []
-    for fold, reals in videos[videos.label == 0].groupby("fold"):
-        model, _ = load_detector(folder_of(given, str(fold)) / "run/models/best_model.pth")
-        parts.append(degraded_logits(model, reals))
-    return pd.concat(parts)
+def score_folds(
+    given: argparse.Namespace, videos: pd.DataFrame
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The videos with the logit of the model of their fold; `degraded_logits` of the real ones."""
+    scored, degraded = [], []
+    for fold, part in videos.groupby("fold"):
+        model, _ = load_detector(model_of(given, str(fold)))
+        part = part.assign(logit=score(model, part))
+        scored.append(part)
+        degraded.append(degraded_logits(model, part[part.label == 0]))
+    return with_trivia(pd.concat(scored)), pd.concat(degraded)
 
 
 def main() -> None:
@@ -169,19 +201,29 @@ def main() -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--stills", type=Path, required=True)
     parser.add_argument("--initial", type=Path, required=True)
+    parser.add_argument("--by", choices=("generators", "sources"), default="generators")
+    parser.add_argument("--keep", type=float, default=0.0, metavar="SHARE")
     parser.add_argument("--output", type=Path, default=Path("runs/leave_out"))
     parser.add_argument("--final", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, with a thread each")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     given = parser.parse_args()
     given.output, given.corpus = given.output.resolve(), given.corpus.resolve()
-    videos = left_out_scores(given)
+    videos = with_folds(find_corpus(given.corpus), given.by)
+    with ThreadPoolExecutor(given.jobs) as pool:
+        folds = [*FOLDS, *(["none"] if given.final else [])]
+        list(pool.map(partial(train, given, videos), folds))
+    _, saved = load_detector(model_of(given, FOLDS[0]))
+    settings = ClipSettings.of(SimpleNamespace(**saved["config"]))
+    clips = cache_corpus(given.corpus, settings, given.jobs).set_index("path").clip_file
+    videos = videos.assign(clip_file=videos.path.map(clips)).dropna(subset=["clip_file"])
+    videos, degraded = score_folds(given, videos)
     videos.drop(columns="clip_file").to_csv(given.output / "left_out_scores.csv", index=False)
     print_report(videos)
     calibration = calibrate(videos.logit.to_numpy(), videos.label.to_numpy())
-    print_false_alarms(degraded_reals(given, videos), calibration)
+    print_false_alarms(degraded, calibration)
     if given.final:
-        write_final(given.output / "none/run/models/best_model.pth", calibration, given.final)
+        write_final(model_of(given, "none"), calibration, given.final)
 
 
 if __name__ == "__main__":
