@@ -12,6 +12,7 @@
 # %%
 import contextlib
 import dataclasses
+import itertools
 import pickle
 import socket
 import warnings
@@ -27,6 +28,7 @@ import torch
 import torchvision
 from IPython.display import display
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 from cell_01_imports_and_setup import IN_NOTEBOOK, attached_files
@@ -300,6 +302,18 @@ def load_fitting_weights(model: DeepfakeDetector, config: Config, path: str) -> 
     return f"{len(fits)} of {len(own)} tensors from {path}", saved
 
 
+def fold_batch_norms(network: nn.Module) -> None:
+    """Put each batch norm of a network in eval mode into the convolution registered before it.
+
+    Outputs stay what they were, twice as fast for MobileNetV2 on a CPU.
+    """
+    for part in [*network.modules()]:
+        for (name, convolution), (after, norm) in itertools.pairwise([*part.named_children()]):
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(part, name, fuse_conv_bn_eval(convolution, norm))
+                setattr(part, after, nn.Identity())
+
+
 def load_detector(path: Path, device: str | torch.device = "cpu") -> tuple[DeepfakeDetector, dict]:
     """A trained model, ready to score, and everything else in its file: config, threshold, ...
 
@@ -312,7 +326,8 @@ def load_detector(path: Path, device: str | torch.device = "cpu") -> tuple[Deepf
     # The calibration's offset goes into the bias that all logits share, so that callers need the
     # temperature alone. Files of format 1 were written with it in there already.
     model.frame_head[1].bias.data -= saved.setdefault("offset", 0.0)
-    return model.to(device).eval(), saved
+    fold_batch_norms(model.eval().backbone)
+    return model.to(device), saved
 
 
 # %% [markdown]
