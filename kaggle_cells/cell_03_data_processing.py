@@ -23,6 +23,7 @@ import os
 import re
 import shutil
 import struct
+import threading
 import unicodedata
 import warnings
 import zipfile
@@ -1504,6 +1505,15 @@ def clip_file(path: Path, settings: ClipSettings, cache_dir: Path) -> Path:
     return cache_dir / (hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24] + ".npz")
 
 
+NPZ_LOCK = threading.Lock()  # Python 3.11 can fail to parse two headers at once (gh-106905)
+
+
+def read_arrays(file: str | Path, *names: str) -> list[np.ndarray]:
+    """Arrays of an npz file, which several threads may ask for."""
+    with NPZ_LOCK, np.load(file) as saved:
+        return [saved[name] for name in names]
+
+
 def is_intact(file: Path) -> bool:
     """Whether a cached clip is there, and every byte of it agrees with its checksum."""
     try:
@@ -1541,10 +1551,11 @@ def cached_clip(
             return dict(reason=str(error))
         with replacing(file) as partial_file, open(partial_file, "wb") as stream:
             np.savez(stream, **vars(clip))
-    with np.load(file) as saved:
-        share, distinct = float(saved["face_share"]), len(np.unique(saved["positions"]))
-        note = str(saved["note"])
-    return dict(clip_file=str(file), face_share=share, distinct_frames=distinct, note=note)
+    share, positions, note = read_arrays(file, "face_share", "positions", "note")
+    distinct = len(np.unique(positions))
+    return dict(
+        clip_file=str(file), face_share=float(share), distinct_frames=distinct, note=str(note)
+    )
 
 
 # Eyes, nose, corners of the mouth in face crops, as shares of the side: the means of what MTCNN
@@ -1556,8 +1567,8 @@ def load_clip(file: str | Path, size: int = CONFIG.IMAGE_SIZE) -> tuple[np.ndarr
     """Frames (T, S, S, 3) uint8 and landmarks (T, 5, 2) of a cached clip, or of a face crop."""
     if is_picture(file):
         return read_picture(Path(file), size)[None], np.array([CROP_LANDMARKS], np.float32) * size
-    with np.load(file) as saved:
-        return saved["frames"], saved["landmarks"]
+    frames, landmarks = read_arrays(file, "frames", "landmarks")
+    return frames, landmarks
 
 
 # %% [markdown]

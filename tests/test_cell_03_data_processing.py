@@ -1,8 +1,11 @@
 import collections
 import dataclasses
+import gc
 import json
 import os
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import conftest
@@ -1058,6 +1061,36 @@ def test_another_setting_or_another_video_of_the_name_makes_another_clip(two_vid
     other, _ = cache(two_videos, tmp_path / "cache", PLAIN)
     assert first.clip_file[0] != larger.clip_file[0] and first.clip_file[0] != other.clip_file[0]
     assert first.clip_file[1] == other.clip_file[1]
+
+
+@SLOW
+def test_threads_can_read_clips_while_garbage_is_collected(tmp_path):
+    """Python 3.11 then mixes up the headers that two threads parse (cpython gh-106905)."""
+    file = tmp_path / "clip.npz"
+    np.savez(file, frames=np.zeros((2, 8, 8, 3), np.uint8), landmarks=np.zeros((2, 5, 2)))
+
+    class Garbage:
+        def __init__(self):
+            self.cycle = self
+
+        def __del__(self):  # lets other threads run
+            sum(range(999))
+
+    def read(depth):
+        if depth:  # of calls, which the threads mix up
+            return read(depth - 1)
+        return [(Garbage(), cell.load_clip(file)[0].shape)[1] for _ in range(2000)]
+
+    before, pause = gc.get_threshold(), sys.getswitchinterval()
+    gc.set_threshold(5)
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            shapes = [*pool.map(read, (0, 3, 6, 9))]
+    finally:
+        gc.set_threshold(*before)
+        sys.setswitchinterval(pause)
+    assert {shape for part in shapes for shape in part} == {(2, 8, 8, 3)}
 
 
 def test_a_damaged_cache_file_is_made_again(two_videos, tmp_path):
