@@ -31,7 +31,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import groupby, product
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,15 +83,14 @@ class Folder(NamedTuple):
 
 
 def list_folder(path: Path) -> Folder:
-    """Look into a folder; only links cost a request to the disk of their own."""
-    with os.scandir(path) as entries:
-        visible = sorted((e for e in entries if e.name[0] != "."), key=lambda entry: entry.name)
-    folders = {
-        entry.name: path / entry.name
-        for entry in visible
-        if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry))
-    }
-    return Folder(path, folders, [entry.name for entry in visible if entry.name not in folders])
+    """Look into a folder; one that cannot be read is empty, with a warning."""
+
+    def warn(error: OSError) -> None:
+        warnings.warn(f"{error.filename} is not searched: {error.strerror}", stacklevel=6)
+
+    _, *names = next(os.walk(path, onerror=warn), (path, [], []))
+    folders, files = (sorted(name for name in part if name[0] != ".") for part in names)
+    return Folder(path, {name: path / name for name in folders}, files)
 
 
 # %%
@@ -148,27 +147,26 @@ def rows_below(
 
 
 # %%
-def read_manifest(file: Path) -> pd.DataFrame | None:
-    """A CSV file with columns path and label as text; None for any other table."""
+def read_manifest(file: Path) -> list[dict]:
+    """The lines of a CSV file with columns path and label, as text; none of any other table."""
     form: dict[str, Any] = dict(sep=None, engine="python", dtype=str, encoding="utf-8-sig")
     form |= dict(index_col=False, keep_default_na=False, skip_blank_lines=False)
     try:
         header = pd.read_csv(file, nrows=0, encoding_errors="replace", **form)
     except (ValueError, csv.Error):
-        return None
+        return []
     columns = {name.strip().lower() for name in header}
     if not {"path", "label"} <= columns or {"clip_file", "reason", "logit"} & columns:
-        return None  # another table, perhaps one that this notebook wrote
+        return []  # another table, perhaps one that this notebook wrote
     try:
         table = pd.read_csv(file, **form).fillna("")
     except ValueError as error:
         raise ValueError(f"{file} is not a CSV file in UTF-8: {error}") from error
-    table.columns = [name.strip().lower() for name in table]
-    table = table.apply(lambda column: column.str.strip())
+    table = table.rename(columns=lambda name: name.strip().lower()).apply(lambda c: c.str.strip())
     names, labels = table.path.str.lower(), table.label.str.lower()
     lists_videos = names.str.endswith(VIDEO_SUFFIXES).any()
     lists_faces = names.str.endswith(PICTURE_SUFFIXES).any() and labels.isin(CLASSES).any()
-    return table if lists_videos or lists_faces else None
+    return table.to_dict("records") if lists_videos or lists_faces else []
 
 
 def find_manifest(folder: Folder) -> list[dict]:
@@ -179,9 +177,7 @@ def find_manifest(folder: Folder) -> list[dict]:
     """
     rows = []
     for file in (folder.path / name for name in folder.files if name.lower().endswith(".csv")):
-        table = read_manifest(file)
-        entries = [] if table is None else table.to_dict("records")
-        for line, entry in enumerate(entries, start=2):
+        for line, entry in enumerate(read_manifest(file), start=2):
             if not any(entry.values()):
                 continue
             label, split = CLASSES.get(entry["label"].lower()), entry.get("split", "").lower()
@@ -215,8 +211,8 @@ def find_faceforensics(folder: Folder) -> list[dict]:
     if "original" in folder.folders and methods:
         places = {folder.path / name: name for name in ("original", *methods)}
     else:  # KIND/METHOD/COMPRESSION/videos; masks lie in a folder beside the compressions
-        kinds = [folder.path / kind for kind in ("original_sequences", "manipulated_sequences")]
-        parts = [part for kind in kinds if kind.is_dir() for part in sorted(kind.iterdir())]
+        kinds = map(folder.folders.get, ("original_sequences", "manipulated_sequences"))
+        parts = [part for kind in kinds if kind for part in sorted(kind.iterdir())]
         found = [place for part in parts for place in sorted(part.glob("*/videos"))]
         places = {place: place.parts[-3] for place in found if place.parts[-2] != "masks"}
     reals = {"original": "real", "youtube": "real", "actors": ONLY_IF_NAMED}
@@ -335,12 +331,7 @@ def search_folders(root: Path) -> list[dict]:
         if (real_path := os.path.realpath(path)) in entered:
             continue
         entered.add(real_path)
-        try:
-            folder = list_folder(path)
-        except OSError as error:
-            warnings.warn(f"{error.filename} is not searched: {error.strerror}", stacklevel=3)
-            continue
-        layout, found = recognise(folder)
+        layout, found = recognise(folder := list_folder(path))
         names = [part for part in path.relative_to(root).parts if part.lower() not in SPLITS]
         dataset = layout if layout in SHARED_NAMES else "/".join(names) or root.resolve().name
         rows += [dict(row, dataset=dataset, split=row["split"] or split) for row in found]
@@ -421,19 +412,12 @@ def group_videos(videos: pd.DataFrame) -> pd.DataFrame:
 
 
 def find_videos(root: Path, methods: Iterable[str] = ()) -> pd.DataFrame:
-    """Every labelled video in a known layout at or below `root`, up to SEARCH_DEPTH folders deep.
+    """Every labelled video of the `methods` wanted; none named means all but DeepFakeDetection.
 
-    Args:
-        root: a dataset, a folder that holds some, or a CSV manifest.
-        methods: the manipulations to use; empty means all but DeepFakeDetection.
-
-    Returns:
-        A row per video: path, label (0 real, 1 fake), method, split ("" if not given), dataset,
-        original (the recording it shows) and group (shared by all videos linked through sources).
-
-    Raises:
-        FileNotFoundError: `root` does not exist, or has no known layout; lists what it holds.
-        ValueError: a wrong manifest, or a method that is not there.
+    `root` is a CSV manifest, a dataset, or a folder with some up to SEARCH_DEPTH folders below it.
+    Of the VIDEO_COLUMNS, `split` is "" if not given, `original` is the recording shown, and `group`
+    is shared by all videos linked through sources. Raises FileNotFoundError if there is no known
+    layout, with what there is, and ValueError for a wrong manifest or a method that is not there.
     """
     videos = resolve_duplicates(pd.DataFrame(search_root(root)))
     return group_videos(choose_methods(videos, methods, root)).reset_index(drop=True)
@@ -455,13 +439,11 @@ NAME_PATTERNS = (
 
 def names_within(stem: str, names: Collection[str]) -> list[str]:
     """Which of the `names` are whole words of a file name, from the left, the longest first."""
-    words, found, start = [word.span() for word in re.finditer(r"[^\W_]+", stem)], [], 0
-    while start < len(words):
-        ends = range(len(words), start, -1)
-        texts = {stem[words[start][0] : words[end - 1][1]]: end for end in ends}
-        name = next((text for text in texts if text in names), "")
-        found += [name] * bool(name)
-        start = texts.get(name, start + 1)
+    words, found, done = [word.span() for word in re.finditer(r"[^\W_]+", stem)], [], 0
+    for (start, _), (_, end) in product(words, reversed(words)):
+        if done <= start < end and stem[start:end] in names:
+            found.append(stem[start:end])
+            done = end
     return found
 
 
@@ -485,10 +467,7 @@ def sources_by_name(videos: pd.DataFrame) -> pd.Series:
     """The sources that the names of one dataset's videos give, a list for each."""
     stems = videos.path.map(lambda path: unicodedata.normalize("NFC", path.stem).lower())
     reals = set(stems[videos.label == 0])
-    sources = [
-        named_sources(stem, reals if label else ())
-        for stem, label in zip(stems, videos.label, strict=True)
-    ]
+    sources = [*map(named_sources, stems, videos.label.map({0: set(), 1: reals}))]
     # real_004 is the recording 004 if a fake is called fake_004_982.
     paired = {name for names in sources if len(names) > 1 for name in names}
     numbers = stems.str.extract(r"[\W_](\d{3})$")[0]
@@ -504,15 +483,11 @@ def sources_by_name(videos: pd.DataFrame) -> pd.Series:
 
 
 def connected_groups(sources: list[list[str]]) -> list[str]:
-    """The group of each video: the connected component of its sources, named by its first one."""
-    graph = nx.Graph()
+    """The group of each video: all that its sources are linked to, named by the first of them."""
+    linked, first = nx.utils.UnionFind(), dict[str, str]()
     for names in sources:
-        nx.add_path(graph, names)
-    rank = {source: place for place, source in enumerate(graph)}
-    group: dict[str, str] = {}
-    for component in nx.connected_components(graph):
-        group |= dict.fromkeys(component, min(component, key=rank.__getitem__))
-    return [group[names[0]] for names in sources]
+        linked.union(*names)
+    return [first.setdefault(linked[names[0]], names[0]) for names in sources]
 
 
 # %% [markdown]
@@ -587,13 +562,9 @@ def check_files(videos: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, pd.Da
         sizes = pd.Series(pool.map(content_size, readable.path), index=readable.index)
         suspects = readable[sizes.duplicated(keep=False)]
         digests = pd.Series(pool.map(content_digest, suspects.path), index=suspects.index)
-    for row, reason in contradictions(suspects, digests).items():
-        reasons[row] = reason
-    contents = digests.to_dict()
-    sources = [
-        [group, *([contents[row]] if row in contents else [])]
-        for row, group in videos.group.items()
-    ]
+    reasons.update(pd.Series(contradictions(suspects, digests), dtype=object))
+    contents = digests.reindex(videos.index).fillna(videos.group)
+    sources = [[*pair] for pair in zip(videos.group, contents, strict=True)]
     videos, good = videos.assign(group=connected_groups(sources)), reasons == ""
     refused = videos.assign(reason=reasons)[~good]
     printable = [str(path).encode(errors="backslashreplace").decode() for path in refused.path]
@@ -748,20 +719,14 @@ def in_sampling_order(videos: pd.DataFrame, seed: int) -> pd.DataFrame:
 def take_shares(videos: pd.DataFrame, quotas: pd.Series) -> pd.DataFrame:
     """The first videos up to the `quotas` of datasets, evenly by method, each split its share."""
     sizes = videos.groupby(["dataset", "method"]).size()
-    wanted = {
-        dataset: even_quotas(quotas[dataset], part.droplevel("dataset"))
-        for dataset, part in sizes.groupby("dataset")
-    }
-    keys = [videos.split == "train", videos.split, videos.dataset, videos.method]
-    cells = videos.groupby(keys).size().rename("count")
-    cells.index.names = ["is_train", "split", "dataset", "method"]
-    share = pd.concat(wanted, names=["dataset", "method"]) / sizes
+    wanted = [even_quotas(quotas[name], part) for name, part in sizes.groupby("dataset")]
+    share, kind = pd.concat(wanted).reindex(sizes.index) / sizes, ["split", "dataset", "method"]
+    cells = videos.groupby(kind).size().reindex(["test", "val", "train"], level="split")
     # Rounded along the cells, small splits first, so that errors neither add up nor empty a split.
-    goals = cells * share.reindex(cells.index.droplevel([0, 1])).to_numpy()
+    goals = cells * share.reindex(cells.index.droplevel("split")).to_numpy()
     ends = np.ceil(goals.cumsum().round(6))
-    counts = ends.diff().fillna(ends).droplevel("is_train").rename("count")
-    count = videos.join(counts, on=["split", "dataset", "method"])["count"]
-    return videos[videos.groupby(["split", "dataset", "method"]).cumcount() < count]
+    count = videos.join(ends.diff().fillna(ends).rename("count"), on=kind)["count"]
+    return videos[videos.groupby(kind).cumcount() < count]
 
 
 def sample_per_class(videos: pd.DataFrame, per_class: int, seed: int) -> pd.DataFrame:
@@ -771,18 +736,13 @@ def sample_per_class(videos: pd.DataFrame, per_class: int, seed: int) -> pd.Data
     ordered = in_sampling_order(videos, seed)
     sizes = pd.crosstab(videos.dataset, videos.label).reindex(columns=[0, 1], fill_value=0)
     equal = even_quotas(per_class, sizes.min(axis=1))
-    kept: list[pd.DataFrame] = []
-    for label in (0, 1):
+    kept = ordered[:0]
+    for label, part in ordered.groupby("label"):
         quotas = equal + even_quotas(per_class - equal.sum(), sizes[label] - equal)
-        part = ordered[ordered.label == label]
-        if part.empty:
-            continue
-        if kept:
-            is_taken = part.original.isin(kept[0].original)
-            part = pd.concat([part[is_taken], part[~is_taken]])
-        kept.append(take_shares(part, quotas))
-    rows = pd.concat(kept).index
-    return videos.loc[videos.index.isin(rows)].reset_index(drop=True)
+        is_taken = part.original.isin(kept.original)
+        part = pd.concat([part[is_taken], part[~is_taken]])
+        kept = pd.concat([kept, take_shares(part, quotas)])
+    return videos[videos.index.isin(kept.index)].reset_index(drop=True)
 
 
 # %% [markdown]
@@ -794,6 +754,8 @@ def sample_per_class(videos: pd.DataFrame, per_class: int, seed: int) -> pd.Data
 CLIP_VERSION = 4  # part of each cached clip's name: increased when clips are made differently
 LONG_LEAD = 1500  # frames before the first one wanted, beyond which one seek saves time
 LONGEST_SIDE = 1920  # pixels; larger frames are reduced: faces stay large enough, memory small
+Decoded = tuple[dict[int, np.ndarray], int, float]  # frames by number, their end, time there in s
+Frames = tuple[list[np.ndarray], np.ndarray, str]  # frames, their numbers, a note
 
 
 class VideoError(Exception):
@@ -837,9 +799,6 @@ def to_rgb(frame: np.ndarray) -> np.ndarray:
 
 
 # %%
-Decoded = tuple[dict[int, np.ndarray], int, float]
-
-
 def decode_forward(capture: cv2.VideoCapture, wanted: np.ndarray, at: int = 0) -> Decoded:
     """Decode from the capture's position, frame `at`, up to the last frame wanted.
 
@@ -894,9 +853,6 @@ def missing_part(path: Path, end: int, time: float, total: int, fps: float) -> s
     return f"decoding ends after {end} of {total} frames: truncated or damaged"
 
 
-Frames = tuple[list[np.ndarray], np.ndarray, str]
-
-
 def read_frames(path: Path, count: int, seconds: float) -> Frames:
     """`count` RGB frames (H, W, 3) uint8 of a video, their numbers, and a note if some are hidden.
 
@@ -914,7 +870,6 @@ def read_frames(path: Path, count: int, seconds: float) -> Frames:
             raise VideoError(missing)
         if max(end, time * fps + 1) < 0.95 * total:
             note = f"an edit list shows {end} of {total} frames"
-        _, end, time = decode_forward(open_video(path), positions)
         if end < 2:
             raise VideoError(f"holds {end or 'no'} frame{'s' * (end != 1)}")
         positions = frame_positions(end, count, end / time if time else fps, seconds)
@@ -930,31 +885,19 @@ def read_frames(path: Path, count: int, seconds: float) -> Frames:
 
 
 # %%
-def decode_picture(content: bytes) -> np.ndarray:
-    """A picture's content as RGB (H, W, 3) uint8, upright. Raises what OpenCV and Pillow raise."""
-    if content.startswith(b"\xff\xd8") and b"\xff\xd9" in content[-64:]:
-        picture = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+def read_picture(path: Path) -> np.ndarray:
+    """A picture as RGB (H, W, 3) uint8, upright. Raises VideoError if it cannot be decoded."""
+    try:
+        content, picture = path.read_bytes(), None
+        if content.startswith(b"\xff\xd8") and b"\xff\xd9" in content[-64:]:
+            picture = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
         if picture is not None:
             return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
-    with Image.open(io.BytesIO(content)) as file:
-        return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
-
-
-def read_picture(path: Path, size: int = 0) -> np.ndarray:
-    """A picture as RGB (H, W, 3) uint8, upright; with a `size`, its middle square of that side.
-
-    Raises VideoError with the reason if it cannot be decoded.
-    """
-    try:
-        picture = decode_picture(path.read_bytes())
+        with Image.open(io.BytesIO(content)) as file:
+            return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
     except (OSError, SyntaxError, ValueError, cv2.error, Image.DecompressionBombError) as error:
         problem = file_problem(path) or f"not a picture, truncated or damaged: {error}"
         raise VideoError(problem) from error
-    if not size:
-        return picture
-    height, width, _ = picture.shape
-    middle = crop_squares(np.full((1, 4), np.nan), height, width, 0)
-    return crop_frames([picture], middle, size)[0]
 
 
 def read_pictures(path: Path, count: int) -> Frames:
@@ -979,6 +922,7 @@ DETECTION_FRAMES = 8  # frames of a clip that the detector looks at
 DETECTION_SIDE = 640  # longer side of the frames it sees
 GPU_ERROR = re.compile("CUDA|CUDNN|cuDNN|CUBLAS")  # in messages: no fault of the video
 FACE_SIZES = (80, 32)  # smallest face in their pixels; small ones only if there is no larger one
+Mtcnn = torch.nn.ModuleList | None  # the detector's stages; None: no faces are looked for
 
 
 class Face(NamedTuple):
@@ -1052,20 +996,15 @@ def overlaps(face: Face, others: list[Face]) -> np.ndarray:
     return box_iou(boxes[:1], boxes[1:])[0].numpy() * is_similar
 
 
-def next_face(face: Face, candidates: list[Face]) -> Face | None:
-    """The candidate that continues a face's track, if there is one."""
-    overlap = overlaps(face, candidates) if candidates else np.zeros(1)
-    return candidates[int(overlap.argmax())] if overlap.max() > 0 else None
-
-
 def track_of(face: Face, found: list[list[Face]]) -> list[Face]:
     """The track that grows from a face through the faces found in each frame, in order of time."""
     track = [face]
     for times in (range(face.time + 1, len(found)), reversed(range(face.time))):
         last = face
         for time in times:
-            if following := next_face(last, found[time]):
-                track.append(last := following)
+            overlap = overlaps(last, found[time])
+            if overlap.max(initial=0) > 0:
+                track.append(last := found[time][int(overlap.argmax())])
     return sorted(track, key=lambda face: face.time)
 
 
@@ -1095,9 +1034,7 @@ def between(
 
 
 # %%
-def find_face(
-    frames: list[np.ndarray], detector: Iterable[Any] | None
-) -> tuple[np.ndarray, np.ndarray, float]:
+def find_face(frames: list[np.ndarray], detector: Mtcnn) -> tuple[np.ndarray, np.ndarray, float]:
     """The face of a clip: boxes (T, 4), landmarks (T, 5, 2) in pixels, share of frames showing it.
 
     Without a face, or without a detector, boxes and landmarks are NaN and the share is 0.
@@ -1177,7 +1114,7 @@ class Clip:
     note: str = ""
 
 
-def make_clip(path: Path, settings: ClipSettings, detector: torch.nn.ModuleList | None) -> Clip:
+def make_clip(path: Path, settings: ClipSettings, detector: Mtcnn) -> Clip:
     """Decode, crop and resize one video. Raises VideoError with the reason if it cannot be used."""
     if path.is_dir() or is_picture(path):
         frames, positions, note = read_pictures(path, settings.frames)
@@ -1221,20 +1158,12 @@ class Moment:
 
 
 # %%
-class Spacing(NamedTuple):
-    """Frames in the video, as far as its header says; frames a second; frames between moments."""
-
-    total: int
-    fps: float
-    step: float
-
-
-def spacing_of(capture: cv2.VideoCapture, settings: ClipSettings) -> Spacing:
-    """The spacing of moments, that of a clip's frames."""
+def spacing_of(capture: cv2.VideoCapture, settings: ClipSettings) -> tuple[int, float, float]:
+    """Frames in a video, as far as its header says; frames a second; frames between moments."""
     total, fps = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
     fps = fps if fps > 0 else 25.0
     span = max(settings.frames, round(fps * settings.seconds))
-    return Spacing(total, fps, (min(total, span) if total > 1 else span) / settings.frames)
+    return total, fps, (min(total, span) if total > 1 else span) / settings.frames
 
 
 def is_cut(before: np.ndarray, after: np.ndarray) -> bool:
@@ -1369,9 +1298,7 @@ class FaceTracker:
         return found
 
 
-def find_faces(
-    moments: list[Moment], detector: torch.nn.ModuleList | None, tracker: FaceTracker
-) -> None:
+def find_faces(moments: list[Moment], detector: Mtcnn, tracker: FaceTracker) -> None:
     """Detect the faces of the moments that are looked at; without a detector, one that is NaN."""
     unseen = [moment for moment in moments if moment.is_looked_at and moment.faces is None]
     for scene, group in groupby(unseen, key=lambda moment: moment.scene):
@@ -1471,11 +1398,7 @@ def time_span(moments: list[Moment], first: int, last: int) -> tuple[float, floa
 
 # %%
 def face_windows(
-    path: Path,
-    settings: ClipSettings,
-    detector: torch.nn.ModuleList | None,
-    stride: float = 0,
-    limit: int = 0,
+    path: Path, settings: ClipSettings, detector: Mtcnn, stride: float = 0, limit: int = 0
 ) -> Iterator[list[Window]]:
     """A list for each window of a video or picture, with every face in it.
 
@@ -1492,9 +1415,8 @@ def face_windows(
     for window in gather_windows(moments, settings.frames, starts):
         find_faces(window, detector if settings.face_crop else None, tracker)
         faces = sorted({face for moment in window for face in moment.faces or ()})
-        span = time_span(window, 0, len(window) - 1)
-        nobody = [Window(0, *span, reason="no face found")]
-        yield [face_in(window, face, settings) for face in faces] or nobody
+        nobody = Window(0, *time_span(window, 0, len(window) - 1), reason="no face found")
+        yield [face_in(window, face, settings) for face in faces] or [nobody]
 
 
 # %%
@@ -1525,11 +1447,7 @@ def is_intact(file: Path) -> bool:
 
 # %%
 def cached_clip(
-    path: Path,
-    settings: ClipSettings,
-    cache_dir: Path,
-    detector: torch.nn.ModuleList | None,
-    is_crop: bool = False,
+    path: Path, settings: ClipSettings, cache_dir: Path, detector: Mtcnn, is_crop: bool
 ) -> dict:
     """Make sure that a video's clip is in the cache; its CLIP_COLUMNS, or the `reason` it fails.
 
@@ -1540,15 +1458,12 @@ def cached_clip(
             read_picture(path)
             return dict(clip_file=str(path), face_share=1.0, distinct_frames=1, note="")
         file = clip_file(path, settings, cache_dir)
-    except VideoError as error:
+        clip = None if is_intact(file) else make_clip(path, settings, detector)
+    except (VideoError, cv2.error) as error:
         return dict(reason=str(error))
     except OSError as error:
         return dict(reason=f"cannot be read: {error.strerror}")
-    if not is_intact(file):
-        try:
-            clip = make_clip(path, settings, detector)
-        except (VideoError, cv2.error) as error:
-            return dict(reason=str(error))
+    if clip:
         with replacing(file) as partial_file, open(partial_file, "wb") as stream:
             np.savez(stream, **vars(clip))
     share, positions, note = read_arrays(file, "face_share", "positions", "note")
@@ -1566,7 +1481,9 @@ CROP_LANDMARKS = ((0.25, 0.19), (0.73, 0.19), (0.49, 0.44), (0.28, 0.7), (0.69, 
 def load_clip(file: str | Path, size: int = CONFIG.IMAGE_SIZE) -> tuple[np.ndarray, np.ndarray]:
     """Frames (T, S, S, 3) uint8 and landmarks (T, 5, 2) of a cached clip, or of a face crop."""
     if is_picture(file):
-        return read_picture(Path(file), size)[None], np.array([CROP_LANDMARKS], np.float32) * size
+        picture = read_picture(Path(file))
+        middle = crop_squares(np.full((1, 4), np.nan), len(picture), picture.shape[1], 0)
+        return crop_frames([picture], middle, size), np.array([CROP_LANDMARKS], np.float32) * size
     frames, landmarks = read_arrays(file, "frames", "landmarks")
     return frames, landmarks
 
@@ -1590,9 +1507,7 @@ def crop_share(path: Path, detector: torch.nn.ModuleList) -> float:
     return (boxes[0, 2:] - boxes[0, :2]).max() * 1.5 / min(picture.shape[:2])
 
 
-def find_face_crops(
-    videos: pd.DataFrame, settings: ClipSettings, detector: torch.nn.ModuleList | None
-) -> pd.Series:
+def find_face_crops(videos: pd.DataFrame, settings: ClipSettings, detector: Mtcnn) -> pd.Series:
     """Which of the videos are pictures to be used whole."""
     crops = videos.path.map(is_picture).astype(bool)
     if detector is None or not settings.face_crop:
@@ -1611,7 +1526,7 @@ def cache_clips(
     videos: pd.DataFrame,
     settings: ClipSettings,
     cache_dir: Path,
-    detector: torch.nn.ModuleList | None,
+    detector: Mtcnn,
     workers: int,
     *,
     share: slice = slice(None),
@@ -1621,20 +1536,15 @@ def cache_clips(
     Returns the usable ones with CLIP_COLUMNS, and the others with a `reason`.
     """
     crops = find_face_crops(videos, settings, detector)  # decided by all of them
-    videos = videos[share]
-
-    def make(row: int) -> tuple[int, dict]:
-        return row, cached_clip(videos.path[row], settings, cache_dir, detector, crops[row])
-
-    chunk = 1 + len(videos) // 1000  # a task for each of 100,000 pictures costs as much as they do
+    videos, how = videos[share], (settings, cache_dir, detector)
+    rows, chunk = videos.index, 1 + len(videos) // 1000  # a task costs as much as a picture
     with ThreadPool(workers, torch.set_num_threads, (1,)) as pool:
-        clips = pool.imap_unordered(make, videos.index, chunk)
-        outcomes = dict(tqdm(clips, "making clips", len(videos), False, disable=NO_BARS))
-    columns = [*CLIP_COLUMNS, "reason"]
-    table = videos.join(pd.DataFrame.from_dict(outcomes, orient="index", columns=columns))
+        clips = pool.imap(lambda i: cached_clip(videos.path[i], *how, crops[i]), rows, chunk)
+        outcomes = [*tqdm(clips, "making clips", len(videos), False, disable=NO_BARS)]
+    table = videos.join(pd.DataFrame(outcomes, rows, [*CLIP_COLUMNS, "reason"]))
     usable = table.reason.isna()
     made = table[usable].drop(columns="reason").astype({"distinct_frames": int})
-    failed = table[~usable].drop(columns=[*CLIP_COLUMNS])
+    failed = table[~usable].drop(columns=[*CLIP_COLUMNS]).astype({"reason": object})
     return made.reset_index(drop=True), failed.reset_index(drop=True)
 
 
@@ -1648,9 +1558,7 @@ OWN_TABLES = ("train.csv", "val.csv", "test.csv", "skipped.csv")  # what section
 
 def require_own_tables(folder: Path) -> None:
     """Raise FileExistsError if section 9 would overwrite a table that it did not write."""
-    for file in map(folder.joinpath, OWN_TABLES):
-        if not file.exists():
-            continue
+    for file in filter(Path.exists, map(folder.joinpath, OWN_TABLES)):
         columns = pd.read_csv(file, nrows=0, encoding_errors="replace")
         if not {"clip_file", "reason"} & set(columns):
             raise FileExistsError(
@@ -1668,7 +1576,7 @@ def remove_partial_files(folder: Path) -> None:
 
 
 def require_space(
-    videos: pd.DataFrame, settings: ClipSettings, cache: Path, detector: torch.nn.ModuleList | None
+    videos: pd.DataFrame, settings: ClipSettings, cache: Path, detector: Mtcnn
 ) -> str:
     """Say how much disk the missing clips need. Raises OSError if more than is free."""
     try:
@@ -1709,9 +1617,7 @@ SHOULDERS = [[20, 600], [35, 400], [200, 310], [330, 310], [490, 390], [512, 600
 def load_portrait() -> np.ndarray:
     """Grace Hopper by James S. Davis, 1984 (public domain), as BGR float32 (600, 512, 3), 0..1."""
     file = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
-    content = np.fromfile(file, np.uint8)  # imread fails on some Windows paths
-    portrait: Any = cv2.imdecode(content, cv2.IMREAD_COLOR)
-    return portrait.astype(np.float32) / 255
+    return read_picture(Path(file))[..., ::-1].astype(np.float32) / 255
 
 
 def reshaped(portrait: np.ndarray, rng: np.random.Generator, strength: float = 6) -> np.ndarray:
@@ -1747,8 +1653,6 @@ def manipulated(
         small = cv2.resize(person, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         generated = cv2.resize(small, size, interpolation=cv2.INTER_LINEAR)
         return [person + mask * (generated - person)] * frames
-    if method != "jitter":
-        raise ValueError(f"{method!r} is not a demo method: one of {', '.join(DEMO_METHODS)}")
     pictures = []
     for _ in range(frames):
         turn = cv2.getRotationMatrix2D(FACE_CENTRE, rng.normal(0, 4), rng.normal(1, 0.03))
@@ -1805,9 +1709,9 @@ def demo_frames(portrait: np.ndarray, number: int, method: str, seed: int) -> li
     own = np.random.default_rng([seed, number, 1 + ("real", *DEMO_METHODS).index(method)])
     person, outline = draw_person(portrait, rng)
     scene = draw_scene(rng)
-    backdrop, count = scene.backdrop, len(scene.poses)
-    is_real = method == "real"
-    pictures = [person] * count if is_real else manipulated(person, portrait, method, count, own)
+    backdrop, pictures = scene.backdrop, [person] * len(scene.poses)
+    if method != "real":
+        pictures = manipulated(person, portrait, method, len(pictures), own)
     frames: list[Any] = []
     for picture, pose, light in zip(pictures, scene.poses, scene.light, strict=True):
         picture = np.concatenate([picture, outline], axis=2)
