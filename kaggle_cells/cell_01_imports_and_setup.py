@@ -94,7 +94,6 @@ REQUIREMENTS = {
     "sklearn": "scikit-learn>=1.3",
     "networkx": "networkx>=3.0",
     "jinja2": "jinja2>=3.1",
-    "markupsafe": "markupsafe>=2.0",
     "PIL": "pillow>=10.0",
     "matplotlib": "matplotlib>=3.8",
     "seaborn": "seaborn>=0.13",

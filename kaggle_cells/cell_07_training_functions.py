@@ -398,13 +398,6 @@ def progress(title: str, *loaders: DataLoader) -> tqdm:
     return tqdm(total=total, desc=title, unit="batch", leave=False, disable=NO_BARS)
 
 
-def memory_in_use(device: torch.device) -> float:
-    """GiB: on a GPU the most that PyTorch has reserved, on the CPU what the process has now."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**30
-    return psutil.Process().memory_info().rss / 2**30
-
-
 # %%
 class EpochMeter:
     """Collects the results of an epoch's steps, watches for non-finite ones, and moves the bar."""
@@ -464,15 +457,17 @@ class EpochMeter:
 
 # %%
 def bar_figures(meter: EpochMeter) -> dict:
-    """What the bar shows: loss and AUC so far, learning rate, speed, memory."""
+    """What the bar shows: loss and AUC so far, learning rate, speed, memory (a GPU's peak)."""
     so_far, seconds = concat_scores(meter.finite), time.perf_counter() - meter.started
-    device = meter.finite[0].logits.device
+    device, memory = meter.finite[0].logits.device, psutil.Process().memory_info().rss
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_reserved(device)
     figures = {
         "loss": f"{so_far.losses.mean():.3f}",
         "AUC": f"{auc_of(so_far.labels, so_far.logits):.3f}",
         "lr": f"{meter.trainer.optimizer.param_groups[0]['lr']:.0e}",
         "clips/s": f"{WORLD_SIZE * len(so_far.labels) / seconds:.1f}",
-        "memory": f"{memory_in_use(device):.1f} GiB",
+        "memory": f"{memory / 2**30:.1f} GiB",
     }
     return figures | ({"skipped": meter.skipped} if meter.skipped else {})
 

@@ -32,7 +32,6 @@ import seaborn as sns
 import sklearn.metrics as skm
 import torch
 from IPython.display import HTML, display
-from markupsafe import Markup
 from matplotlib.figure import Figure, SubFigure
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
@@ -52,7 +51,6 @@ from cell_01_imports_and_setup import (
     styled,
 )
 from cell_03_data_processing import (
-    Clip,
     ClipSettings,
     VideoError,
     Window,
@@ -182,15 +180,7 @@ def calibration_error(fake: np.ndarray, probs: np.ndarray) -> float:
     return np.abs(np.bincount(bins, probs - fake)).sum() / len(bins)
 
 
-def brier_score(fake: np.ndarray, probs: np.ndarray) -> float:
-    return np.square(probs - fake).mean()
-
-
-def log_loss(fake: np.ndarray, probs: np.ndarray) -> float:
-    return -np.log(np.clip(np.where(fake, probs, 1 - probs), 1e-15, 1)).mean()
-
-
-def share_of(flags: np.ndarray) -> float:
+def rate(flags: np.ndarray) -> float:
     """Share that is true; NaN of none at all, where `mean` would warn."""
     return flags.mean() if flags.size else np.nan
 
@@ -205,22 +195,21 @@ RANKING_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {  # nee
 }
 VERDICT_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {  # of verdicts
     "accuracy": lambda fake, called: (called == fake).mean(),
-    "balanced_accuracy": lambda fake, called: (
-        (share_of(called[fake]) + share_of(~called[~fake])) / 2
-    ),
-    "precision": lambda fake, called: share_of(fake[called]),
-    "recall": lambda fake, called: share_of(called[fake]),
-    "specificity": lambda fake, called: share_of(~called[~fake]),
-    "f1": lambda fake, called: share_of(np.concatenate([fake[called], called[fake]])),
+    "balanced_accuracy": lambda fake, called: (rate(called[fake]) + rate(~called[~fake])) / 2,
+    "precision": lambda fake, called: rate(fake[called]),
+    "recall": lambda fake, called: rate(called[fake]),
+    "specificity": lambda fake, called: rate(~called[~fake]),
+    "f1": lambda fake, called: rate(np.concatenate([fake[called], called[fake]])),
 }
 METRIC_FUNCTIONS = RANKING_METRICS | VERDICT_METRICS
-METRIC_FUNCTIONS |= {"log_loss": log_loss, "brier": brier_score, "ece": calibration_error}
-METRIC_NAMES = {"auc_roc": "AUC-ROC", "auc_pr": "AUC-PR", "eer": "EER", "ece": "ECE", "f1": "F1"}
-METRIC_NAMES |= {
-    "brier": "Brier score",
-    "tpr_at_1_fpr": "TPR at 1 % FPR",
-    "tpr_at_5_fpr": "TPR at 5 % FPR",
+METRIC_FUNCTIONS |= {
+    "log_loss": lambda fake, probs: -np.log(np.abs(~fake - probs).clip(1e-15)).mean(),
+    "brier": lambda fake, probs: np.square(probs - fake).mean(),
+    "ece": calibration_error,
 }
+METRIC_NAMES = {"auc_roc": "AUC-ROC", "auc_pr": "AUC-PR", "eer": "EER", "ece": "ECE", "f1": "F1"}
+METRIC_NAMES |= {f"tpr_at_{n}_fpr": f"TPR at {n} % FPR" for n in (1, 5)}
+METRIC_NAMES["brier"] = "Brier score"
 
 
 def metric_name(metric: str) -> str:
@@ -255,10 +244,6 @@ TOO_FEW = 5  # fewer fakes of a manipulation say nothing about it
 Interval = tuple[float | None, float | None]
 
 
-def middle_95(values: np.ndarray) -> Interval:
-    return tuple(np.percentile(values, [2.5, 97.5]).tolist()) if len(values) else (None, None)
-
-
 def bootstrap(
     labels: np.ndarray,
     probs: np.ndarray,
@@ -269,15 +254,14 @@ def bootstrap(
     """95 % interval of each metric: percentiles over resampled groups (Efron, 1979)."""
     fake, called, rng = labels == 1, probs >= threshold, np.random.default_rng(0)
     members = list(pd.Series(range(len(groups))).groupby(groups).indices.values())
-    values = np.empty((len(metrics), RESAMPLINGS))
-    for turn in range(RESAMPLINGS):
+    values = []
+    for _ in range(RESAMPLINGS):
         drawn = rng.integers(len(members), size=len(members))
         rows = np.concatenate([members[group] for group in drawn])
         sample = fake[rows], probs[rows], called[rows]
-        values[:, turn] = [measure(metric, *sample) for metric in metrics]
-    return {
-        metric: middle_95(row[~np.isnan(row)]) for metric, row in zip(metrics, values, strict=True)
-    }
+        values.append([measure(metric, *sample) for metric in metrics])
+    ends = pd.DataFrame(values, columns=[*metrics]).quantile([0.025, 0.975]).astype(object)
+    return {metric: tuple(pair) for metric, pair in ends.where(ends.notna(), None).items()}
 
 
 def format_metric(value: float | None, interval: Interval = (None, None)) -> str:
@@ -291,7 +275,7 @@ def format_metric(value: float | None, interval: Interval = (None, None)) -> str
 def format_metrics(
     metrics: dict[str, float | None], intervals: dict[str, Interval]
 ) -> dict[str, str]:
-    return {metric: format_metric(value, intervals[metric]) for metric, value in metrics.items()}
+    return {metric: format_metric(metrics[metric], ends) for metric, ends in intervals.items()}
 
 
 # %% [markdown]
@@ -331,8 +315,7 @@ def metrics_by(
         rows.append(row | auc_with_interval(labels, probs, videos.group.to_numpy()))
     columns = [column, "reals", "fakes", *["never_trained_on"] * (column == "method")]
     measured = ["auc_roc", "auc_low", "auc_high", "eer", "recall", "specificity"]
-    found = pd.DataFrame(rows, columns=columns + measured)
-    return found.astype(dict.fromkeys(measured, float))
+    return pd.DataFrame(rows, columns=columns + measured).astype(dict.fromkeys(measured, float))
 
 
 # %% [markdown]
@@ -475,8 +458,9 @@ def overlay_heat(frame: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 # %%
-def title_figure(figure: Figure | SubFigure, title: str) -> None:
+def title_figure(figure: Any, title: str) -> Any:
     figure.suptitle(title, x=0.02, ha="left", fontsize=12)
+    return figure
 
 
 @styled
@@ -499,18 +483,14 @@ def plot_history(history: pd.DataFrame) -> Figure:
     best = history[history.best].iloc[-1]
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3))
     for ax, quantity, name in zip(axes, ("loss", "auc"), ("loss", "AUC"), strict=True):
-        for split, label, colour in (
-            ("train", "training", "0.55"),
-            ("val", "validation", FAKE_COLOUR),
-        ):
-            ax.plot(history.epoch, history[f"{split}_{quantity}"], ".-", color=colour, label=label)
+        for part, label, ink in ("train", "training", "0.55"), ("val", "validation", FAKE_COLOUR):
+            ax.plot(history.epoch, history[f"{part}_{quantity}"], ".-", color=ink, label=label)
         ax.axvline(best.epoch, color="0.3", linewidth=0.8, linestyle=":", label="best epoch")
         ax.set(xlabel="epoch", ylabel=name)
         ax.locator_params(axis="x", integer=True)
     axes[0].legend(fontsize=10)
     found = f"Best validation AUC {best.val_auc:.3f}, in epoch {best.epoch:.0f} of {len(history)}"
-    title_figure(figure, found)
-    return figure
+    return title_figure(figure, found)
 
 
 # %% [markdown]
@@ -525,8 +505,7 @@ def plot_curves(table: pd.DataFrame, threshold: float, auc: Interval) -> Figure:
     metrics: dict[str, Any] = compute_metrics(labels, probs, threshold)
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.9))
     if metrics["auc_roc"] is None:
-        title_figure(figure, "No curves: the test set has only one class")
-        return figure
+        return title_figure(figure, "No curves: the test set has only one class")
     fpr, tpr, _ = skm.roc_curve(labels, probs)
     precision, recall, _ = skm.precision_recall_curve(labels, probs)
     left.plot([0, 1], [0, 1], color="0.5", linestyle=":", label="chance")
@@ -534,14 +513,13 @@ def plot_curves(table: pd.DataFrame, threshold: float, auc: Interval) -> Figure:
     right.axhline(labels.mean(), color="0.5", linestyle=":")
     right.plot(recall, precision, color=FAKE_COLOUR)
     mark: dict[str, Any] = dict(marker="o", color="black", linestyle="none")
-    left.plot(
-        1 - metrics["specificity"], metrics["recall"], **mark, label=f"threshold {threshold:.2f}"
-    )
+    mark["label"] = f"threshold {threshold:.2f}"
+    left.plot(1 - metrics["specificity"], metrics["recall"], **mark)
     right.plot(metrics["recall"], metrics["precision"] or 0, **mark)
     left.set(xlabel="reals called fake", ylabel="fakes found")
     left.set_title(f"AUC {format_metric(metrics['auc_roc'], auc)}")
-    right.set(xlabel="fakes found (recall)", ylabel="precision")
-    right.set_title(f"AUC-PR {metrics['auc_pr']:.3f}")
+    title = f"AUC-PR {metrics['auc_pr']:.3f}"
+    right.set(xlabel="fakes found (recall)", ylabel="precision", title=title)
     left.legend(loc="lower right", fontsize=10)
     for ax in (left, right):
         ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
@@ -647,8 +625,7 @@ def plot_robustness(table: pd.DataFrame) -> Figure:
         worst = changed.loc[changed.auc_roc.astype(float).idxmin()]
         condition = f"{worst.degradation.split(',')[0]} {worst.strength:g}"
         title = f"AUC {intact.auc_roc:.3f} unchanged; at worst {worst.auc_roc:.3f}, {condition}"
-    title_figure(figure, title)
-    return figure
+    return title_figure(figure, title)
 
 
 # %% [markdown]
@@ -702,30 +679,28 @@ def plot_explanations(
     examples: pd.DataFrame, model: DeepfakeDetector, temperature: float
 ) -> Figure:
     """Frames, heat maps on one common scale, frame scores and attention of each example."""
-    device, clips, heats, outputs = next(model.parameters()).device, [], [], []
-    for file in examples.clip_file:
-        frames, _ = load_clip(file)  # its clips are interleaved: this takes the first one
-        clips.append(frames[:: max(1, len(frames) // model.frames)])
-        batch = torch.from_numpy(clips[-1].copy())[None].to(device)
+    found: list[Any] = []
+    for _, row in examples.iterrows():
+        frames, _ = load_clip(row.clip_file)  # its clips are interleaved: this takes the first one
+        clip = frames[:: max(1, len(frames) // model.frames)].copy()
+        batch = torch.from_numpy(clip)[None].to(next(model.parameters()).device)
         heat, output = heat_maps(model, normalize(to_float(batch)))
-        heats.append(heat[0].cpu().numpy())
-        outputs.append(output)
-    hottest = max(heat.max() for heat in heats) or 1.0
+        found.append((row, clip, *(part[0].cpu().numpy() for part in (heat, *output[1:]))))
+    hottest = max(heat.max() for _, _, heat, *_ in found) or 1.0
     figure: Any = plt.figure(figsize=(WIDTH, 4.3 * len(examples)))
     parts = np.atleast_1d(figure.subfigures(len(examples), 1))
-    for i, (part, (_, example)) in enumerate(zip(parts, examples.iterrows(), strict=True)):
-        scores = probabilities(outputs[i].frame_logits[0].cpu().numpy(), temperature)
-        attention = outputs[i].attention[0].cpu().numpy()
-        draw_explanation(part, clips[i], heats[i] / hottest, scores, attention)
-        title_figure(part, verdict_line(example))
+    for part, (row, clip, heat, logits, attention) in zip(parts, found, strict=True):
+        draw_explanation(part, clip, heat / hottest, probabilities(logits, temperature), attention)
+        title_figure(part, verdict_line(row))
     return figure
 
 
 @styled
-def plot_mistakes(table: pd.DataFrame, threshold: float, most: int = 9) -> Figure:
+def plot_mistakes(table: pd.DataFrame, threshold: float) -> Figure:
     """The middle frame of the most confident errors, with their method and score."""
     wrong = most_confident_first(table[~table.correct], threshold)
-    worst, rows = wrong.head(most), max(1, -(-min(len(wrong), most) // 3))
+    worst = wrong.head(9)
+    rows = -(-len(worst) // 3) or 1
     size = (WIDTH, 0.3 + 2.9 * rows if len(worst) else 1)
     figure, axes = plt.subplots(rows, 3, figsize=size, squeeze=False)
     for ax in axes.flat:
@@ -736,10 +711,8 @@ def plot_mistakes(table: pd.DataFrame, threshold: float, most: int = 9) -> Figur
         title = f"{short_name(row.path, 22)}\n{row.method}, P(fake) {row.probability:.2f}"
         ax.set_title(title, fontsize=10, loc="center")
     title = f"{len(wrong)} of {len(table)} videos called wrong"
-    if len(wrong) > len(worst):
-        title += f"; the {len(worst)} most confident"
-    title_figure(figure, title if len(wrong) else f"No mistakes in {len(table)} videos")
-    return figure
+    title += f"; the {len(worst)} most confident" if len(wrong) > len(worst) else ""
+    return title_figure(figure, title if len(wrong) else f"No mistakes in {len(table)} videos")
 
 
 # %% [markdown]
@@ -762,10 +735,6 @@ class Prediction:
     verdict: str
     frame_scores: np.ndarray
     face_share: float
-
-    @property
-    def face_found(self) -> bool:
-        return self.face_share > 0
 
 
 def score_clips(model: DeepfakeDetector, clips: np.ndarray) -> DetectorOutput:
@@ -790,10 +759,8 @@ def describe_model(file: Path, saved: dict) -> str:
         paragraphs = card.read_text(encoding="utf-8").split("\n\n")
         return name + " ".join(paragraphs[1].replace("**", "").split())
     trained_on = ", ".join(saved["trained_on"]) or "self-blended faces alone"
-    known = (
-        f"AUC {saved['val_auc']:.3f} on its validation set, from which the best epoch was chosen"
-    )
-    return f"{name}Trained on {trained_on}; {known}. On other videos it is worse."
+    name += f"Trained on {trained_on}; AUC {saved['val_auc']:.3f} on its validation set, "
+    return f"{name}from which the best epoch was chosen. On other videos it is worse."
 
 
 # %%
@@ -836,19 +803,16 @@ class Predictor:
             return "fake"
         return "real" if probability <= real_to else "uncertain"
 
-    def predict_clip(self, clip: Clip) -> Prediction:
-        """Score the result of `make_clip`."""
+    def predict_video(self, path: str | Path) -> Prediction:
+        """Score one clip of a video. Raises VideoError, with path and reason, if it is unusable."""
+        try:
+            clip = make_clip(Path(path), self.settings, self.face_detector)
+        except VideoError as error:
+            raise VideoError(f"{path}: {error}") from error
         output = score_clips(self.model, clip.frames[None])
         prob = float(probabilities(output.logit.cpu().numpy(), self.temperature)[0])
         frame_scores = probabilities(output.frame_logits[0].cpu().numpy(), self.temperature)
         return Prediction(prob, self.verdict(prob), frame_scores, clip.face_share)
-
-    def predict_video(self, path: str | Path) -> Prediction:
-        """Score one clip of a video. Raises VideoError, with path and reason, if it is unusable."""
-        try:
-            return self.predict_clip(make_clip(Path(path), self.settings, self.face_detector))
-        except VideoError as error:
-            raise VideoError(f"{path}: {error}") from error
 
     def scan(self, path: str | Path, stride: float = 0, max_windows: int = 0) -> Iterator[Window]:
         """Every face in each window of a video, as soon as it is scored.
@@ -875,14 +839,16 @@ class Predictor:
         path: str | Path,
         stride: float = 0,
         max_windows: int = 0,
-        progress: Callable[[float], object] | None = None,
+        progress: Callable[[float], object] = lambda share: None,
     ) -> "Judgement":
         """All of a video as one verdict: see `scan` and `judge_video`."""
         return judge_video(self, Path(path), stride, max_windows, progress)
 
     def show(self, path: str | Path) -> None:
-        """Judge a video and show what was found, in the notebook."""
-        show_judgement(self, path)
+        """Judge a video and show its card in the notebook."""
+        with tqdm(total=100, desc=Path(path).name, leave=False, disable=NO_BARS) as bar:
+            judgement = self.judge(path, progress=partial(move_bar, bar, 0, 100))
+        display(HTML(inline_html(judgement, self)))
 
 
 # %% [markdown]
@@ -954,12 +920,10 @@ def most_suspicious(windows: list[Window]) -> tuple[float, int]:
 # %%
 def find_stretch(windows: list[Window], place: int, limit: float) -> tuple[float, float]:
     """From when to when the windows around number `place` have a P(fake) of at least `limit`."""
-    first = last = place
-    while first > 0 and windows[first - 1].probability >= limit:
-        first -= 1
-    while last + 1 < len(windows) and windows[last + 1].probability >= limit:
-        last += 1
-    return windows[first].start, windows[last].end
+    low = [i for i, window in enumerate(windows) if window.probability < limit]
+    first = max((i + 1 for i in low if i < place), default=0)
+    end = min((i for i in low if i > place), default=len(windows))
+    return windows[first].start, windows[end - 1].end
 
 
 # %%
@@ -969,18 +933,16 @@ Extremes = dict[int, tuple[Window, Window]]  # the most and the least suspicious
 
 def keep_extremes(extremes: Extremes, window: Window) -> None:
     """Take in one more window. Only the windows kept keep their clips."""
-    most, least = extremes.get(window.face, (window, window))
-    most = max(most, window, key=lambda window: window.logit)
-    least = min(least, window, key=lambda window: window.logit)
-    extremes[window.face] = most, least
+    seen = [*extremes.get(window.face, ()), window]
+    falling = sorted(seen, key=lambda window: window.logit, reverse=True)
+    extremes[window.face] = falling[0], falling[-1]
     if len(extremes) > FACES_SHOWN:
         del extremes[min(extremes, key=lambda face: extremes[face][0].logit)]
 
 
 def as_uri(picture: np.ndarray) -> str:
     """A picture (H, W, 3) uint8 RGB as a small JPEG in a data URI."""
-    bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
-    _, content = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 80])
+    _, content = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
     return "data:image/jpeg;base64," + base64.b64encode(content.tobytes()).decode()
 
 
@@ -1005,15 +967,11 @@ def frame_and_heat(
 
 def draw_pictures(predictor: Predictor, face: int, extremes: tuple[Window, Window]) -> list[dict]:
     """A face at its most and least suspicious moments, with heat on a common scale."""
-    most, least = extremes
-    moments = {"most": most} if most is least else {"most": most, "least": least}
-    found = {
-        name: frame_and_heat(predictor, window, name == "most") for name, window in moments.items()
-    }
-    hottest = max([1e-9, *(heat.max() for _, heat in found.values() if heat is not None)])
+    windows = extremes[:1] if extremes[0] is extremes[1] else extremes
+    found = [frame_and_heat(predictor, window, window is extremes[0]) for window in windows]
+    hottest = max([1e-9, *(heat.max() for _, heat in found if heat is not None)])
     pictures: list[dict[str, Any]] = []
-    for name, window in moments.items():
-        frame, heat = found[name]
+    for name, window, (frame, heat) in zip(("most", "least"), windows, found, strict=False):
         facts = dict(face=face, moment=name, start=window.start, end=window.end)
         facts |= dict(probability=window.probability, picture=as_uri(frame))
         facts |= {} if heat is None else {"heat": as_uri(overlay_heat(frame, heat / hottest))}
@@ -1035,7 +993,7 @@ def judge_video(
     path: Path,
     stride: float = 0,
     max_windows: int = 0,
-    progress: Callable[[float], object] | None = None,
+    progress: Callable[[float], object] = lambda share: None,
 ) -> Judgement:
     """Scan a video and sum it up; `progress` is told the share that is done.
 
@@ -1049,8 +1007,7 @@ def judge_video(
             if not window.reason:
                 keep_extremes(extremes, window)
             judgement.windows.append(dataclasses.replace(window, clip=None, frame_logits=None))
-            if progress:
-                progress(min(1.0, window.end / length))
+            progress(min(1.0, window.end / length))
     except VideoError as error:
         if not judgement.windows:
             raise VideoError(f"{path}: {error}") from error
@@ -1071,8 +1028,7 @@ def sum_up(predictor: Predictor, judgement: Judgement) -> None:
         logit, place = most_suspicious(judged)
         if logit > highest:
             highest, judgement.face = logit, face
-            stretch = find_stretch(judged, place, predictor.threshold)
-            judgement.start, judgement.end = stretch
+            judgement.start, judgement.end = find_stretch(judged, place, predictor.threshold)
     if judgement.face:
         judgement.probability = float(probabilities(np.array(highest), predictor.temperature))
         judgement.verdict = predictor.verdict(judgement.probability)
@@ -1116,40 +1072,57 @@ REPORT_STYLE = """
 """
 
 # %%
-CARD = """
-<details class="card" data-score="{{ score }}" data-name="{{ name }}" data-length="{{ length }}"
- {{ "open" if is_open }}>
+CARD = """{% set path, length = Path(video.path), [video.length, 0.04]|max %}
+{% set faces, unjudged = video.faces, unjudged_places(video.windows) %}
+{% set chance = "P(fake) %.2f" % video.probability %}
+<details class="card" data-score="{{ video.probability if video.face else -1 }}"
+ data-name="{{ path.name }}" data-length="{{ length }}" {{ "open" if is_open }}>
 <summary>{% if video.pictures %}<img src="{{ video.pictures[0].picture }}" alt="">{% else %}
-<span class="none"></span>{% endif %}<b>{{ name }}{% if folder %}<br>
-<span class="dim">{{ folder }}</span>{% endif %}</b>
+<span class="none"></span>{% endif %}<b>{{ path.name }}{% if path.name != video.path %}<br>
+<span class="dim">{{ path.parent }}</span>{% endif %}</b>
 <span class="verdict {{ video.verdict }}">{{ video.verdict or "not readable" }}{% if video.face %}
-<br>P(fake) {{ "%.2f" % video.probability }}{% endif %}</span></summary>
-<p>{{ words }}</p>
+<br>{{ chance }}{% endif %}</span></summary>
+<p>{% if not video.verdict %}Not readable: {{ video.problem }}.{% elif not video.face %}
+No face to judge: see below why. This says nothing about the video.{% else %}
+{{ "Uncertain" if video.verdict == "uncertain" else "Called " ~ video.verdict }}: face
+{{ video.face }} is most suspicious from {{ clock(video.start) }} to {{ clock(video.end) }},
+{% if video.verdict == "fake" %}with {{ chance }}.{% elif video.verdict == "real" %}
+and even there {{ chance }} is low.{% else %}
+where {{ chance }} is neither high nor low enough to rely on.{% endif %}{% endif %}</p>
 {% if video.verdict and video.problem %}<p>Judged in part: {{ video.problem }}.</p>{% endif %}
-{% for face, windows in faces %}<p class="dim">Face {{ face }}: P(fake) from 0 (bottom) to 1</p>
+{% for face in [video.face] + faces|reject("eq", video.face)|list if face %}
+<p class="dim">Face {{ face }}: P(fake) from 0 (bottom) to 1</p>
 <svg viewBox="0 0 {{ length }} 1" preserveAspectRatio="none" role="img"
  aria-label="P(fake) of face {{ face }} over time">
-{% for w in windows %}<rect x="{{ w.x }}" width="{{ w.width }}" y="{{ 1 - w.height }}"
- height="{{ w.height }}" class="{{ w.kind }}"><title>{{ clock(w.x) }} to {{ clock(w.x + w.width) }}:
- {{ w.text }}</title></rect>{% endfor %}
-<line x1="0" x2="{{ length }}" y1="{{ 1 - threshold }}" y2="{{ 1 - threshold }}"/></svg>
+{% for w in faces[face] %}{% set height = 1 if w.reason else [0.02, w.probability]|max %}
+<rect x="{{ w.start }}" width="{{ w.end - w.start }}" y="{{ 1 - height }}" height="{{ height }}"
+ class="{{ "unjudged" if w.reason else predictor.verdict(w.probability) }}"><title>
+{{ clock(w.start) }} to {{ clock(w.end) }}: {{ w.reason or "P(fake) %.2f" % w.probability }}
+</title></rect>{% endfor %}{% set y = 1 - predictor.threshold %}
+<line x1="0" x2="{{ length }}" y1="{{ y }}" y2="{{ y }}"/></svg>
 <div class="axis dim"><span>0:00</span><span>{{ clock(length) }}</span></div>
 <div class="pictures">{% for p in video.pictures if p.face == face %}<figure>
 <img src="{{ p.picture }}" alt="the face">{% if p.heat %}
 <img src="{{ p.heat }}" alt="heat map">{% endif %}<figcaption>{{ p.moment }} suspicious,
 {{ clock(p.start) }} to {{ clock(p.end) }}: P(fake) {{ "%.2f" % p.probability }}</figcaption>
 </figure>{% endfor %}</div>{% endfor %}
-{% if unjudged %}<p>Not judged:</p><ul>{% for text in unjudged %}<li>{{ text }}</li>{% endfor %}
-</ul>{% endif %}</details>
+{% if unjudged %}<p>Not judged:</p><ul>{% for reason, places in unjudged.items() %}
+<li>{{ reason }}: {{ places[:4]|join("; ") }}{% if places[4:] %};
+and {{ places|length - 4 }} more{% endif %}</li>{% endfor %}</ul>{% endif %}</details>
 """
+
+# %%
+INLINE = """<style>{{ style|safe }}</style><div class="dd">{% include "card" %}
+<p class="dim">{{ predictor.about }} {{ limits(predictor) }} {{ caveat }}</p></div>"""
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Deepfake report</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>body {margin: 0} {{ style }}</style></head><body class="dd"><main>
-<h1>{{ counts }}</h1><p class="dim">{{ about }}</p><p class="dim">{{ caveat }}</p>
+<style>body {margin: 0} {{ style|safe }}</style></head><body class="dd"><main>
+<h1>Videos: {{ counts }}</h1><p class="dim">{% if predictor.about %}Model: {{ predictor.about }}
+{% endif %}{{ limits(predictor) }}</p><p class="dim">{{ caveat }}</p>
 <p><label>Sort by <select id="sort"><option value="score">most suspicious</option>
 <option value="name">name</option><option value="length">length</option></select></label></p>
-<div id="videos">{% for card in cards %}{{ card }}{% endfor %}</div></main><script>
+<div id="videos">{% for video in videos %}{% include "card" %}{% endfor %}</div></main><script>
 const list = document.getElementById("videos"), sort = document.getElementById("sort");
 sort.onchange = () => {
   const value = card => card.dataset[sort.value], byName = sort.value === "name";
@@ -1169,88 +1142,17 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
-TEMPLATES = jinja2.Environment(
-    loader=jinja2.DictLoader({"card": CARD, "page": PAGE}), autoescape=True, trim_blocks=True
-)
-TEMPLATES.globals["clock"] = clock
-
-
-def verdict_in_words(judgement: Judgement, predictor: Predictor) -> str:
-    if not judgement.verdict:
-        return f"Not readable: {judgement.problem}."
-    if not judgement.face:
-        return "No face to judge: see below why. This says nothing about the video."
-    stretch = f"{clock(judgement.start)} to {clock(judgement.end)}"
-    place = f"face {judgement.face} is most suspicious from {stretch}"
-    chance = f"P(fake) {judgement.probability:.2f}"
-    if judgement.verdict == "uncertain":
-        return f"Uncertain: {place}, where {chance} is neither high nor low enough to rely on."
-    if judgement.verdict == "fake":
-        return f"Called fake: {place}, with {chance}."
-    return f"Called real: {place}, and even there {chance} is low."
-
-
-# %%
-def unjudged_in_words(windows: list[Window]) -> list[str]:
-    """What was not judged and why: a line for each reason, with the times of the first few."""
+def unjudged_places(windows: list[Window]) -> dict[str, list[str]]:
+    """Which faces were not judged, and when, by the reason."""
     places: dict[str, list[str]] = {}
     for window in windows:
         if window.reason:
             face = f"face {window.face}, " if window.face else ""
             place = f"{face}{clock(window.start)} to {clock(window.end)}"
             places.setdefault(window.reason.split(":")[0], []).append(place)
-    return [
-        f"{reason}: {'; '.join(found[:4])}" + (f"; and {len(found) - 4} more" * (len(found) > 4))
-        for reason, found in places.items()
-    ]
+    return places
 
 
-def timeline(windows: list[Window], predictor: Predictor) -> list[dict[str, Any]]:
-    """The bars of a face's timeline."""
-    bars = []
-    for window in windows:
-        facts: dict[str, Any] = dict(x=window.start, width=window.end - window.start)
-        facts |= dict(kind="unjudged", height=1, text=window.reason)
-        if not window.reason:
-            text = f"P(fake) {window.probability:.2f}"
-            kind, height = predictor.verdict(window.probability), max(0.02, window.probability)
-            facts |= dict(kind=kind, height=height, text=text)
-        bars.append(facts)
-    return bars
-
-
-# %%
-def card_html(judgement: Judgement, predictor: Predictor, is_open: bool = False) -> Markup:
-    """A video's part of the report; everything in it is escaped."""
-    path, faces = Path(judgement.path), judgement.faces
-    order = sorted(faces, key=lambda face: (face != judgement.face, face))
-    found = TEMPLATES.get_template("card").render(
-        video=judgement,
-        is_open=is_open,
-        name=path.name,
-        folder="" if path.name == judgement.path else path.parent,
-        score=-1 if math.isnan(judgement.probability) else judgement.probability,
-        length=max(judgement.length, 0.04),
-        words=verdict_in_words(judgement, predictor),
-        faces=[(face, timeline(faces[face], predictor)) for face in order],
-        unjudged=unjudged_in_words(judgement.windows),
-        threshold=predictor.threshold,
-    )
-    return Markup(found)
-
-
-def report_html(judgements: list[Judgement], predictor: Predictor) -> str:
-    """The page for some videos, most suspicious first."""
-    falling = sorted(judgements, key=lambda j: -1 if math.isnan(j.probability) else j.probability)
-    counts = verdict_counts(predictions_table(judgements, predictor.threshold))
-    cards = [card_html(judgement, predictor) for judgement in reversed(falling)]
-    names = dict(counts=f"Videos: {counts}", cards=cards, style=Markup(REPORT_STYLE))
-    limits = describe_limits(predictor)
-    about = f"Model: {predictor.about} {limits}" if predictor.about else limits
-    return TEMPLATES.get_template("page").render(**names, about=about, caveat=CAVEAT)
-
-
-# %%
 def describe_limits(predictor: Predictor) -> str:
     if predictor.limits is None:
         only = f"one threshold, {predictor.threshold:.2f}"
@@ -1262,19 +1164,19 @@ def describe_limits(predictor: Predictor) -> str:
     return f"A video is called {low}, {high}, else uncertain: {right}."
 
 
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.DictLoader({"card": CARD, "inline": INLINE, "page": PAGE}),
+    autoescape=True,
+    trim_blocks=True,
+)
+TEMPLATES.globals.update(clock=clock, unjudged_places=unjudged_places, limits=describe_limits)
+TEMPLATES.globals.update(Path=Path, style=REPORT_STYLE, caveat=CAVEAT)
+
+
 def inline_html(judgement: Judgement, predictor: Predictor) -> str:
     """A card with all it needs, to be shown within another page."""
-    card = card_html(judgement, predictor, is_open=True)
-    words = f"{predictor.about} {describe_limits(predictor)} {CAVEAT}"
-    note = Markup("<p class='dim'>{}</p>").format(words)
-    return f"<style>{REPORT_STYLE}</style><div class='dd'>{card}{note}</div>"
-
-
-def show_judgement(predictor: Predictor, path: str | Path) -> None:
-    """Judge a video and show its card in the notebook."""
-    with tqdm(total=100, desc=Path(path).name, leave=False, disable=NO_BARS) as bar:
-        judgement = predictor.judge(path, progress=partial(move_bar, bar, 0, 100))
-    display(HTML(inline_html(judgement, predictor)))
+    known = dict(video=judgement, predictor=predictor, is_open=True)
+    return TEMPLATES.get_template("inline").render(known)
 
 
 # %% [markdown]
@@ -1293,15 +1195,6 @@ def move_bar(bar: Any, before: float, size: float, share: float) -> None:
     bar.update(before + share * size - bar.n)
 
 
-def judgement_file(predictor: Predictor, path: Path, folder: Path, how: tuple[float, int]) -> Path:
-    """Where a verdict is kept: by the video's path, size and time, the model and how to scan."""
-    stat = path.stat()
-    video = str(path.resolve()), stat.st_size, stat.st_mtime_ns
-    identity = [JUDGEMENT_VERSION, *video, predictor.fingerprint, *how]
-    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-    return folder / "judged" / f"{name}.json"
-
-
 # %%
 def judge_or_recall(
     predictor: Predictor,
@@ -1313,7 +1206,10 @@ def judge_or_recall(
     """The verdict on a video, kept in `folder`; one without a verdict if it is unreadable."""
     if problem := file_problem(path):
         return Judgement(str(path), problem=problem)
-    file = judgement_file(predictor, path, folder, how)
+    # Kept by the video's path, size and time, the model and how to scan.
+    video = str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns
+    identity = json.dumps([JUDGEMENT_VERSION, *video, predictor.fingerprint, *how])
+    file = folder / "judged" / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.json"
     if file.exists():
         saved = json.loads(file.read_text(encoding="utf-8"))
         windows = [Window(**window) for window in saved.pop("windows")]
@@ -1368,9 +1264,11 @@ def write_results(judgements: list[Judgement], predictor: Predictor, folder: Pat
     table = predictions_table(judgements, predictor.threshold)
     save_csv(table, folder / "predictions.csv")
     save_csv(windows_table(judgements), folder / "windows.csv")
-    page = report_html(judgements, predictor).encode("utf-8", "backslashreplace")
+    falling = sorted(judgements, key=lambda j: j.probability if j.face else -1, reverse=True)
+    known = dict(videos=falling, counts=verdict_counts(table), predictor=predictor)
+    page = TEMPLATES.get_template("page").render(known)
     with replacing(folder / "report.html") as partial_file:
-        partial_file.write_bytes(page)
+        partial_file.write_bytes(page.encode("utf-8", "backslashreplace"))
     return table
 
 
@@ -1380,7 +1278,7 @@ def judge_videos(
     paths: list[Path],
     folder: Path,
     how: tuple[float, int] = (0, 0),
-    tell: Callable[[Judgement], object] | None = None,
+    tell: Callable[[Judgement], object] = lambda judgement: None,
 ) -> pd.DataFrame:
     """Judge videos and `tell` of each; `how` is stride and max_windows, as in `Predictor.scan`.
 
@@ -1398,8 +1296,7 @@ def judge_videos(
                 progress = partial(move_bar, bar, bar.n, sizes[number])
                 judged.append(judge_or_recall(predictor, path, folder, how, progress))
                 progress(1.0)
-                if tell:
-                    tell(judged[-1])
+                tell(judged[-1])
                 if time.perf_counter() - written > 20:
                     write_results(judged, predictor, folder)
                     written = time.perf_counter()
@@ -1417,6 +1314,5 @@ if IN_NOTEBOOK:
     toy_probs = probabilities(np.random.default_rng(0).normal(2 * toy_labels - 1), 1.0)
     toy_intervals = bootstrap(toy_labels, toy_probs, 0.5, toy_groups, ["auc_roc", "eer", "f1"])
     toy_metrics = compute_metrics(toy_labels, toy_probs, 0.5)
-    toy_metrics = {metric: toy_metrics[metric] for metric in toy_intervals}
     toy_table = pd.Series(format_metrics(toy_metrics, toy_intervals), name="toy test set")
     display(toy_table.rename(metric_name).to_frame())
