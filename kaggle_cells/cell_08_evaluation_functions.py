@@ -180,7 +180,7 @@ def calibration_error(fake: np.ndarray, probs: np.ndarray) -> float:
     return np.abs(np.bincount(bins, probs - fake)).sum() / len(bins)
 
 
-def rate(flags: np.ndarray) -> float:
+def share_of(flags: np.ndarray) -> float:
     """Share that is true; NaN of none at all, where `mean` would warn."""
     return flags.mean() if flags.size else np.nan
 
@@ -195,11 +195,13 @@ RANKING_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {  # nee
 }
 VERDICT_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {  # of verdicts
     "accuracy": lambda fake, called: (called == fake).mean(),
-    "balanced_accuracy": lambda fake, called: (rate(called[fake]) + rate(~called[~fake])) / 2,
-    "precision": lambda fake, called: rate(fake[called]),
-    "recall": lambda fake, called: rate(called[fake]),
-    "specificity": lambda fake, called: rate(~called[~fake]),
-    "f1": lambda fake, called: rate(np.concatenate([fake[called], called[fake]])),
+    "balanced_accuracy": lambda fake, called: (
+        (share_of(called[fake]) + share_of(~called[~fake])) / 2
+    ),
+    "precision": lambda fake, called: share_of(fake[called]),
+    "recall": lambda fake, called: share_of(called[fake]),
+    "specificity": lambda fake, called: share_of(~called[~fake]),
+    "f1": lambda fake, called: share_of(np.concatenate([fake[called], called[fake]])),
 }
 METRIC_FUNCTIONS = RANKING_METRICS | VERDICT_METRICS
 METRIC_FUNCTIONS |= {
