@@ -191,18 +191,11 @@ def internet_is_reachable(seconds: float = 3.0) -> bool:
 
 def installed_version(module: str, requirement: str) -> str:
     """Of the package if it is there, else of the module: cv2 comes from several packages."""
-    try:
+    with suppress(ImportError):
         return importlib.metadata.version(re.split("[<>=]", requirement)[0])
-    except importlib.metadata.PackageNotFoundError:
-        if importlib.util.find_spec(module) is None:
-            return "not installed"
-    return getattr(importlib.import_module(module), "__version__", "unknown")
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of Python and of the modules of REQUIREMENTS."""
-    versions = {module: installed_version(module, text) for module, text in REQUIREMENTS.items()}
-    return {"python": platform.python_version()} | versions
+    with suppress(ImportError):
+        return getattr(importlib.import_module(module), "__version__", "unknown")
+    return "not installed"
 
 
 # %%
@@ -258,6 +251,7 @@ def probe_environment() -> Environment:
         ensure_packages("facenet_pytorch")
     except ImportError as error:
         advice.append(f"{error} Without it, only FACE_CROP = False works.")
+    versions = {module: installed_version(module, text) for module, text in REQUIREMENTS.items()}
     if ON_KAGGLE and not internet:
         advice.append("No internet: turn it on, or attach the ImageNet weights (see section 5).")
     if Environment.free_disk_gib < 2:
@@ -271,7 +265,7 @@ def probe_environment() -> Environment:
         device=device,
         precision=native_precision(device),
         internet=internet,
-        versions=installed_versions(),
+        versions={"python": platform.python_version()} | versions,
         advice=tuple(advice),
     )
 

@@ -372,17 +372,13 @@ seed_everything(CONFIG.SEED)
 torch.backends.cudnn.allow_tf32 = False  # float32 is float32 on all GPUs
 
 if SHOW_TABLES:
+    _lstm = f"BiLSTM with 2 x {CONFIG.LSTM_HIDDEN} units, {CONFIG.ATTENTION_HEADS} attention heads"
     _summary = {
         "data": f"{CONFIG.DATA_DIR}; up to {CONFIG.MAX_VIDEOS_PER_CLASS or 'all'} videos per class",
         "clips": f"{CONFIG.CLIPS_PER_VIDEO} per video, {CONFIG.FRAMES_PER_VIDEO} frames each, "
         f"{CONFIG.IMAGE_SIZE} x {CONFIG.IMAGE_SIZE} pixels",
-        "network": f"{CONFIG.BACKBONE}, BiLSTM with 2 x {CONFIG.LSTM_HIDDEN} units, "
-        f"self-attention with {CONFIG.ATTENTION_HEADS} heads"
-        if CONFIG.LSTM_LAYERS
-        else f"{CONFIG.BACKBONE} on single frames",
-        "training": f"up to {CONFIG.EPOCHS} epochs"
-        if CONFIG.EPOCHS
-        else f"none; evaluate {CONFIG.CHECKPOINT}",
+        "network": f"{CONFIG.BACKBONE}, {_lstm if CONFIG.LSTM_LAYERS else 'on single frames'}",
+        "epochs": CONFIG.EPOCHS or f"none; evaluate {CONFIG.CHECKPOINT}",
         "held out": ", ".join(CONFIG.HOLDOUT_METHODS) or "recordings only, no manipulation",
         "results": f"in {CONFIG.work_dir.resolve()}",
     }

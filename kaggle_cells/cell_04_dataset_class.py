@@ -155,45 +155,32 @@ def pick_fakes(
 class PairBatches(Sampler[list[Sample]]):
     """Batches of samples: real, fake, real, fake, ... The order depends on seed and epoch alone.
 
-    Each real video meets a fake or, for a share `self_blend`, its self-blend. Both show the same
-    one of `clips_per_video` clips. Batches are full (batch normalisation needs more than a clip or
-    two) and shared equally by the `processes`. `videos` and `shares`: see `draw_evenly`. Raises
-    ValueError if a batch cannot be shared equally or there are too few clips.
+    Each real video meets a fake or, for a share SELF_BLEND, its self-blend. Both show the same
+    one of CLIPS_PER_VIDEO clips. Batches are full (batch normalisation needs more than a clip or
+    two) and shared equally by the `processes`. Raises ValueError if a batch cannot be shared
+    equally or there are too few clips.
     """
 
     def __init__(
-        self,
-        table: pd.DataFrame,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        processes: int = 1,
-        *,
-        pairs: bool = True,
-        self_blend: float = 0.0,
-        clips_per_video: int = 1,
-        videos: int = 0,
-        shares: dict[str, float] | None = None,
+        self, table: pd.DataFrame, size: int, config: Config, rank: int = 0, processes: int = 1
     ) -> None:
-        self.reals = np.flatnonzero(table.label == 0)
+        self.config, self.rank, self.processes, self.epoch = config, rank, processes, 0
+        self.reals, self.methods = np.flatnonzero(table.label == 0), list(table.method)
         self.datasets = table[table.label == 0].groupby("dataset").indices
-        self.videos, self.shares, self.methods = videos, shares or {}, list(table.method)
-        clips = 2 * (videos or len(self.reals))
-        if batch_size % processes:
-            raise ValueError(f"{processes} processes cannot share batches of {batch_size} equally")
-        if clips < processes:
-            raise ValueError(f"{clips} training clips are too few for {processes} processes")
-        self.share = min(batch_size, clips) // processes
+        self.clips = 2 * (config.EPOCH_VIDEOS or len(self.reals))
+        if size % processes:
+            raise ValueError(f"{processes} processes cannot share batches of {size} equally")
+        if self.clips < processes:
+            raise ValueError(f"{self.clips} training clips are too few for {processes} processes")
+        self.share = min(size, self.clips) // processes
         fakes = np.flatnonzero(table.label == 1)
-        self.partners = possible_partners(table) if pairs else [fakes] * len(self.reals)
-        self.seed, self.rank, self.processes = seed, rank, processes
-        self.self_blend, self.clips_per_video, self.epoch = self_blend, clips_per_video, 0
+        self.partners = possible_partners(table) if config.PAIRS else [fakes] * len(self.reals)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return 2 * (self.videos or len(self.reals)) // (self.share * self.processes)
+        return self.clips // (self.share * self.processes)
 
     def __iter__(self) -> Iterator[list[Sample]]:
         samples = self.draw_epoch()
@@ -202,13 +189,13 @@ class PairBatches(Sampler[list[Sample]]):
             yield samples[first : first + self.share]
 
     def draw_epoch(self) -> list[Sample]:
-        rng = np.random.default_rng([self.seed, self.epoch])
-        places = draw_evenly(self.datasets, self.shares, self.videos, rng)
-        blended = rng.permutation(len(places)) < round(self.self_blend * len(places))
+        config, rng = self.config, np.random.default_rng([self.config.SEED, self.epoch])
+        places = draw_evenly(self.datasets, config.dataset_shares, config.EPOCH_VIDEOS, rng)
+        blended = rng.permutation(len(places)) < round(config.SELF_BLEND * len(places))
         fakes = pick_fakes([self.partners[i] for i in places], blended, self.methods, rng)
         samples: list[Sample] = []
         for real, fake in zip(self.reals[places].tolist(), fakes, strict=True):
-            clip = slice(int(rng.integers(self.clips_per_video)), None, self.clips_per_video)
+            clip = slice(int(rng.integers(config.CLIPS_PER_VIDEO)), None, config.CLIPS_PER_VIDEO)
             other = Sample(real, True, clip) if fake is None else Sample(fake, False, clip)
             samples += Sample(real, False, clip), other
         return samples

@@ -227,28 +227,25 @@ def local_weights(path: Path, backbone: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in weights.items() if name in own}
 
 
-def imagenet_weights(name: str) -> dict[str, torch.Tensor]:
-    """torchvision's default weights, cached or downloaded. Raises OSError within seconds."""
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(5)
-    try:
-        weights = torchvision.models.get_model_weights(name).DEFAULT
-        return weights.get_state_dict(progress=False, check_hash=True)
-    finally:
-        socket.setdefaulttimeout(timeout)
-
-
 # %%
-def attached_weights(backbone: nn.Module, name: str) -> tuple[dict[str, torch.Tensor], str] | None:
-    """Weights from an attached dataset and their origin; None if none match or they are cached."""
-    url = torchvision.models.get_model_weights(name).DEFAULT.url
-    cached = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+def imagenet_weights(backbone: nn.Module, name: str) -> tuple[dict[str, torch.Tensor], str]:
+    """Weights from the cache, an attached dataset or the internet, and their origin.
+
+    Raises OSError within seconds if there are none.
+    """
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     for file in [] if cached.exists() else attached_files(f"{name}*.pth"):
         try:
             return local_weights(file, backbone), f"attached file {file}"
         except ValueError as error:
             print(f"Skipped: {error}")
-    return None
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(5)
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True), "ImageNet (torchvision)"
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
 def load_backbone_weights(backbone: nn.Module, name: str, pretrained: bool, path: str) -> str:
@@ -259,8 +256,7 @@ def load_backbone_weights(backbone: nn.Module, name: str, pretrained: bool, path
         return "random"
     else:
         try:
-            found = attached_weights(backbone, name)
-            weights, origin = found or (imagenet_weights(name), "ImageNet (torchvision)")
+            weights, origin = imagenet_weights(backbone, name)
         except OSError as error:
             reason = f"the ImageNet weights of {name} could not be downloaded ({error})"
             warnings.warn(

@@ -30,28 +30,31 @@ from torch import nn
 
 from cell_01_imports_and_setup import IN_NOTEBOOK, attached_files, replacing, show_figure, styled
 from cell_02_global_config import CONFIG, Config
+from cell_05_model_definition import DetectorOutput
 
 
 # %%
 class FocalLoss(nn.Module):
     """Mean of (1 - p)^gamma * cross-entropy, where p is the probability of the true class.
 
-    Logits and targets have the same shape; gamma = 0 is plain binary cross-entropy.
+    That of the clips, plus `frame_weight` times that of single frames against the same labels.
+    gamma = 0 is plain binary cross-entropy.
     """
 
-    def __init__(self, gamma: float = 2.0) -> None:
+    def __init__(self, gamma: float = 2.0, frame_weight: float = 0.0) -> None:
         super().__init__()
-        self.gamma = gamma
+        self.gamma, self.frame_weight = gamma, frame_weight
 
-    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(self, output: DetectorOutput, labels: torch.Tensor) -> torch.Tensor:
+        frames = self.of(output.frame_logits, labels[:, None].expand_as(output.frame_logits))
+        return self.of(output.logit, labels) + self.frame_weight * frames
+
+    def of(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss of logits with targets of the same shape."""
         entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         # Clamped, because 0 ** gamma has no gradient for gamma < 1.
         missed = (1 - torch.exp(-entropy)).clamp_min(1e-6)
         return (missed**self.gamma * entropy).mean()
-
-
-def build_loss(config: Config) -> FocalLoss:
-    return FocalLoss(config.FOCAL_GAMMA)
 
 
 # %% [markdown]
@@ -267,21 +270,16 @@ def run_settings(config: Config, videos: pd.DataFrame) -> dict:
     return {**dataclasses.asdict(config), "DATA": data_fingerprint(videos)}
 
 
-def settings_changed(saved: dict, settings: dict) -> list[str]:
-    """The settings that shape training and differ, one line each."""
-    return [
-        f"{name}: {saved.get(name)!r} then, {value!r} now"
-        for name, value in settings.items()
-        if name not in RESUMABLE_CHANGES and saved.get(name) != value
-    ]
-
-
 def why_not_resumable(checkpoint: Path, settings: dict) -> str:
     """Why a run with these settings cannot resume from a checkpoint; empty if it can."""
     saved = read_checkpoint_metadata(checkpoint)
     if saved.get("format") != FORMAT:
         return "was saved by another version of this notebook"
-    changed = settings_changed(saved["settings"], settings)
+    changed = [
+        f"{name}: {saved['settings'].get(name)!r} then, {value!r} now"
+        for name, value in settings.items()
+        if name not in RESUMABLE_CHANGES and saved["settings"].get(name) != value
+    ]
     return "\n  ".join(["comes from a run with other settings:", *changed]) if changed else ""
 
 
@@ -360,7 +358,7 @@ def plot_losses(gammas: Iterable[float]) -> Figure:
     figure, ax = plt.subplots(figsize=(7, 2.6))
     logits, target = torch.linspace(-4, 5, 100), torch.ones(())
     for gamma in gammas:
-        loss = [FocalLoss(gamma)(logit, target) for logit in logits]
+        loss = [FocalLoss(gamma).of(logit, target) for logit in logits]
         label = f"focal loss, gamma {gamma:g}" if gamma else "cross-entropy"
         ax.plot(logits.sigmoid(), loss, label=label)
     ax.set(xlabel="probability of the true class", ylabel="loss", ylim=(0, 3))
@@ -369,4 +367,4 @@ def plot_losses(gammas: Iterable[float]) -> Figure:
 
 
 if IN_NOTEBOOK:
-    show_figure(plot_losses([0, build_loss(CONFIG).gamma or 2]))
+    show_figure(plot_losses([0, CONFIG.FOCAL_GAMMA or 2]))

@@ -223,14 +223,6 @@ def choose_batch_size(config: Config, device: torch.device, precision: torch.dty
 
 
 # %%
-def total_loss(
-    output: DetectorOutput, labels: torch.Tensor, criterion: nn.Module, frame_weight: float
-) -> torch.Tensor:
-    """The loss of the clips, plus that of single frames against the same labels."""
-    frames = criterion(output.frame_logits, labels[:, None].expand_as(output.frame_logits))
-    return criterion(output.logit, labels) + frame_weight * frames
-
-
 def flat_statistics(model: nn.Module) -> dict[torch.dtype, torch.Tensor]:
     """The running statistics of a network, one flat tensor for each dtype."""
     kinds = by_dtype(model.buffers()).items()
@@ -269,10 +261,9 @@ class Trainer:
     """
 
     model: nn.Module
-    criterion: nn.Module
+    criterion: FocalLoss
     optimizer: torch.optim.Optimizer
     scaler: LossScaler
-    frame_weight: float = 0.0
     gradient_clip: float = 0.0
     average: ModelEMA | None = None
     micro_batch: int | None = None
@@ -310,7 +301,7 @@ class Trainer:
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Output and loss of some of a step's `count` clips, which add their gradients."""
         output = self.model(clips)
-        loss = total_loss(output, labels, self.criterion, self.frame_weight) * len(clips) / count
+        loss = self.criterion(output, labels) * len(clips) / count
         # An infinite loss can have finite gradients. Backward from NaN makes all of them NaN, in
         # every process, and the scaler skips the step.
         self.scaler.scale(loss).backward(torch.where(loss.isfinite(), 1.0, math.nan))
@@ -363,7 +354,8 @@ def concat_scores(parts: list[BatchScores]) -> BatchScores:
     """All batches as NumPy arrays; stills, which have fewer frames, are filled up with NaN."""
     longest = max(part.frame_logits.shape[1] for part in parts)
 
-    def filled(value: torch.Tensor) -> torch.Tensor:
+    def filled(value: Any) -> torch.Tensor:
+        value = torch.as_tensor(value)  # other processes send arrays
         missing = longest - value.shape[1] if value.ndim == 2 else 0
         return nn.functional.pad(value, (0, missing), value=math.nan) if missing else value
 
@@ -378,10 +370,8 @@ def auc_of(labels: np.ndarray, logits: np.ndarray) -> float:
 
 def scores_of(parts: list[BatchScores], started: float, title: str, skipped: int = 0) -> Scores:
     """The scores of all processes. Raises FloatingPointError if the loss is not finite."""
-    shares = [
-        share for share in all_gather_object(concat_scores(parts) if parts else None) if share
-    ]
-    whole = BatchScores(*(np.concatenate(column) for column in zip(*shares, strict=True)))
+    shares = all_gather_object(concat_scores(parts) if parts else None)
+    whole = concat_scores([share for share in shares if share])
     order = np.lexsort((whole.labels, whole.rows))
     whole = BatchScores(*(column[order] for column in whole))
     loss = float(whole.losses.mean(dtype=np.float64))
@@ -405,15 +395,14 @@ class EpochMeter:
     def __init__(self, trainer: Trainer, dataset: Any, epoch: int, bar: tqdm | None) -> None:
         self.trainer, self.dataset, self.epoch, self.bar = trainer, dataset, epoch, bar
         self.started, self.steps, self.skipped = time.perf_counter(), 0, 0
-        self.waiting: list[tuple[Batch, BatchScores, torch.Tensor]] = []  # nobody has read them
+        self.waiting: list[tuple[Any, BatchScores, torch.Tensor]] = []  # nobody has read them
         self.finite: list[BatchScores] = []
 
     def update(
         self, batch: Batch, output: DetectorOutput, loss: torch.Tensor, norm: torch.Tensor
     ) -> None:
-        labelled = Batch(None, None, *batch[2:])  # the clips themselves would fill the memory
         scores = BatchScores.of(output, loss, batch)
-        self.waiting.append((labelled, scores, torch.stack([loss, norm])))
+        self.waiting.append((batch.blend, scores, torch.stack([loss, norm])))
         if len(self.waiting) == LOG_EVERY:
             self.read()
         if self.bar is not None:
@@ -422,23 +411,23 @@ class EpochMeter:
     def read(self) -> None:
         """Read back the last steps. Raises FloatingPointError after BAD_STEPS bad ones in a row."""
         figures = torch.stack([figures for *_, figures in self.waiting]).tolist()
-        for (batch, scores, _), (loss, norm) in zip(self.waiting, figures, strict=True):
+        for (blend, scores, _), (loss, norm) in zip(self.waiting, figures, strict=True):
             self.steps += 1
             self.skipped += not math.isfinite(norm)
-            self.check(batch, loss, norm)
+            self.check(scores.rows, blend, loss, norm)
             if math.isfinite(loss):
                 self.finite.append(scores)
         self.waiting.clear()
         if self.bar is not None and self.finite:
             self.bar.set_postfix(bar_figures(self))
 
-    def check(self, batch: Batch, loss: float, norm: float) -> None:
+    def check(self, rows: Any, blend: Any, loss: float, norm: float) -> None:
         trainer, scale = self.trainer, self.trainer.scaler.get_scale()
         overflow = math.isfinite(loss) and scale > 1  # a smaller scale will do for fp16
         bad = not (math.isfinite(norm) or overflow)
         trainer.bad_in_a_row = trainer.bad_in_a_row + 1 if bad else 0
         if trainer.bad_in_a_row >= BAD_STEPS:
-            clips = zip(batch.rows.tolist(), batch.blend.tolist(), strict=True)
+            clips = zip(rows.tolist(), blend.tolist(), strict=True)
             raise FloatingPointError(
                 f"epoch {self.epoch}, step {self.steps}: {BAD_STEPS} non-finite steps in a row. "
                 f"Loss {loss}, gradient norm {norm}, loss scale {scale:g}; clips: "
@@ -508,9 +497,8 @@ def train_one_epoch(
 def score_batches(
     model: nn.Module,
     loader: DataLoader,
-    criterion: nn.Module,
+    criterion: FocalLoss,
     device: torch.device,
-    frame_weight: float,
     bar: tqdm | None,
 ) -> list[BatchScores]:
     """What the model says of every batch. Self-blends are the same each time."""
@@ -520,8 +508,7 @@ def score_batches(
         batch = Batch(*part)
         clips = with_self_blends(to_float(batch.clips), batch.landmarks, batch.blend, random)
         output = model(normalize(clips))
-        loss = total_loss(output, batch.labels, criterion, frame_weight)
-        return BatchScores.of(output, loss, batch)
+        return BatchScores.of(output, criterion(output, batch.labels), batch)
 
     for batch in device_batches(loader, device):
         parts, size = in_parts(score, batch, size)
@@ -534,10 +521,9 @@ def score_batches(
 def validate(
     model: nn.Module,
     loader: DataLoader,
-    criterion: nn.Module,
+    criterion: FocalLoss,
     device: torch.device,
     *,
-    frame_weight: float = 0.0,
     title: str = "validation",
     bar: tqdm | None = None,
 ) -> Scores:
@@ -547,7 +533,7 @@ def validate(
     """
     network: Any = unwrapped(model.eval())
     started, precision = time.perf_counter(), getattr(network, "precision", None)
-    given = model, loader, criterion, device, frame_weight, bar
+    given = model, loader, criterion, device, bar
     try:
         return scores_of(score_batches(*given), started, title)
     except FloatingPointError:

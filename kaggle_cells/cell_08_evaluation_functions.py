@@ -66,6 +66,7 @@ from cell_03_data_processing import (
 )
 from cell_04_dataset_class import ClipDataset, Sample, batches_of_one_length, normalize, to_float
 from cell_05_model_definition import DeepfakeDetector, DetectorOutput, load_detector
+from cell_06_loss_and_utils import FocalLoss
 from cell_07_training_functions import in_parts, validate
 
 
@@ -399,7 +400,7 @@ def measure_robustness(
         changed = ClipDataset(table, dataset.workers, change_clip, dataset.frames)
         samples = batches_of_one_length(changed, [*map(Sample, range(len(table)))], size, size)
         batches = DataLoader(changed, batch_sampler=samples, pin_memory=loader.pin_memory)
-        scores = validate(model, batches, nn.BCEWithLogitsLoss(), device, title=name)
+        scores = validate(model, batches, FocalLoss(0.0), device, title=name)
         add_row(name, strength, scores.logits)
     return pd.DataFrame(rows)
 

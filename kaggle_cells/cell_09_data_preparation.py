@@ -108,14 +108,12 @@ def report_splits() -> None:
     unmatched = (usable_videos.label == 1) & ~usable_videos.group.isin(with_real)
     if unmatched.any():
         print(f"{unmatched.sum()} fakes could not be matched to a real video by name or metadata.")
-    if CONFIG.HOLDOUT_METHODS:
-        dropped = len(usable_videos) - len(videos_in_splits)
+    if dropped := len(usable_videos) - len(videos_in_splits):
         print(f"{dropped} held-out fakes of recordings outside the test set are not used.")
     if LEAKING:
         print(f"Warning: {len(LEAKING)} groups are in more than one split of the dataset's own.")
-        names = videos_in_splits.path.map(lambda path: path.name)
-        leaks = videos_in_splits.assign(name=names)[videos_in_splits.group.isin(LEAKING)]
-        names = leaks.groupby(["group", "split"]).name.agg(lambda n: ", ".join(n[:3]))
+        leaks = videos_in_splits[videos_in_splits.group.isin(LEAKING)].groupby(["group", "split"])
+        names = leaks.path.agg(lambda paths: ", ".join(path.name for path in paths[:3]))
         display(names.unstack(fill_value="").head(10))
 
 
@@ -131,8 +129,7 @@ if len(found_videos):
         usable_videos, *_fractions, CONFIG.SEED, CONFIG.HOLDOUT_METHODS, needed_classes
     )
 LEAKING = crossing_groups(videos_in_splits)
-if len(found_videos):
-    report_splits()
+report_splits()
 
 # %% [markdown]
 # A video that fails when its clip is made is replaced by another of the same kind.
@@ -167,12 +164,10 @@ def report_preparation() -> None:
         with pd.option_context("display.max_colwidth", 100, "display.width", 160):
             display(shown[["video", "method", "reason"]])
     display(count_videos(VIDEOS))
-    faceless = int((VIDEOS.face_share == 0).sum()) if CONFIG.FACE_CROP else 0
-    if faceless:
+    if CONFIG.FACE_CROP and (faceless := sum(VIDEOS.face_share == 0)):
         print(f"No face found in {faceless} of {len(VIDEOS)} videos: their centre is cropped.")
     stills, wanted = VIDEOS.path.map(is_picture).astype(bool), CONFIG.FRAMES_PER_VIDEO
-    short = int((VIDEOS.distinct_frames[~stills] < wanted).sum())
-    if short:
+    if short := sum(VIDEOS.distinct_frames[~stills] < wanted):
         print(f"{short} videos repeat frames: they have fewer than {wanted}.")
     if stills.any() and wanted > 1:
         print(

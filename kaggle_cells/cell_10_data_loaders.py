@@ -103,11 +103,7 @@ TRAIN_BATCHES: Any = None
 TRAIN_LOADER: Any = []
 SCORED_AT_ONCE = 8 * max(1, len(ENVIRONMENT.gpus))
 if CONFIG.EPOCHS:
-    drawn: Any = {"pairs": CONFIG.PAIRS, "self_blend": CONFIG.SELF_BLEND}
-    drawn |= {"clips_per_video": CONFIG.CLIPS_PER_VIDEO, "videos": CONFIG.EPOCH_VIDEOS}
-    drawn["shares"] = CONFIG.dataset_shares
-    share = BATCH_SIZE_USED, CONFIG.SEED, RANK, WORLD_SIZE
-    TRAIN_BATCHES = PairBatches(SPLIT_TABLES["train"], *share, **drawn)
+    TRAIN_BATCHES = PairBatches(SPLIT_TABLES["train"], BATCH_SIZE_USED, CONFIG, RANK, WORLD_SIZE)
     TRAIN_LOADER = make_loader("train", TRAIN_BATCHES)
     SCORED_AT_ONCE = min(SCORED_AT_ONCE, TRAIN_BATCHES.share)
 VAL_LOADER, TEST_LOADER = make_loader("val"), make_loader("test")

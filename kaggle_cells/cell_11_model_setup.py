@@ -20,7 +20,7 @@ from cell_05_model_definition import (
     load_fitting_weights,
     shape_table,
 )
-from cell_06_loss_and_utils import EarlyStopping, ModelEMA, RunState, build_loss
+from cell_06_loss_and_utils import EarlyStopping, FocalLoss, ModelEMA, RunState
 from cell_07_training_functions import LossScaler, Trainer, broadcast_object
 from cell_10_data_loaders import (
     BATCH_SIZE_USED,
@@ -72,20 +72,12 @@ MODEL.precision = PRECISION
 PARALLEL_MODEL = parallelise(MODEL)
 AVERAGE = ModelEMA(MODEL, CONFIG.EMA_DECAY) if CONFIG.EMA_DECAY else None
 
-CRITERION = build_loss(CONFIG)
+CRITERION = FocalLoss(CONFIG.FOCAL_GAMMA, CONFIG.FRAME_LOSS_WEIGHT)
 rate, decay, patience = CONFIG.LEARNING_RATE, CONFIG.WEIGHT_DECAY, CONFIG.LR_PATIENCE
 OPTIMIZER = torch.optim.AdamW(MODEL.parameters(), lr=rate, weight_decay=decay, fused=True)
 SCHEDULER = ReduceLROnPlateau(OPTIMIZER, factor=0.5, patience=patience)
 SCALER, STOPPER = LossScaler(DEVICE, PRECISION), EarlyStopping(CONFIG.PATIENCE)
-TRAINER = Trainer(
-    PARALLEL_MODEL,
-    CRITERION,
-    OPTIMIZER,
-    SCALER,
-    frame_weight=CONFIG.FRAME_LOSS_WEIGHT,
-    gradient_clip=CONFIG.GRADIENT_CLIP,
-    average=AVERAGE,
-)
+TRAINER = Trainer(PARALLEL_MODEL, CRITERION, OPTIMIZER, SCALER, CONFIG.GRADIENT_CLIP, AVERAGE)
 
 # %% [markdown]
 # The state of the run is what a checkpoint holds, and what is restored if there is one:

@@ -99,8 +99,7 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
     TRAIN_LOADER.batch_sampler.set_epoch(epoch)
     with progress(f"epoch {epoch}", TRAIN_LOADER, VAL_LOADER) as bar:
         trained = train_one_epoch(TRAINER, TRAIN_LOADER, DEVICE, draws, epoch, CONFIG, bar)
-        loss, weight = TRAINER.criterion, TRAINER.frame_weight
-        validated = validate(scored_model, VAL_LOADER, loss, DEVICE, frame_weight=weight, bar=bar)
+        validated = validate(scored_model, VAL_LOADER, TRAINER.criterion, DEVICE, bar=bar)
     row = history_row(epoch, trained, validated)
     SCHEDULER.step(validated.loss)
     is_best = STOPPER.update(epoch, validated.auc, validated.loss)

@@ -53,9 +53,13 @@ def json_rows(table: pd.DataFrame) -> list[dict]:
     return table.astype(object).where(table.notna(), None).to_dict(orient="records")
 
 
-def describe_data() -> dict[str, Any]:
-    counts = VIDEOS.groupby(["split", "label"]).size()
-    return {
+counts = VIDEOS.groupby(["split", "label"]).size()
+predictions = {"videos": len(SCORED), "errors": int(SCORED.verdict.isna().sum())}
+results: dict[str, Any] = {
+    "format": 2,  # counts changes of the keys
+    "config": dataclasses.asdict(CONFIG),
+    "environment": dataclasses.asdict(ENVIRONMENT),
+    "data": {
         "origin": DATA_ORIGIN,
         "datasets": VIDEOS.dataset.value_counts().to_dict(),
         "groups": VIDEOS.group.nunique(),
@@ -68,53 +72,35 @@ def describe_data() -> dict[str, Any]:
         "without_face": int((VIDEOS.face_share == 0).sum()) if CONFIG.FACE_CROP else None,
         "with_repeated_frames": int((VIDEOS.distinct_frames < CONFIG.FRAMES_PER_VIDEO).sum()),
         "skipped": [{"path": str(row.path), "reason": row.reason} for row in SKIPPED.itertuples()],
-    }
-
-
-def describe_training() -> dict[str, Any]:
-    return {
+    },
+    "model": {
+        "file": str(MODEL_FILE),
+        "initial_weights": WEIGHTS_ORIGIN,
+        "trained_on": sorted(TRAINED_ON),
+        "epoch": MODEL_INFO["epoch"],
+        "validation_auc": MODEL_INFO["val_auc"],
+        "temperature": TEMPERATURE,
+        "threshold": THRESHOLD,
+    },
+    "training": {
         "epochs": len(HISTORY),
         "skipped_steps": sum(epoch["skipped_steps"] for epoch in HISTORY),
         "batch_size": BATCH_SIZE_USED,
         "precision": str(PRECISION or "torch.float32").removeprefix("torch."),
-    }
-
-
-# %%
-def build_results() -> dict[str, Any]:
-    """Everything the run found, as JSON has it; `format` counts changes of the keys."""
-    predictions = {"videos": len(SCORED), "errors": int(SCORED.verdict.isna().sum())}
-    return {
-        "format": 2,
-        "config": dataclasses.asdict(CONFIG),
-        "environment": dataclasses.asdict(ENVIRONMENT),
-        "data": describe_data(),
-        "model": {
-            "file": str(MODEL_FILE),
-            "initial_weights": WEIGHTS_ORIGIN,
-            "trained_on": sorted(TRAINED_ON),
-            "epoch": MODEL_INFO["epoch"],
-            "validation_auc": MODEL_INFO["val_auc"],
-            "temperature": TEMPERATURE,
-            "threshold": THRESHOLD,
-        },
-        "training": describe_training(),
-        "seconds": {
-            "preparation": PREPARATION_SECONDS,
-            "training": sum(epoch["seconds"] for epoch in HISTORY),
-            "evaluation": EVALUATION_SECONDS,
-            "this_session": time.time() - STARTED,
-        },
-        "metrics": METRICS,
-        "intervals": INTERVALS,
-        "metrics_by_method": json_rows(BY_METHOD),
-        "metrics_by_dataset": json_rows(BY_DATASET),
-        "robustness": json_rows(ROBUSTNESS_TABLE),
-        "predictions": predictions if len(SCORED) else None,
-    }
-
-
-results = build_results()
+    },
+    "seconds": {
+        "preparation": PREPARATION_SECONDS,
+        "training": sum(epoch["seconds"] for epoch in HISTORY),
+        "evaluation": EVALUATION_SECONDS,
+        "this_session": time.time() - STARTED,
+    },
+    "metrics": METRICS,
+    "intervals": INTERVALS,
+    "metrics_by_method": json_rows(BY_METHOD),
+    "metrics_by_dataset": json_rows(BY_DATASET),
+    "robustness": json_rows(ROBUSTNESS_TABLE),
+    "predictions": predictions if len(SCORED) else None,
+}
 with replacing(RESULTS / "experiment_results.json") as partial_file:
     partial_file.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 print(f"{len(results)} entries: {', '.join(results)}")
@@ -195,14 +181,12 @@ def format_auc(row: Any) -> str:
     return format_metric(row.auc_roc, (row.auc_low, row.auc_high))
 
 
-def auc_text(title: str, table: pd.DataFrame, columns: list[str]) -> list[str]:
-    """A titled table of AUCs with intervals; nothing if there are none."""
+def auc_text(title: str, table: pd.DataFrame) -> str:
+    """What a table of AUCs is about, then each AUC with its interval."""
+    columns = ["method", "dataset", "degradation", "strength", "videos", "reals", "fakes"]
     aucs = [format_auc(row) for row in table.itertuples()]
-    return (
-        [f"{title}\n{table[columns].assign(AUC=aucs).to_string(index=False, na_rep='')}\n"]
-        if aucs
-        else []
-    )
+    shown = table.filter([*columns, "never_trained_on"]).assign(AUC=aucs)
+    return f"{title}\n{shown.to_string(index=False, na_rep='')}\n"
 
 
 def use_text() -> str:
@@ -220,22 +204,18 @@ To use the model
 """
 
 
-def write_report() -> str:
-    """Write experiment_report.txt and return its text."""
-    parts = ["VIDEO DEEPFAKE DETECTION: EXPERIMENT REPORT\n", setup_text()]
-    parts += [metrics_text()] if METRICS else []
-    columns = ["fakes", "never_trained_on"]
-    parts += auc_text("By manipulation, against all real videos", BY_METHOD, ["method", *columns])
-    parts += auc_text("By dataset", BY_DATASET, ["dataset", "reals", "fakes"])
-    changes = ["degradation", "strength", "videos"]
-    parts += auc_text("Robustness: after a change to the face crops", ROBUSTNESS_TABLE, changes)
-    report = "\n".join([*parts, use_text()])
-    with replacing(RESULTS / "experiment_report.txt") as partial_file:
-        partial_file.write_text(report, encoding="utf-8")
-    return report
-
-
-print(write_report())
+AUC_TABLES = {
+    "By manipulation, against all real videos": BY_METHOD,
+    "By dataset": BY_DATASET,
+    "Robustness: after a change to the face crops": ROBUSTNESS_TABLE,
+}
+sections = ["VIDEO DEEPFAKE DETECTION: EXPERIMENT REPORT\n", setup_text()]
+sections += [metrics_text()] if METRICS else []
+sections += [auc_text(title, table) for title, table in AUC_TABLES.items() if len(table)]
+report = "\n".join([*sections, use_text()])
+with replacing(RESULTS / "experiment_report.txt") as partial_file:
+    partial_file.write_text(report, encoding="utf-8")
+print(report)
 
 # %% [markdown]
 # What was achieved, what to try next, and where everything is:

@@ -209,7 +209,7 @@ def trainer_of(config: Any, precision: torch.dtype | None, **options: Any) -> tr
     model.precision = precision
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     scaler, average = training.LossScaler(GPU, precision), utils.ModelEMA(model, 0.98)
-    given: Any = model, utils.build_loss(config), optimizer, scaler, 0.5, 1.0, average
+    given: Any = model, utils.FocalLoss(2.0, 0.5), optimizer, scaler, 1.0, average
     return training.Trainer(*given, **options)
 
 

@@ -89,10 +89,14 @@ def table(reals: int, fakes_each: int) -> pd.DataFrame:
     )
 
 
-def samples_of(
-    rows: pd.DataFrame, batch: int = 2, seed: int = 1, epoch: int = 0, **share: Any
-) -> list[cell.Sample]:
-    batches = cell.PairBatches(rows, batch, seed, **share)
+def batches_of(rows: pd.DataFrame, size: int, *share: int, **changes: Any) -> cell.PairBatches:
+    """Batches of whole videos without self-blends, unless `changes` ask for them."""
+    plain: dict = {"SEED": 1, "SELF_BLEND": 0.0, "CLIPS_PER_VIDEO": 1}
+    return cell.PairBatches(rows, size, dataclasses.replace(CONFIG, **plain | changes), *share)
+
+
+def samples_of(rows: pd.DataFrame, epoch: int = 0, **changes: Any) -> list[cell.Sample]:
+    batches = batches_of(rows, 2, **changes)
     batches.set_epoch(epoch)
     return [sample for batch in batches for sample in batch]
 
@@ -119,14 +123,14 @@ def test_of_a_group_with_two_recordings_each_gets_the_fake_with_its_own_pictures
     rows = pd.DataFrame(
         {"label": [0, 0, 1, 1], "group": "004", "original": names, "dataset": "d", "method": "m"}
     )
-    pairs = {tuple(sample.row for sample in batch) for batch in cell.PairBatches(rows, 2, 5)}
+    pairs = {tuple(sample.row for sample in batch) for batch in batches_of(rows, 2)}
     assert pairs == {(0, 3), (1, 2)}
 
 
 def test_epochs_differ_and_repeat_with_the_seed():
     rows = table(10, 4)
     assert epoch_of(rows, epoch=2) == epoch_of(rows, epoch=2) != epoch_of(rows, epoch=1)
-    assert epoch_of(rows, seed=2) != epoch_of(rows, seed=1)
+    assert epoch_of(rows, SEED=2) != epoch_of(rows, SEED=1)
 
 
 def test_without_a_fake_of_its_recording_a_real_video_gets_another_and_all_take_turns():
@@ -139,24 +143,24 @@ def test_without_a_fake_of_its_recording_a_real_video_gets_another_and_all_take_
 
 @pytest.mark.parametrize(("batch", "sizes"), [(8, [8, 8]), (20, [20]), (32, [20]), (3, [3] * 6)])
 def test_batches_are_full(batch, sizes):
-    batches = cell.PairBatches(table(10, 4), batch, 1)
+    batches = batches_of(table(10, 4), batch)
     assert [len(rows) for rows in batches] == sizes and len(batches) == len(sizes)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_the_batches_of_one(processes):
     rows = table(10, 4)
-    alone = cell.PairBatches(rows, 8, 1)
-    shares = [cell.PairBatches(rows, 8, 1, rank, processes) for rank in range(processes)]
+    alone = batches_of(rows, 8)
+    shares = [batches_of(rows, 8, rank, processes) for rank in range(processes)]
     together = [[row for part in parts for row in part] for parts in zip(*shares, strict=True)]
     assert together == list(alone) and {len(part) for part in shares[0]} == {8 // processes}
 
 
 def test_a_batch_that_cannot_be_shared_is_an_error():
     with pytest.raises(ValueError, match="4 processes cannot share batches of 6 equally"):
-        cell.PairBatches(table(10, 4), 6, 1, 0, 4)
+        batches_of(table(10, 4), 6, 0, 4)
     with pytest.raises(ValueError, match="2 training clips are too few for 4 processes"):
-        cell.PairBatches(table(1, 1), 8, 1, 0, 4)
+        batches_of(table(1, 1), 8, 0, 4)
 
 
 def draws(seed: int = 0, **share: int) -> cell.PairedGenerator:
@@ -329,7 +333,7 @@ def test_only_rows_that_ask_for_it_are_blended():
 def test_a_share_of_the_partners_are_self_blends_others_in_each_epoch():
     rows, blended = table(10, 4), set()
     for epoch in range(20):
-        samples = samples_of(rows, self_blend=0.3, epoch=epoch)
+        samples = samples_of(rows, SELF_BLEND=0.3, epoch=epoch)
         assert sorted(sample.row for sample in samples[::2]) == list(range(10))
         assert not any(sample.self_blend for sample in samples[::2])
         made = [
@@ -342,7 +346,7 @@ def test_a_share_of_the_partners_are_self_blends_others_in_each_epoch():
 
 @pytest.mark.parametrize("self_blend", [0.5, 1.0])
 def test_real_videos_are_enough_for_then_all_fakes_are_self_blends(self_blend):
-    samples = samples_of(table(6, 0), self_blend=self_blend)
+    samples = samples_of(table(6, 0), SELF_BLEND=self_blend)
     assert all(sample.self_blend for sample in samples[1::2])
     assert [sample.row for sample in samples[::2]] == [sample.row for sample in samples[1::2]]
     assert sorted(sample.row for sample in samples[::2]) == list(range(6))
@@ -351,7 +355,7 @@ def test_real_videos_are_enough_for_then_all_fakes_are_self_blends(self_blend):
 def test_a_pair_shows_the_same_clip_of_a_video_and_all_clips_have_their_turn():
     rows, shown_clips = table(10, 1), set()
     for epoch in range(10):
-        samples = samples_of(rows, clips_per_video=3, epoch=epoch)
+        samples = samples_of(rows, CLIPS_PER_VIDEO=3, epoch=epoch)
         assert [real.clip for real in samples[::2]] == [fake.clip for fake in samples[1::2]]
         assert all(sample.clip.step == 3 for sample in samples)
         shown_clips |= {sample.clip.start for sample in samples}
@@ -360,7 +364,7 @@ def test_a_pair_shows_the_same_clip_of_a_video_and_all_clips_have_their_turn():
 
 def test_without_pairs_partners_are_any_fakes():
     rows = table(40, 1)
-    order = epoch_of(rows, pairs=False)
+    order = epoch_of(rows, PAIRS=False)
     assert sorted(order) == list(range(80))
     assert (rows.group[order[::2]].to_numpy() != rows.group[order[1::2]].to_numpy()).mean() > 0.8
 

@@ -8,26 +8,33 @@ import torch
 
 import cell_06_loss_and_utils as cell
 from cell_02_global_config import CONFIG
+from cell_05_model_definition import DetectorOutput
 
 
 def test_focal_loss_by_hand():
-    loss = cell.FocalLoss(gamma=2.0)(torch.tensor([0.0, math.log(9)]), torch.tensor([1.0, 1.0]))
+    loss = cell.FocalLoss(gamma=2.0).of(torch.tensor([0.0, math.log(9)]), torch.tensor([1.0, 1.0]))
     assert loss.item() == pytest.approx((0.5**2 * math.log(2) + 0.1**2 * -math.log(0.9)) / 2)
 
 
 def test_gamma_zero_is_cross_entropy():
     logits, targets = torch.randn(50), torch.randint(0, 2, (50,)).float()
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
-    assert torch.allclose(cell.FocalLoss(0.0)(logits, targets), expected)
-    assert cell.build_loss(dataclasses.replace(CONFIG, FOCAL_GAMMA=0.0)).gamma == 0
-    assert cell.build_loss(CONFIG).gamma == CONFIG.FOCAL_GAMMA
+    assert torch.allclose(cell.FocalLoss(0.0).of(logits, targets), expected)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_extreme_logits_give_finite_gradients(gamma):
     logits = torch.tensor([-200.0, 200.0, 0.0], requires_grad=True)
-    cell.FocalLoss(gamma)(logits, torch.tensor([1.0, 1.0, 0.0])).backward()
+    cell.FocalLoss(gamma).of(logits, torch.tensor([1.0, 1.0, 0.0])).backward()
     assert torch.isfinite(logits.grad).all()
+
+
+def test_the_frame_loss_uses_the_clips_label():
+    frames = torch.tensor([[9.0, 9.0], [-9.0, -9.0]])
+    output = DetectorOutput(torch.zeros(2), frames, torch.zeros(2, 2))
+    loss, labels = cell.FocalLoss(0.0, frame_weight=1.0), torch.tensor([1.0, 0.0])
+    assert loss(output, labels).item() == pytest.approx(math.log(2), abs=1e-3)
+    assert loss(output, 1 - labels).item() == pytest.approx(math.log(2) + 9, abs=1e-3)
 
 
 def test_early_stopping_counts_epochs_without_a_better_auc_and_loss_breaks_ties():
@@ -204,17 +211,16 @@ def test_a_run_is_restored_and_a_loss_scale_only_for_its_precision(tmp_path):
         assert restored.parts["scaler"].best_epoch == epoch
 
 
-def test_only_settings_that_shape_the_result_keep_a_run_from_resuming():
+def test_only_settings_that_shape_the_result_keep_a_run_from_resuming(tmp_path):
     saved = dataclasses.asdict(CONFIG)
-    assert (
-        cell.settings_changed(
-            saved, {**saved, "EPOCHS": 99, "WORK_DIR": "elsewhere", "NUM_WORKERS": 7}
-        )
-        == []
-    )
-    assert cell.settings_changed(
-        saved, {**saved, "LEARNING_RATE": 0.5, "BACKBONE": "resnet18"}
-    ) == ["BACKBONE: 'resnet50' then, 'resnet18' now", "LEARNING_RATE: 0.0001 then, 0.5 now"]
+    last = checkpoints(tmp_path, 1, **saved)
+    harmless = {**saved, "EPOCHS": 99, "WORK_DIR": "elsewhere", "NUM_WORKERS": 7}
+    assert cell.why_not_resumable(last, harmless) == ""
+    reason = cell.why_not_resumable(last, {**saved, "LEARNING_RATE": 0.5, "BACKBONE": "resnet18"})
+    assert reason.splitlines()[1:] == [
+        "  BACKBONE: 'resnet50' then, 'resnet18' now",
+        "  LEARNING_RATE: 0.0001 then, 0.5 now",
+    ]
 
 
 def test_the_fingerprint_of_the_data_ignores_where_it_is_mounted():

@@ -60,10 +60,10 @@ def not_a_number(logits):
     return logits * math.nan
 
 
-def trainer_of(model, precision=None, **options):
+def trainer_of(model, precision=None, frame_weight=0.0, **options):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     return cell.Trainer(
-        model, FocalLoss(0.0), optimizer, cell.LossScaler(CPU, precision), **options
+        model, FocalLoss(0.0, frame_weight), optimizer, cell.LossScaler(CPU, precision), **options
     )
 
 
@@ -122,8 +122,8 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted_and_changes_nothing()
 
 def test_an_infinite_loss_with_finite_gradients_is_skipped_too():
     class Infinite(FocalLoss):
-        def forward(self, logits, targets):
-            return super().forward(logits, targets) + (math.inf if model.calls == 2 else 0)
+        def forward(self, output, labels):
+            return super().forward(output, labels) + (math.inf if model.calls == 2 else 0)
 
     torch.manual_seed(0)
     model = Tiny()
@@ -365,6 +365,18 @@ def test_validation_scores_every_clip_once_in_order_whatever_the_batch_size():
         assert scores.frame_logits.shape == scores.attention.shape == (21, 2)
 
 
+def test_a_process_with_stills_alone_adds_its_scores_to_those_of_videos(monkeypatch):
+    def scored(row, frames):
+        columns = torch.ones(1), torch.ones(1), torch.tensor([row % 2.0]), torch.tensor([row])
+        return cell.BatchScores(*columns, torch.ones(1, frames), torch.ones(1, frames))
+
+    others = [cell.concat_scores([scored(0, 2)]), None]  # the last process had nothing to score
+    monkeypatch.setattr(cell, "all_gather_object", lambda own: [own, *others])
+    found = cell.scores_of([scored(1, 6), scored(2, 2)], 0.0, "validation")
+    assert found.rows.tolist() == [0, 1, 2] and found.loss == 1.0
+    assert np.isfinite(found.frame_logits).sum(axis=1).tolist() == [2, 6, 2]
+
+
 def test_what_is_too_large_for_half_precision_is_validated_in_full(capsys):
     class Large(Tiny):
         precision = torch.float16
@@ -424,19 +436,6 @@ def test_an_error_while_reading_a_batch_reaches_the_caller(device):
 
     with pytest.raises(OSError, match="clip 9 is gone"):
         list(cell.device_batches(DataLoader(Broken(), 4), torch.device(device)))
-
-
-def test_the_frame_loss_uses_the_clips_label():
-    output = DetectorOutput(
-        torch.zeros(2), torch.tensor([[9.0, 9.0], [-9.0, -9.0]]), torch.zeros(2, 2)
-    )
-    criterion, labels = FocalLoss(0.0), torch.tensor([1.0, 0.0])
-    assert cell.total_loss(output, labels, criterion, 1.0).item() == pytest.approx(
-        math.log(2), abs=1e-3
-    )
-    assert cell.total_loss(output, 1 - labels, criterion, 1.0).item() == pytest.approx(
-        math.log(2) + 9, abs=1e-3
-    )
 
 
 def test_precision_on_the_cpu_is_full_unless_asked_for():

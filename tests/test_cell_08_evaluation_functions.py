@@ -16,6 +16,7 @@ from cell_01_imports_and_setup import save_figure
 from cell_03_data_processing import ClipSettings, VideoError
 from cell_04_dataset_class import ClipDataset
 from cell_05_model_definition import DetectorOutput
+from cell_06_loss_and_utils import FocalLoss
 from cell_07_training_functions import validate
 
 SMALL = ClipSettings(**conftest.SMALL)
@@ -400,7 +401,7 @@ def test_explanations_and_mistakes_show_what_was_right_and_wrong(network, clip_t
 def test_robustness_has_a_row_a_degradation_of_the_same_videos(network, clip_table):
     clip_table = clip_table.groupby("label").head(5).reset_index(drop=True)
     loader = DataLoader(ClipDataset(clip_table, 2), 8)
-    logits = validate(network, loader, torch.nn.BCEWithLogitsLoss(), torch.device("cpu")).logits
+    logits = validate(network, loader, FocalLoss(0.0), torch.device("cpu")).logits
     table = clip_table.assign(logit=logits)
     found = cell.measure_robustness(network, table, loader, 10**6)
     assert len(found) == 1 + cell.DEGRADED_PASSES and (found.videos == len(table)).all()

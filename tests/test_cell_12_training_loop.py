@@ -200,7 +200,7 @@ def test_a_resumed_run_asks_for_no_pretrained_weights_and_still_says_with_which_
 ):
     program = """
 import cell_05_model_definition as cell
-def refused(name):
+def refused(*given):
     print("asked for weights")
     raise OSError("no internet")
 cell.imagenet_weights = refused

@@ -97,7 +97,7 @@ def check_step(config=SMALL, precision=torch.float16, **options: Any) -> None:
 
 def check_validation(precision=None, per_video: int = 1) -> None:
     model = utils.ModelEMA(model_of(precision=precision), 0.9)
-    batch, loss = batch_of(SMALL, 4, BLEND, per_video), utils.build_loss(SMALL)
+    batch, loss = batch_of(SMALL, 4, BLEND, per_video), utils.FocalLoss(2.0, 0.5)
     shown = data.normalize(data.to_float(batch.clips))  # puts constants on the GPU
     data.self_blend(shown, batch.landmarks, data.DeviceRandom(GPU, [0]))
     (scores,) = without_waiting(training.validate, model, [batch], loss, GPU)
@@ -219,7 +219,7 @@ MISTAKES: dict[str, Mistake] = {
     "random numbers from the CPU": (AUGMENT, DRAWS, "uniform", drawn_on_the_cpu, DEVICES),
     "rows by an index that is sent": (AUGMENT, data, "take", taken_by_an_index, WAITS),
     "rows by a mask": (AUGMENT, data, "take", taken_by_a_mask, "nonzero"),
-    "the loss read in each step": (STEP, training, "total_loss", read_each_time, READ),
+    "the loss read in each step": (STEP, utils.FocalLoss, "forward", read_each_time, READ),
     "a first gradient on the CPU": (STEP, torch, "where", first_gradient_on_the_cpu, DEVICES),
     "the loss scale read": (STEP, training, "clip_gradients", clipped_on_the_cpu, READ),
     "descriptions left in half": (STEP, torch.Tensor, "float", lambda self: self, DTYPES),

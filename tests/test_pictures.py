@@ -1,5 +1,7 @@
 """Pictures as data: stills, face crops, folders of frames, alone and beside videos."""
 
+import dataclasses
+
 import cv2
 import numpy as np
 import pandas as pd
@@ -119,22 +121,23 @@ def test_a_picture_that_cannot_be_decoded_is_skipped_with_the_reason(kind, tmp_p
     assert skipped.reason.iloc[0].startswith("is empty" if kind == "empty" else "not a picture")
 
 
-def pairs(reals: dict[str, int], fakes: dict[tuple[str, str], int], **options) -> pd.DataFrame:
+def pairs(reals: dict[str, int], fakes: dict[tuple[str, str], int], **changes) -> pd.DataFrame:
     """An epoch of samples with dataset and method of each, from so many videos of each kind."""
     rows = [(0, name, "real") for name, count in reals.items() for _ in range(count)]
     rows += [(1, *kind) for kind, count in fakes.items() for _ in range(count)]
     table = pd.DataFrame(rows, columns=["label", "dataset", "method"])
     table["group"] = table["original"] = [str(row) for row in table.index]
-    samples = batches.PairBatches(table, 4, 1, **options).draw_epoch()
+    config = dataclasses.replace(CONFIG, SEED=1, SELF_BLEND=0.0, CLIPS_PER_VIDEO=1, **changes)
+    samples = batches.PairBatches(table, 4, config).draw_epoch()
     drawn = table.iloc[[sample.row for sample in samples]].reset_index(drop=True)
     return drawn.assign(blend=[sample.self_blend for sample in samples])
 
 
 def test_an_epoch_is_drawn_from_the_datasets_by_their_shares():
     few, many = {"few": 10, "many": 400}, {("few", "x"): 10, ("many", "y"): 400}
-    equal = pairs(few, many, videos=100)
+    equal = pairs(few, many, EPOCH_VIDEOS=100)
     assert len(equal) == 200 and (equal[::2].dataset == "few").sum() == 50
-    uneven = pairs(few, many, videos=100, shares={"many": 3.0})
+    uneven = pairs(few, many, EPOCH_VIDEOS=100, DATASET_SHARES=["many 3"])
     assert (uneven[::2].dataset == "few").sum() == 25
     assert (uneven.dataset[::2].to_numpy() == uneven.dataset[1::2].to_numpy()).all()
 

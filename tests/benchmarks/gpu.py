@@ -85,7 +85,7 @@ def trainer_of(precision: Any = HALF, config: Config = CFG, parallel: bool = Fal
     network = nn.DataParallel(model) if parallel else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     scaler, average = training.LossScaler(DEVICE, precision), utils.ModelEMA(model, 0.98)
-    given: Any = network, utils.build_loss(config), optimizer, scaler, 0.5, 1.0, average
+    given: Any = network, utils.FocalLoss(2.0, 0.5), optimizer, scaler, 1.0, average
     return training.Trainer(*given)
 
 
@@ -255,7 +255,7 @@ def running_out_of_memory_is_answered() -> str:
         fits = training.choose_batch_size(CFG, DEVICE, HALF)
         rows: Any = [batch_of(64)]
         trainer.model.precision = None
-        scores = training.score_batches(trainer.average, rows, trainer.criterion, DEVICE, 0.5, None)
+        scores = training.score_batches(trainer.average, rows, trainer.criterion, DEVICE, None)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert trainer.micro_batch and loss.isfinite() and norm.isfinite(), trainer.micro_batch

@@ -48,7 +48,7 @@ from cell_04_dataset_class import (
     PairedGenerator,
 )
 from cell_05_model_definition import build_model
-from cell_06_loss_and_utils import FocalLoss, ModelEMA, build_loss, free_memory
+from cell_06_loss_and_utils import FocalLoss, ModelEMA, free_memory
 from cell_07_training_functions import (
     LossScaler,
     Trainer,
@@ -157,10 +157,9 @@ class Ours:
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         scaler = LossScaler(DEVICE, precision)
         average = ModelEMA(self.model, config.EMA_DECAY)
-        given = network, build_loss(config), optimizer, scaler, 0.5, 1.0, average
+        given = network, FocalLoss(config.FOCAL_GAMMA, 0.5), optimizer, scaler, 1.0, average
         self.trainer = Trainer(*given)
-        options: Any = dict(self_blend=config.SELF_BLEND, clips_per_video=config.CLIPS_PER_VIDEO)
-        batches = PairBatches(table, batch, 0, **options)
+        batches = PairBatches(table, batch, config)
         data = ClipDataset(table, config.NUM_WORKERS)
         self.loader = DataLoader(data, batch_sampler=batches, pin_memory=DEVICE.type == "cuda")
         self.few = DataLoader(data, batch_sampler=list(batches)[:2])
@@ -213,7 +212,7 @@ def activation_memory(config: Config, batch: int) -> float:
     )
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
-    FocalLoss()(
+    FocalLoss().of(
         model(clips[:1, :1]).logit.float(), torch.ones(1, device=DEVICE)
     ).backward()  # loads the libraries
     free_memory()
@@ -223,7 +222,7 @@ def activation_memory(config: Config, batch: int) -> float:
         else psutil.Process().memory_info().rss
     )
     memory = Peak()
-    FocalLoss()(model(clips).logit.float(), torch.ones(batch, device=DEVICE)).backward()
+    FocalLoss().of(model(clips).logit.float(), torch.ones(batch, device=DEVICE)).backward()
     return memory.gib() - base / 2**30
 
 

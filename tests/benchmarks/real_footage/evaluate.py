@@ -29,7 +29,6 @@ import numpy as np
 import pandas as pd
 import torch
 from sklearn.metrics import roc_auc_score
-from torch import nn
 from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -44,7 +43,7 @@ from cell_03_data_processing import (  # noqa: E402
 )
 from cell_04_dataset_class import ClipDataset, Sample, batches_of_one_length  # noqa: E402
 from cell_05_model_definition import DeepfakeDetector, load_detector  # noqa: E402
-from cell_06_loss_and_utils import save_checkpoint  # noqa: E402
+from cell_06_loss_and_utils import FocalLoss, save_checkpoint  # noqa: E402
 from cell_07_training_functions import validate  # noqa: E402
 from cell_08_evaluation_functions import (  # noqa: E402
     auc_with_interval,
@@ -86,7 +85,7 @@ def score(
     dataset = ClipDataset(table, os.cpu_count() or 1, change, model.frames)
     samples = batches_of_one_length(dataset, [*map(Sample, range(len(table)))], 4, 64)
     loader = DataLoader(dataset, batch_sampler=samples)
-    return validate(model, loader, nn.BCEWithLogitsLoss(), torch.device("cpu")).logits
+    return validate(model, loader, FocalLoss(0.0), torch.device("cpu")).logits
 
 
 def trivia(row: Any) -> dict[str, float]:
