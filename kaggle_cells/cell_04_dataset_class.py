@@ -347,10 +347,10 @@ def pixel_grid(transforms: torch.Tensor, size: int) -> torch.Tensor:
 
 # %% [markdown]
 # **Self-blending** (Shiohara and Yamasaki, 2022) teaches what all face swaps share rather than
-# the traces of one generator: a real face is blended into itself. Of two copies one is recoloured
-# and sharpened or reduced in resolution; one is moved a little and put onto the other under a soft
-# mask of random shape. In half of the clips it also trembles from frame to frame, like faces that
-# were generated frame by frame (after video-level blending, arXiv 2408.17065).
+# the traces of one generator: a real face is blended into itself. A copy is recoloured, sharpened
+# or reduced in resolution, moved a little, and put back under a soft mask of random shape. In
+# half of the clips it also trembles from frame to frame, like faces that were generated frame by
+# frame (after video-level blending, arXiv 2408.17065).
 
 
 # %%
@@ -406,16 +406,13 @@ def self_blend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fakes of real clips (B, T, 3, S, S) in 0..1 with landmarks (B, T, 5, 2); masks (B, T, S, S).
 
-    Half are perturbed inside the mask, and nothing changes where it is 0; half outside.
+    Nothing changes where the mask is 0.
     """
     transforms = face_transforms(landmarks, clips.shape[-1])
-    perturbed = perturb_face(clips, random)
-    swapped = random.uniform(len(clips), 0, 1, 1, 1, 1, 1) < 0.5
-    outer, inner = torch.where(swapped, perturbed, clips), torch.where(swapped, clips, perturbed)
-    inner = warp_face(inner, transforms, random)
+    inner = warp_face(perturb_face(clips, random), transforms, random)
     mask = blend_mask(transforms[1], clips.shape[-1], random)
     ratio = random.uniform(len(clips), 0.25, 2, 1, 1, 1, 1).clamp(max=1)  # over half blend in full
-    return torch.lerp(outer, inner, ratio * mask[:, :, None]), mask
+    return torch.lerp(clips, inner, ratio * mask[:, :, None]), mask
 
 
 def take(values: torch.Tensor, rows: list[int]) -> torch.Tensor:

@@ -269,17 +269,13 @@ def blended(count: int = 16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return cell.to_float(clips), out, masks
 
 
-def test_a_self_blend_is_perturbed_inside_its_mask_or_outside():
+def test_a_self_blend_changes_nothing_outside_its_mask_and_something_inside():
     real, fake, masks = blended()
-    change = (fake - real).abs().mean(dim=2)
-    outside, inside = (
-        torch.stack([clip[mask == value].mean() for clip, mask in zip(change, masks, strict=True)])
-        for value in (0, 1)
-    )
-    swapped = outside > 0
-    assert 0.2 < swapped.float().mean() < 0.8 and 0.2 < (masks == 0).float().mean() < 0.9
-    assert inside.min() > 0.001 and inside[~swapped].mean() > 0.01 < outside[swapped].mean()
-    assert fake.min() >= 0 and fake.max() <= 1
+    outside = (masks == 0)[:, :, None].expand_as(real)
+    assert torch.equal(fake[outside], real[outside]) and 0.2 < outside.float().mean() < 0.9
+    inside = (masks == 1)[:, :, None].expand_as(real)
+    changed = [(fake[i][inside[i]] - real[i][inside[i]]).abs().mean() for i in range(len(real))]
+    assert min(changed) > 0.001 and np.mean(changed) > 0.01 and fake.min() >= 0 and fake.max() <= 1
 
 
 def test_masks_lie_on_the_face_and_follow_it():
@@ -310,7 +306,7 @@ def test_some_self_blends_tremble_from_frame_to_frame_and_their_twins_never():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_but_the_blend_tells_a_twin_from_its_self_blend(kind):
-    """The same crop, colours, codec and noise: unless the outside is perturbed, it is equal."""
+    """The same crop, colours, codec and noise: far from the face, twins are equal."""
     clips = portrait(clips=40)
     landmarks = landmarks_in(clips) * 0.4  # a small face in one corner
     out = shown(clips, draws(2), [False, True] * 20, landmarks, AUGMENTATION=kind)
@@ -318,8 +314,7 @@ def test_nothing_but_the_blend_tells_a_twin_from_its_self_blend(kind):
     equal = (real - fake).abs().amax(dim=(1, 2)) < (
         0.01 if kind in ("none", "plain") else 0.08
     )  # contrast takes a mean
-    equal_share = equal.flatten(1).float().mean(dim=1)
-    assert (equal_share > 0.5).float().mean() > 0.25, "half are perturbed inside"
+    assert equal.flatten(1).float().mean(dim=1).min() > 0.5
     assert (real - fake).abs().amax(dim=(1, 2, 3, 4)).min() > 0.02
 
 
