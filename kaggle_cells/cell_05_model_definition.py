@@ -101,9 +101,10 @@ class DeepfakeDetector(nn.Module):
     def average_views(self, clips: torch.Tensor) -> DetectorOutput:
         """The mean over K interleaved clips; frame outputs stay in the order of the frames."""
         count = clips.shape[1] // self.frames if clips.shape[1] % self.frames == 0 else 1
-        views = [self.score_clip(clips[:, start::count]) for start in range(count)]
-        logit, frames, attention = (torch.stack(part, dim=-1) for part in zip(*views, strict=True))
-        return DetectorOutput(logit.mean(dim=-1), frames.flatten(1), attention.flatten(1) / count)
+        views = clips.unflatten(1, (-1, count)).transpose(1, 2).flatten(0, 1)
+        parts = [part.unflatten(0, (-1, count)) for part in self.score_clip(views)]
+        logit, frames, attention = parts[0], parts[1].mT, parts[2].mT
+        return DetectorOutput(logit.mean(dim=1), frames.flatten(1), attention.flatten(1) / count)
 
 
 # %% [markdown]
