@@ -101,10 +101,9 @@ class DeepfakeDetector(nn.Module):
     def average_views(self, clips: torch.Tensor) -> DetectorOutput:
         """The mean over K interleaved clips; frame outputs stay in the order of the frames."""
         count = clips.shape[1] // self.frames if clips.shape[1] % self.frames == 0 else 1
-        views = clips.unflatten(1, (-1, count)).transpose(1, 2).flatten(0, 1)
-        parts = [part.unflatten(0, (-1, count)) for part in self.score_clip(views)]
-        logit, frames, attention = parts[0], parts[1].mT, parts[2].mT
-        return DetectorOutput(logit.mean(dim=1), frames.flatten(1), attention.flatten(1) / count)
+        parts = self.score_clip(clips.unflatten(1, (-1, count)).transpose(1, 2).flatten(0, 1))
+        logit, frames, attention = (part.unflatten(0, (-1, count)) for part in parts)
+        return DetectorOutput(logit.mean(1), frames.mT.flatten(1), attention.mT.flatten(1) / count)
 
 
 # %% [markdown]

@@ -6,6 +6,7 @@ be killed.
 """
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -104,7 +105,8 @@ class Program:
     def kill(self) -> None:
         """End the program and what it started, in the middle of whatever they do."""
         if self.is_running:
-            os.killpg(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it ended just now
+                os.killpg(self.pid, signal.SIGKILL)
         self.process.join()
 
     def wait(self, seconds: float = 240) -> int | None:
