@@ -35,6 +35,7 @@ LSTM_HIDDEN: int = 256  # LSTM units in each direction
 LSTM_LAYERS: int = 1  # number of LSTM layers; 0: no LSTM, a clip's score is its frames' mean
 ATTENTION_HEADS: int = 8  # self-attention heads; must divide 2 * LSTM_HIDDEN
 DROPOUT: float = 0.5  # before the classifier
+REFERENCE: float = 0.0  # score relative to the frames compressed so coarsely: 1.7 is JPEG 30
 GRADIENT_CHECKPOINTING: bool = False  # recompute activations: less memory, more time
 # What training sees
 PAIRS: bool = True  # put each real clip and a fake of it in one batch, augmented alike
@@ -99,6 +100,7 @@ def allow(*values: Any) -> Any:
     return field(metadata={"allowed": values})
 
 
+# %%
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
     """The fields of Config."""
@@ -127,6 +129,7 @@ class Parameters:
     LSTM_LAYERS: int = allow(0, 8)
     ATTENTION_HEADS: int = allow(1, 64)
     DROPOUT: float = allow(0, 0.95)
+    REFERENCE: float = allow(0, 10)
     GRADIENT_CHECKPOINTING: bool
     PAIRS: bool
     SELF_BLEND: float = allow(0, 1)
@@ -321,13 +324,13 @@ def parameters_from_environment(environ: dict[str, str]) -> dict[str, object]:
 # %%
 MODEL_SETTINGS = [
     *("FRAMES_PER_VIDEO", "CLIPS_PER_VIDEO", "CLIP_SECONDS", "IMAGE_SIZE", "FACE_CROP"),
-    *("FACE_MARGIN", "BACKBONE", "LSTM_HIDDEN", "LSTM_LAYERS", "ATTENTION_HEADS"),
+    *("FACE_MARGIN", "BACKBONE", "LSTM_HIDDEN", "LSTM_LAYERS", "ATTENTION_HEADS", "REFERENCE"),
 ]
 
 
 def saved_config(content: dict) -> dict:
     """The parameters in a model file; older files may lack some and have others."""
-    saved = {"CLIPS_PER_VIDEO": 1, **content["config"]}
+    saved = {"CLIPS_PER_VIDEO": 1, "REFERENCE": 0.0, **content["config"]}
     return {name: value for name, value in saved.items() if name in PARAMETERS}
 
 

@@ -286,6 +286,11 @@ def normalize(clips: torch.Tensor) -> torch.Tensor:
     return (clips - mean) / std
 
 
+def denormalize(clips: torch.Tensor) -> torch.Tensor:
+    mean, std = device_constant((IMAGENET_MEAN, IMAGENET_STD), clips.device)[..., None, None]
+    return clips * std + mean
+
+
 # %%
 def change_colours(clips: torch.Tensor, random: DeviceRandom, strength: Any) -> torch.Tensor:
     """Clips (B, T, 3, S, S) with contrast and saturation of 1 +- `strength`, gains of half that."""

@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cell_01_imports_and_setup import IN_NOTEBOOK, attached_files
 from cell_02_global_config import CONFIG, Config, saved_config
+from cell_04_dataset_class import compress, denormalize, device_constant, normalize
 
 
 class DetectorOutput(NamedTuple):
@@ -48,11 +49,12 @@ class DeepfakeDetector(nn.Module):
     """Frames -> backbone -> BiLSTM -> multi-head self-attention -> one logit per clip.
 
     `backbone` maps (N, 3, S, S) to (N, `features`); `frames` is T. Without `lstm_layers` the logit
-    is the mean of the frames'. `precision` is a dtype for the backbone alone, noted here because
-    DataParallel's threads do not inherit the caller's autocast.
+    is the mean of the frames'. For `offset` and `reference`, see `relative_scores`. `precision`:
+    the backbone's, since DataParallel's threads do not inherit the caller's autocast.
     """
 
     precision: torch.dtype | None = None
+    offset = reference = 0.0
 
     def __init__(
         self,
@@ -77,7 +79,7 @@ class DeepfakeDetector(nn.Module):
 
     def forward(self, clips: torch.Tensor) -> DetectorOutput:
         """Normalised clips (B, T, 3, S, S). In evaluation, K * T frames are K interleaved clips."""
-        return self.score_clip(clips) if self.training else self.average_views(clips)
+        return self.score_clip(clips) if self.training else relative_scores(self, clips)
 
     def score_clip(self, clips: torch.Tensor) -> DetectorOutput:
         """One clip, of any length T, for each of B videos: (B, T, 3, S, S)."""
@@ -94,9 +96,8 @@ class DeepfakeDetector(nn.Module):
         attended, weights = self.attention(in_order, in_order, in_order)
         seen = self.norm(in_order + attended)
         spread = (seen.var(dim=1, correction=0) + 1e-5).sqrt()
-        clip_logit = self.head(torch.cat([seen.mean(dim=1), spread], dim=1)).squeeze(-1)
-        logit = clip_logit + frame_logits.mean(dim=1)
-        return DetectorOutput(logit, frame_logits, weights.mean(dim=1))
+        logit = self.head(torch.cat([seen.mean(dim=1), spread], dim=1)).squeeze(-1)
+        return DetectorOutput(logit + frame_logits.mean(1), frame_logits, weights.mean(dim=1))
 
     def average_views(self, clips: torch.Tensor) -> DetectorOutput:
         """The mean over K interleaved clips; frame outputs stay in the order of the frames."""
@@ -104,6 +105,22 @@ class DeepfakeDetector(nn.Module):
         parts = self.score_clip(clips.unflatten(1, (-1, count)).transpose(1, 2).flatten(0, 1))
         logit, frames, attention = (part.unflatten(0, (-1, count)) for part in parts)
         return DetectorOutput(logit.mean(1), frames.mT.flatten(1), attention.mT.flatten(1) / count)
+
+
+# %%
+def relative_scores(model: DeepfakeDetector, clips: torch.Tensor) -> DetectorOutput:
+    """The scores of normalised clips, less `offset` and those of the clips as a `reference`.
+
+    That is how coarsely they are compressed; 0: none. What compression leaves, such as the person
+    and the light, cancels out. The clips as they are come last: heat maps are of the last pass.
+    """
+    base: Any = 0.0, 0.0
+    if model.reference:
+        coarseness = device_constant((model.reference,), clips.device)
+        base = model.average_views(normalize(compress(denormalize(clips), coarseness)))
+    logit, frames, attention = model.average_views(clips)
+    logit, frames = logit - base[0] - model.offset, frames - base[1] - model.offset
+    return DetectorOutput(logit, frames, attention)
 
 
 # %% [markdown]
@@ -279,6 +296,7 @@ def build_model(config: Config | SimpleNamespace) -> DeepfakeDetector:
         )
     sizes = config.LSTM_HIDDEN, config.LSTM_LAYERS, config.ATTENTION_HEADS
     model = DeepfakeDetector(backbone, features, *sizes, config.DROPOUT, config.FRAMES_PER_VIDEO)
+    model.reference = config.REFERENCE
     return model.to(memory_format=torch.channels_last)
 
 
@@ -319,9 +337,7 @@ def load_detector(path: Path, device: str | torch.device = "cpu") -> tuple[Deepf
     saved["config"] = saved_config(saved)
     model = build_model(SimpleNamespace(**saved["config"]))
     model.load_state_dict(saved["model"])
-    # The calibration's offset goes into the bias that all logits share, so that callers need the
-    # temperature alone. Files of format 1 were written with it in there already.
-    model.frame_head[1].bias.data -= saved.setdefault("offset", 0.0)
+    model.offset = saved.setdefault("offset", 0.0)  # files of format 1 had taken it off the bias
     fold_batch_norms(model.eval().backbone)
     return model.to(device), saved
 

@@ -57,12 +57,9 @@ from cell_03_data_processing import (
     content_size,
     face_windows,
     file_problem,
-    is_picture,
     load_clip,
     load_face_detector,
     make_clip,
-    open_video,
-    spacing_of,
 )
 from cell_04_dataset_class import ClipDataset, Sample, batches_of_one_length, normalize, to_float
 from cell_05_model_definition import DeepfakeDetector, DetectorOutput, load_detector
@@ -983,14 +980,6 @@ def draw_pictures(predictor: Predictor, face: int, extremes: tuple[Window, Windo
 
 
 # %%
-def video_seconds(path: Path) -> float:
-    """How long a video's header says it is; at least 1."""
-    if path.is_dir() or is_picture(path):
-        return 1.0
-    total, fps, _ = spacing_of(open_video(path), ClipSettings(1, 1.0, 1, False, 0.0))
-    return max(1.0, total / fps)
-
-
 def judge_video(
     predictor: Predictor,
     path: Path,
@@ -1005,12 +994,11 @@ def judge_video(
     """
     started, judgement, extremes = time.perf_counter(), Judgement(str(path)), Extremes()
     try:
-        length = video_seconds(path)
         for window in predictor.scan(path, stride, max_windows):
             if not window.reason:
                 keep_extremes(extremes, window)
             judgement.windows.append(dataclasses.replace(window, clip=None, frame_logits=None))
-            progress(min(1.0, window.end / length))
+            progress(window.done)
     except VideoError as error:
         if not judgement.windows:
             raise VideoError(f"{path}: {error}") from error

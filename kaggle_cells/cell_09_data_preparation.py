@@ -85,6 +85,9 @@ def count_videos(videos: pd.DataFrame) -> pd.DataFrame:
 
 
 DATA_ORIGIN, found_videos = locate_dataset()
+if CONFIG.EPOCHS and (_unknown := {*CONFIG.dataset_shares} - {*found_videos.dataset}):
+    _names = ", ".join(sorted(found_videos.dataset.unique()))
+    raise ValueError(f"DATASET_SHARES: {', '.join(sorted(_unknown))} not among {_names}")
 usable_videos, SKIPPED = check_files(found_videos, CONFIG.NUM_WORKERS)
 save_csv(SKIPPED, CONFIG.work_dir / "data" / "skipped.csv")
 if len(found_videos):

@@ -9,6 +9,7 @@ import torchvision
 
 import cell_05_model_definition as cell
 from cell_02_global_config import CONFIG
+from cell_04_dataset_class import compress, denormalize, normalize
 
 SMALL = dataclasses.replace(
     CONFIG, BACKBONE="resnet18", IMAGE_SIZE=64, LSTM_HIDDEN=16, ATTENTION_HEADS=2, DROPOUT=0.0
@@ -277,6 +278,22 @@ def test_the_offset_of_the_calibration_is_applied_once_and_older_files_have_it_i
         assert torch.allclose(output.logit, expected.logit - 0.75, atol=1e-5)
         assert torch.allclose(output.frame_logits, expected.frame_logits - 0.75, atol=1e-5)
         assert saved["offset"] == offset
+
+
+def test_scores_with_a_reference_are_relative_to_the_same_frames_compressed():
+    clips = normalize(torch.rand(2, 6, 3, 64, 64))
+    model = small_model(FRAMES_PER_VIDEO=6, REFERENCE=1.7).eval()
+    coarse = normalize(compress(denormalize(clips), torch.tensor([1.7])))
+    with torch.no_grad():
+        relative, both = model(clips), model.score_clip(torch.cat([clips, coarse]))
+    for found, parts in ((relative.logit, both.logit), (relative.frame_logits, both.frame_logits)):
+        assert torch.allclose(found, parts[:2] - parts[2:], atol=1e-4) and found.abs().max() > 1e-3
+    assert torch.allclose(relative.attention, both.attention[:2], atol=1e-4)
+    with torch.no_grad():  # what compression does not change is no evidence
+        model.offset = 0.5
+        assert torch.allclose(
+            model(normalize(torch.full_like(clips, 0.4))).logit, torch.tensor(-0.5), atol=0.02
+        )
 
 
 def test_several_clips_of_a_video_are_averaged():

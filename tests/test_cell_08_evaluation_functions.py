@@ -328,6 +328,7 @@ def network():
             "GRADIENT_CHECKPOINTING": False,
             "LSTM_HIDDEN": 8,
             "DROPOUT": 0.5,
+            "REFERENCE": 0.0,
         },
         **{"LSTM_LAYERS": 1, "ATTENTION_HEADS": 2, "FRAMES_PER_VIDEO": 4, "MIRROR_TEST": False},
     )
@@ -346,10 +347,12 @@ class OneField(torch.nn.Module):
         return self.field(images).mean(dim=(2, 3))
 
 
-def test_heat_is_where_the_evidence_is(network):
+@pytest.mark.parametrize("reference", [0.0, 5.0])
+def test_heat_is_where_the_evidence_is(reference):
     model = cell_05_model_definition.DeepfakeDetector(
         OneField(), 1, 4, attention_heads=2, frames=4
     ).eval()
+    model.reference = reference
     for weight in model.head.parameters():
         weight.data.zero_()
     model.frame_head[1].weight.data.fill_(1.0)

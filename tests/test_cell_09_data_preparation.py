@@ -55,6 +55,11 @@ def clips(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("cache/[!.]*.npz")}
 
 
+def test_a_share_for_a_dataset_that_is_not_there_is_refused(videos, tmp_path):
+    text = prepare(tmp_path, videos, expect=1, DATASET_SHARES='["Set 3", "set 1"]')
+    assert "DATASET_SHARES: Set not among set" in text
+
+
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_preparation_killed_again_and_again_ends_as_if_it_never_was(
     kills, videos, prepared, tmp_path

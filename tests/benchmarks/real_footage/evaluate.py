@@ -1,7 +1,7 @@
 """How good is a model on real footage? Scores the videos that assemble.py brought.
 
     python tests/benchmarks/real_footage/evaluate.py FOLDER MODEL.pth [--output TABLE.csv]
-        [--final CALIBRATED.pth]
+        [--reference 1.7] [--final CALIBRATED.pth]
 
 Prints the AUC of all videos and of each kind and generator, against all real videos, with 95 %
 intervals from resampled groups (people and sources); in groups that hold both, how often a fake
@@ -10,6 +10,7 @@ compression and fewer pixels; and what picture size, sharpness and bytes a secon
 either way round: where these come near the model's, the sources of the videos tell the classes
 apart.
 
+`--reference` scores relative to the same frames compressed so coarsely (REFERENCE).
 The numbers count only if the model was trained on none of these videos: see leave_out.py. Then
 `--final` writes the model in half precision, calibrated on them.
 """
@@ -189,13 +190,16 @@ def print_false_alarms(reals: pd.DataFrame, calibration: dict[str, float]) -> No
     print(f"\nReal videos called fake\n{(reals >= limit).mean().round(3).to_string()}")
 
 
-def write_final(model: Path, calibration: dict[str, float], file: Path, frames: int = 0) -> None:
+def write_final(
+    model: Path, calibration: dict[str, float], file: Path, frames: int = 0, reference: float = 0
+) -> None:
     """A model in half precision with the calibration of scores of videos that it did not know.
 
     They had the offsets of their models taken off: so its own is taken off, too. `frames` is how
     many they are the mean of, if not as many as in training: it looks at as many from now on.
     """
     content = torch.load(model, weights_only=True)
+    content["config"]["REFERENCE"] = reference
     if frames:
         content["config"]["CLIPS_PER_VIDEO"] = frames // content["config"]["FRAMES_PER_VIDEO"]
     content |= calibration | {"offset": calibration["offset"] + content["offset"]}
@@ -214,12 +218,14 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--final", type=Path)
-    parser.add_argument("--frames", type=int, default=16, help="at least so many of each video")
+    parser.add_argument("--reference", type=float, default=0.0)
+    parser.add_argument("--frames", type=int, help="of each video, if not as many as in the file")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
     model, saved = load_detector(given.model)
+    model.reference = given.reference or model.reference
     settings = ClipSettings.of(SimpleNamespace(**saved["config"]))
-    settings = replace(settings, frames=max(settings.frames, given.frames))
+    settings = replace(settings, frames=given.frames or settings.frames)
     table = cache_corpus(given.folder, settings, given.workers)
     table["logit"] = score(model, table)
     table["probability"] = probabilities(table.logit.to_numpy(), saved["temperature"])
@@ -228,7 +234,7 @@ def main() -> None:
     calibration = saved | {"offset": 0.0}  # its own has been taken off the logits
     if given.final:
         calibration = calibrate(table.logit.to_numpy(), table.label.to_numpy())
-        write_final(given.model, calibration, given.final, settings.frames)
+        write_final(given.model, calibration, given.final, settings.frames, model.reference)
     print_false_alarms(degraded_logits(model, table[table.label == 0]), calibration)
     if given.output:
         table.drop(columns="clip_file").to_csv(given.output, index=False)
