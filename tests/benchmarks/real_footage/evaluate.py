@@ -196,10 +196,11 @@ def write_final(
     """A model in half precision with the calibration of scores of videos that it did not know.
 
     They had the offsets of their models taken off: so its own is taken off, too. `frames` is how
-    many they are the mean of, if not as many as in training: it looks at as many from now on.
+    many they are the mean of, and `reference` what they are relative to, if not as in training.
     """
     content = torch.load(model, weights_only=True)
-    content["config"]["REFERENCE"] = reference
+    if reference:
+        content["config"]["REFERENCE"] = reference
     if frames:
         content["config"]["CLIPS_PER_VIDEO"] = frames // content["config"]["FRAMES_PER_VIDEO"]
     content |= calibration | {"offset": calibration["offset"] + content["offset"]}
