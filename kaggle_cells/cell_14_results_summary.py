@@ -153,7 +153,7 @@ Data
 Method
   clips      {CONFIG.CLIPS_PER_VIDEO} x {CONFIG.FRAMES_PER_VIDEO} frames per video
   crop       {CONFIG.IMAGE_SIZE} pixels of the {"face" if CONFIG.FACE_CROP else "frame's middle"}
-  model      {CONFIG.BACKBONE} + BiLSTM + self-attention
+  model      {CONFIG.BACKBONE}{", BiLSTM, attention" if CONFIG.LSTM_LAYERS else ", frame by frame"}
              initial weights: {WEIGHTS_ORIGIN}
   training   {trained if HISTORY else "in another run, perhaps on some of these recordings"}
              best epoch {MODEL_INFO["epoch"]}, validation AUC {MODEL_INFO["val_auc"]:.3f}

@@ -180,14 +180,15 @@ def test_pictures_and_videos_are_trained_on_together(demo_set, tmp_path):
     draw(root / "faces", *(f"real/{n}.jpg" for n in faces), *(f"fake/{n}__x.jpg" for n in faces))
     (root / "videos").symlink_to(demo_set)
     text = run_script(
-        "cell_13_model_evaluation",
+        "cell_14_results_summary",
         tmp_path / "run",
         **dict(DATA_DIR=root, MAX_VIDEOS_PER_CLASS=0, VAL_FRACTION=0.25, TEST_FRACTION=0.25),
         **dict(FRAMES_PER_VIDEO=2, CLIPS_PER_VIDEO=2, IMAGE_SIZE=48, BACKBONE="shufflenet_v2_x0_5"),
-        **dict(PRETRAINED=False, LSTM_HIDDEN=8, ATTENTION_HEADS=2, EPOCHS=1, BATCH_SIZE=4),
+        **dict(PRETRAINED=False, LSTM_LAYERS=0, EPOCHS=1, BATCH_SIZE=4),
         **dict(EPOCH_VIDEOS=8, DATASET_SHARES="[faces 3]", AUGMENTATION="robust", ROBUSTNESS=0),
     )
     assert "24 pictures are shown 2 times" in text
+    assert "shufflenet_v2_x0_5, frame by frame\n" in text
     table = pd.read_csv(tmp_path / "run" / "results" / "test_predictions.csv")
     scored = table.groupby("dataset").frame_scores.agg(lambda s: {len(t.split()) for t in s})
     assert scored.to_dict() == {"faces": {2}, "videos": {4}}
