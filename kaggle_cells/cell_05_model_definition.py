@@ -114,13 +114,13 @@ def relative_scores(model: DeepfakeDetector, clips: torch.Tensor) -> DetectorOut
     That is how coarsely they are compressed; 0: none. What compression leaves, such as the person
     and the light, cancels out. The clips as they are come last: heat maps are of the last pass.
     """
-    base: Any = 0.0, 0.0
+    ref: Any = 0.0, 0.0
     if model.reference:
-        coarseness = device_constant((model.reference,), clips.device)
-        base = model.average_views(normalize(compress(denormalize(clips), coarseness)))
+        coarse = compress(denormalize(clips), device_constant((model.reference,), clips.device))
+        with torch.no_grad():  # heat maps need the gradient of the last pass alone
+            ref = model.average_views(normalize(coarse))
     logit, frames, attention = model.average_views(clips)
-    logit, frames = logit - base[0] - model.offset, frames - base[1] - model.offset
-    return DetectorOutput(logit, frames, attention)
+    return DetectorOutput(logit - ref[0] - model.offset, frames - ref[1] - model.offset, attention)
 
 
 # %% [markdown]

@@ -1,7 +1,7 @@
 """How good is a model on real footage? Scores the videos that assemble.py brought.
 
     python tests/benchmarks/real_footage/evaluate.py FOLDER MODEL.pth [--output TABLE.csv]
-        [--reference 1.7] [--final CALIBRATED.pth]
+        [--frames 8] [--reference 1.7] [--final CALIBRATED.pth]
 
 Prints the AUC of all videos and of each kind and generator, against all real videos, with 95 %
 intervals from resampled groups (people and sources); in groups that hold both, how often a fake
@@ -10,7 +10,9 @@ compression and fewer pixels; and what picture size, sharpness and bytes a secon
 either way round: where these come near the model's, the sources of the videos tell the classes
 apart.
 
-`--reference` scores relative to the same frames compressed so coarsely (REFERENCE).
+`--frames` are those of each video, `--reference` scores relative to the same frames compressed so
+coarsely (REFERENCE); otherwise as the model file says, which for stage one is a single frame.
+
 The numbers count only if the model was trained on none of these videos: see leave_out.py. Then
 `--final` writes the model in half precision, calibrated on them.
 """
