@@ -109,16 +109,16 @@ class DeepfakeDetector(nn.Module):
 
 # %%
 def relative_scores(model: DeepfakeDetector, clips: torch.Tensor) -> DetectorOutput:
-    """The scores of normalised clips, less `offset` and those of the clips as a `reference`.
+    """The scores of normalised clips, less `offset` and 0.7 of those of a `reference`.
 
-    That is how coarsely they are compressed; 0: none. What compression leaves, such as the person
-    and the light, cancels out. The clips as they are come last: heat maps are of the last pass.
+    That is the clips compressed so coarsely; 0: none. What compression leaves, such as the person
+    and the light, nearly cancels out. The intact clips come last: heat maps are of the last pass.
     """
     ref: Any = 0.0, 0.0
     if model.reference:
         coarse = compress(denormalize(clips), device_constant((model.reference,), clips.device))
         with torch.no_grad():  # heat maps need the gradient of the last pass alone
-            ref = model.average_views(normalize(coarse))
+            ref = [0.7 * part for part in model.average_views(normalize(coarse))[:2]]
     logit, frames, attention = model.average_views(clips)
     return DetectorOutput(logit - ref[0] - model.offset, frames - ref[1] - model.offset, attention)
 

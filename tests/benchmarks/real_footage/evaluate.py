@@ -1,7 +1,7 @@
 """How good is a model on real footage? Scores the videos that assemble.py brought.
 
     python tests/benchmarks/real_footage/evaluate.py FOLDER MODEL.pth [--output TABLE.csv]
-        [--frames 8] [--reference 1.7] [--final CALIBRATED.pth]
+        [--frames 8] [--size 256] [--reference 1.7] [--final CALIBRATED.pth]
 
 Prints the AUC of all videos and of each kind and generator, against all real videos, with 95 %
 intervals from resampled groups (people and sources); in groups that hold both, how often a fake
@@ -10,8 +10,9 @@ compression and fewer pixels; and what picture size, sharpness and bytes a secon
 either way round: where these come near the model's, the sources of the videos tell the classes
 apart.
 
-`--frames` are those of each video, `--reference` scores relative to the same frames compressed so
-coarsely (REFERENCE); otherwise as the model file says, which for stage one is a single frame.
+`--frames` are those of each video, `--size` the pixels of a crop, `--reference` scores relative to
+the same frames compressed so coarsely (REFERENCE); otherwise as the model file says, which for
+stage one is a single frame.
 
 The numbers count only if the model was trained on none of these videos: see leave_out.py. Then
 `--final` writes the model in half precision, calibrated on them.
@@ -59,7 +60,13 @@ from cell_08_evaluation_functions import (  # noqa: E402
     probabilities,
 )
 
-HARM = {"blur": (blur_frame, 1.5), "JPEG 30": (compress_jpeg, 30), "1/3 size": (downscale, 1 / 3)}
+
+def blur(frame: np.ndarray, sigma: float) -> np.ndarray:
+    """A crop blurred as much as one of 192 pixels by `sigma` pixels."""
+    return blur_frame(frame, sigma * len(frame) / 192)
+
+
+HARM = {"blur": (blur, 1.5), "JPEG 30": (compress_jpeg, 30), "1/3 size": (downscale, 1 / 3)}
 
 
 def find_corpus(folder: Path) -> pd.DataFrame:
@@ -192,19 +199,14 @@ def print_false_alarms(reals: pd.DataFrame, calibration: dict[str, float]) -> No
     print(f"\nReal videos called fake\n{(reals >= limit).mean().round(3).to_string()}")
 
 
-def write_final(
-    model: Path, calibration: dict[str, float], file: Path, frames: int = 0, reference: float = 0
-) -> None:
+def write_final(model: Path, calibration: dict[str, float], file: Path, **settings: Any) -> None:
     """A model in half precision with the calibration of scores of videos that it did not know.
 
-    They had the offsets of their models taken off: so its own is taken off, too. `frames` is how
-    many they are the mean of, and `reference` what they are relative to, if not as in training.
+    They had the offsets of their models taken off: so its own is taken off, too. `settings` are the
+    parameters that the scores were made with, if not as in training.
     """
     content = torch.load(model, weights_only=True)
-    if reference:
-        content["config"]["REFERENCE"] = reference
-    if frames:
-        content["config"]["CLIPS_PER_VIDEO"] = frames // content["config"]["FRAMES_PER_VIDEO"]
+    content["config"] |= settings
     content |= calibration | {"offset": calibration["offset"] + content["offset"]}
     content["model"] = {
         name: value.half() if value.is_floating_point() else value
@@ -223,12 +225,14 @@ def main() -> None:
     parser.add_argument("--final", type=Path)
     parser.add_argument("--reference", type=float, default=0.0)
     parser.add_argument("--frames", type=int, help="of each video, if not as many as in the file")
+    parser.add_argument("--size", type=int, help="of a crop in pixels, if not as in the file")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
     model, saved = load_detector(given.model)
     model.reference = given.reference or model.reference
     settings = ClipSettings.of(SimpleNamespace(**saved["config"]))
-    settings = replace(settings, frames=given.frames or settings.frames)
+    frames, size = given.frames or settings.frames, given.size or settings.size
+    settings = replace(settings, frames=frames, size=size)
     table = cache_corpus(given.folder, settings, given.workers)
     table["logit"] = score(model, table)
     table["probability"] = probabilities(table.logit.to_numpy(), saved["temperature"])
@@ -237,7 +241,9 @@ def main() -> None:
     calibration = saved | {"offset": 0.0}  # its own has been taken off the logits
     if given.final:
         calibration = calibrate(table.logit.to_numpy(), table.label.to_numpy())
-        write_final(given.model, calibration, given.final, settings.frames, model.reference)
+        clips = frames // model.frames
+        changes = dict(CLIPS_PER_VIDEO=clips, IMAGE_SIZE=size, REFERENCE=model.reference)
+        write_final(given.model, calibration, given.final, **changes)
     print_false_alarms(degraded_logits(model, table[table.label == 0]), calibration)
     if given.output:
         table.drop(columns="clip_file").to_csv(given.output, index=False)
