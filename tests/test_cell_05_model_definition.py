@@ -287,11 +287,15 @@ def test_scores_with_a_reference_are_relative_to_the_same_frames_compressed():
     with torch.no_grad():
         relative, both = model(clips), model.score_clip(torch.cat([clips, coarse]))
     for found, parts in ((relative.logit, both.logit), (relative.frame_logits, both.frame_logits)):
-        assert torch.allclose(found, parts[:2] - 0.7 * parts[2:], atol=1e-4)
+        expected = parts[:2] - 0.7 * parts[2:]
+        assert torch.allclose(found, expected, atol=1e-4) and found.abs().max() > 1e-3
     assert torch.allclose(relative.attention, both.attention[:2], atol=1e-4)
     model.offset = 0.5
     with torch.no_grad():
         assert torch.allclose(model(clips).logit, relative.logit - 0.5, atol=1e-4)
+        flat = normalize(torch.full_like(clips, 0.4))  # what compression does not change
+        kept = 0.3 * model.score_clip(flat).logit
+        assert torch.allclose(model(flat).logit, kept - 0.5, atol=0.02)
 
 
 def test_several_clips_of_a_video_are_averaged():
