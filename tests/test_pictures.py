@@ -91,6 +91,15 @@ def test_face_crops_are_used_whole_from_where_they_are_and_photos_are_cropped(
         assert 0 < landmarks[0, 0, 0] < landmarks[0, 1, 0] < 64  # the left eye, the right eye
 
 
+def test_the_assumed_landmarks_of_a_face_crop_lie_on_the_face(face_detector):
+    portrait = (cell.load_portrait()[..., ::-1] * 255).astype(np.uint8)
+    boxes, landmarks, _ = cell.find_face([portrait], face_detector)
+    (left, top, right, bottom), side = boxes[0], (boxes[0, 3] - boxes[0, 1]) / 1.11
+    corner = (left + right - side) / 2, top + 0.1 * side  # as in DFDC's faces_224, in the median
+    found = (landmarks[0] - corner) / side
+    assert np.abs(found - cell.CROP_LANDMARKS).max() < 0.06
+
+
 def test_where_one_class_alone_is_face_crops_both_are_cropped(tmp_path, face_detector):
     """Else the size of the face would tell real from fake."""
     draw(tmp_path, *(f"real/{number}.png" for number in range(3)), tight=False)
