@@ -381,14 +381,17 @@ def resolve_duplicates(videos: pd.DataFrame) -> pd.DataFrame:
 
 
 # %%
+def require_known(parameter: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ValueError if a parameter names something that is not among the `known`."""
+    if unknown := {*names} - {*known}:
+        lists = (", ".join(sorted(part)) for part in (unknown, {*known}))
+        raise ValueError(f"{parameter}: {' not among '.join(lists)}")
+
+
 def choose_methods(videos: pd.DataFrame, methods: Iterable[str], root: Path) -> pd.DataFrame:
     """Real videos and the fakes of the methods wanted; none named means all but ONLY_IF_NAMED."""
     known = set(videos.method) - {"real"}
-    if unknown := set(methods) - known:
-        raise ValueError(
-            f"METHODS: {', '.join(sorted(unknown))} not found below {root}; "
-            f"available: {', '.join(sorted(known))}"
-        )
+    require_known("METHODS", methods, known)
     left_out = (videos.method == ONLY_IF_NAMED).sum()
     if left_out and not methods:
         warnings.warn(
@@ -607,10 +610,7 @@ def split_videos(
     `holdout` methods are in the test set only: those whose group is elsewhere are dropped. Raises
     ValueError, with the counts, if a split lacks a class that is `needed`.
     """
-    known = set(videos.method[videos.label == 1])
-    if unknown := set(holdout) - known:
-        names, others = (", ".join(sorted(methods)) for methods in (unknown, known))
-        raise ValueError(f"HOLDOUT_METHODS: {names} not among {others}")
+    require_known("HOLDOUT_METHODS", holdout, videos.method[videos.label == 1])
     held, shares = videos.method.isin(list(holdout)), split_shares(videos, val, test)
     complete = videos.dataset.map(lambda name: sum(map(bool, shares[name].values())) == 1)
     fixed = videos.split.isin(["val", "test"]) | ((videos.split == "train") & complete)

@@ -32,6 +32,7 @@ from cell_03_data_processing import (
     make_demo_set,
     remove_partial_files,
     require_classes,
+    require_known,
     require_own_tables,
     require_space,
     sample_per_class,
@@ -85,9 +86,8 @@ def count_videos(videos: pd.DataFrame) -> pd.DataFrame:
 
 
 DATA_ORIGIN, found_videos = locate_dataset()
-if CONFIG.EPOCHS and (_unknown := {*CONFIG.dataset_shares} - {*found_videos.dataset}):
-    _names = ", ".join(sorted(found_videos.dataset.unique()))
-    raise ValueError(f"DATASET_SHARES: {', '.join(sorted(_unknown))} not among {_names}")
+if CONFIG.EPOCHS:
+    require_known("DATASET_SHARES", CONFIG.dataset_shares, found_videos.dataset)
 usable_videos, SKIPPED = check_files(found_videos, CONFIG.NUM_WORKERS)
 save_csv(SKIPPED, CONFIG.work_dir / "data" / "skipped.csv")
 if len(found_videos):

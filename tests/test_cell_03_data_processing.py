@@ -434,7 +434,7 @@ def test_an_unknown_folder_is_an_error_that_says_what_is_there(tmp_path):
 
 def test_an_unknown_method_is_an_error_that_names_the_known_ones(tmp_path):
     film(tmp_path, "real/a.mp4", "fake/x/a.mp4")
-    with pytest.raises(ValueError, match="Faceswap not found.*available: x"):
+    with pytest.raises(ValueError, match="METHODS: Faceswap not among x"):
         find_videos(tmp_path, ["Faceswap"])
 
 

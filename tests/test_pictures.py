@@ -94,8 +94,9 @@ def test_face_crops_are_used_whole_from_where_they_are_and_photos_are_cropped(
 def test_the_assumed_landmarks_of_a_face_crop_lie_on_the_face(face_detector):
     portrait = (cell.load_portrait()[..., ::-1] * 255).astype(np.uint8)
     boxes, landmarks, _ = cell.find_face([portrait], face_detector)
-    (left, top, right, bottom), side = boxes[0], (boxes[0, 3] - boxes[0, 1]) / 1.11
-    corner = (left + right - side) / 2, top + 0.1 * side  # as in DFDC's faces_224, in the median
+    left, top, right, bottom = boxes[0]
+    side = (bottom - top) / 1.11  # as in DFDC's faces_224, in the median
+    corner = (left + right - side) / 2, top + 0.1 * side
     found = (landmarks[0] - corner) / side
     assert np.abs(found - cell.CROP_LANDMARKS).max() < 0.06
 
