@@ -1034,7 +1034,6 @@ def between(
     return values[:, :4], values[:, 4:].reshape(-1, 5, 2)
 
 
-# %%
 def find_face(frames: list[np.ndarray], detector: Mtcnn) -> tuple[np.ndarray, np.ndarray, float]:
     """The face of a clip: boxes (T, 4), landmarks (T, 5, 2) in pixels, share of frames showing it.
 
@@ -1323,11 +1322,12 @@ def find_faces(moments: list[Moment], detector: Mtcnn, tracker: FaceTracker) -> 
 
 # %% [markdown]
 # A face that training would not know is not judged: it would be pressed to a number that means
-# nothing. The pretrained model, which sees crops of 192 pixels, was calibrated on videos with faces
-# of at least 67 pixels (350 were measured) and, all but 3 of 737, a sharpness of at least 6. A blur
-# of 2 pixels, the strongest in training, leaves 5.5 of the median's 68.
+# nothing. The pretrained model was calibrated on videos with faces of at least 67 pixels (350 were
+# measured) and, all but 3 of 737, in crops of 192 pixels, a sharpness of at least 6. There a blur
+# of 2 pixels, the strongest in training, leaves 5.5 of the median's 68. Larger crops know no more.
 
 # %%
+MEASURED_SIDE = 192  # pixels of a crop; larger ones are treated like these
 LEAST_SIDE = 0.4  # of a crop before it is resized, as a share of its side after that
 LEAST_SHARPNESS = 6.0  # variance of the Laplacian of the crops
 
@@ -1359,7 +1359,8 @@ class Window:
 
 def measure_sharpness(clip: np.ndarray) -> float:
     """The median over some frames of a clip (T, S, S, 3)."""
-    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in clip[:: max(1, len(clip) // 4)]]
+    size, some = [min(MEASURED_SIDE, clip.shape[1])] * 2, clip[:: max(1, len(clip) // 4)]
+    grey = [cv2.cvtColor(cv2.resize(frame, size), cv2.COLOR_RGB2GRAY) for frame in some]
     return float(np.median([cv2.Laplacian(frame, cv2.CV_32F).var() for frame in grey]))
 
 
@@ -1369,7 +1370,7 @@ def why_not(window: Window, moments: list[Moment], seen: int, settings: ClipSett
     if not settings.face_crop:
         return ""
     looks = sum(moment.is_looked_at for moment in moments)
-    needed = LEAST_SIDE * settings.size / (1 + 2 * settings.margin)
+    needed = LEAST_SIDE * min(MEASURED_SIDE, settings.size) / (1 + 2 * settings.margin)
     if looks > 1 and (seen < 2 or window.end - window.start < min(1.0, settings.seconds / 8)):
         return f"there for only {window.end - window.start:.1f} s, or not a face"
     if window.size < needed:

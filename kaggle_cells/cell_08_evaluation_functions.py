@@ -917,7 +917,6 @@ def most_suspicious(windows: list[Window]) -> tuple[float, int]:
     return float(means[best]), int(np.where(inside[best], logits, -np.inf).argmax())
 
 
-# %%
 def find_stretch(windows: list[Window], place: int, limit: float) -> tuple[float, float]:
     """From when to when the windows around number `place` have a P(fake) of at least `limit`."""
     low = [i for i, window in enumerate(windows) if window.probability < limit]

@@ -231,6 +231,20 @@ def test_what_training_would_not_know_is_not_judged_and_the_reason_is_said(
     assert reason in " ".join(window.reason for window in judged.windows)
 
 
+def test_larger_crops_of_a_face_change_nothing_about_whether_it_is_judged():
+    portrait = (data.load_portrait()[100:388, 121:409] * 255).astype(np.uint8)
+    moments = [data.Moment(i, float(i), portrait, 1, True) for i in range(8)]
+    sharpness = []
+    for size in (192, 256):
+        crop = cv2.resize(portrait, (size, size), interpolation=cv2.INTER_AREA)
+        sharpness.append(data.measure_sharpness(crop[None]))
+        settings = ClipSettings(8, 8.0, size, face_crop=True, margin=0.1)
+        for face, reason in ((70.0, ""), (60.0, "too small: 60 pixels, where 64 are needed")):
+            window = Window(1, 0.0, 8.0, size=face, sharpness=data.LEAST_SHARPNESS)
+            assert data.why_not(window, moments, 8, settings) == reason
+    assert sharpness[1] == pytest.approx(sharpness[0], rel=0.35)  # measured there, it is a half
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [("one frame", "holds 1 frame"), ("sound", "sound alone"), ("folder", "without pictures")],
