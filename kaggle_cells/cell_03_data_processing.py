@@ -857,8 +857,7 @@ def missing_part(path: Path, end: int, time: float, total: int, fps: float) -> s
 def read_frames(path: Path, count: int, seconds: float) -> Frames:
     """`count` RGB frames (H, W, 3) uint8 of a video, their numbers, and a note if some are hidden.
 
-    Short videos repeat frames. Raises VideoError with the reason if it is not a video, or ends
-    before it should.
+    Short videos repeat frames. Raises VideoError if it is not a video, or ends before it should.
     """
     capture, note = open_video(path), ""
     total, fps = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
@@ -1090,6 +1089,11 @@ class ClipSettings:
     face_crop: bool
     margin: float
 
+    @property
+    def moments(self) -> int:
+        """Frames compared in a window of a whole video: an odd number for each that is used."""
+        return self.frames * (math.ceil(15 / self.frames) | 1)
+
     @classmethod
     def of(cls, config: Config | SimpleNamespace) -> "ClipSettings":
         frames, seconds = config.FRAMES_PER_VIDEO * config.CLIPS_PER_VIDEO, config.CLIP_SECONDS
@@ -1132,8 +1136,8 @@ def make_clip(path: Path, settings: ClipSettings, detector: Mtcnn) -> Clip:
 # %% [markdown]
 # **Whole videos.** Training takes one clip of a video, scoring all of it: windows as long as a
 # clip, side by side, in one pass that decodes a few frames ahead and keeps the frames of one
-# window. They are spaced, looked at for faces and cropped as in a clip. But here every face is
-# followed, until it is gone or a cut changes the picture.
+# window. Some are looked at for faces, and those of a face cropped, as in a clip. But here every
+# face is followed, until it is gone or a cut changes the picture.
 
 # %%
 READ_AHEAD = 8  # frames decoded while others are looked at
@@ -1164,7 +1168,7 @@ def spacing_of(capture: cv2.VideoCapture, settings: ClipSettings) -> tuple[int, 
     total, fps = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
     fps = fps if fps > 0 else 25.0
     span = max(settings.frames, round(fps * settings.seconds))
-    return total, fps, (min(total, span) if total > 1 else span) / settings.frames
+    return total, fps, (min(total, span) if total > 1 else span) / settings.moments
 
 
 def thumbnail(frame: np.ndarray) -> np.ndarray:
@@ -1190,7 +1194,8 @@ def is_cut(before: np.ndarray, after: np.ndarray) -> bool:
 # %%
 def read_moments(path: Path, settings: ClipSettings, wanted: Collection[int]) -> Iterator[Moment]:
     """The wanted moments of a video, in one pass. Raises VideoError where it ends too early."""
-    capture, offsets = open_video(path), {*looked_at(settings.frames).tolist()}
+    capture, each = open_video(path), settings.moments // settings.frames
+    offsets = {*(looked_at(settings.frames) * each + each // 2).tolist()}
     total, fps, step = spacing_of(capture, settings)
     at, number, scene, time, shape = 0, 0, 0, 0.0, None
     before = np.zeros((32, 32, 3), np.uint8)
@@ -1205,7 +1210,7 @@ def read_moments(path: Path, settings: ClipSettings, wanted: Collection[int]) ->
                 after = thumbnail(frame)
                 is_new = frame.shape != shape or is_cut(before, after)
                 scene, before, shape = scene + is_new, after, frame.shape
-                is_looked_at = is_new or number % settings.frames in offsets
+                is_looked_at = is_new or number % settings.moments in offsets
                 done = min(1.0, at / max(1, total))
                 yield Moment(number, time or at / fps, frame, scene, is_looked_at, done)
             number += 1
@@ -1245,7 +1250,7 @@ def plan_windows(
 
     With a `limit` they are as many, spread evenly, else as many as the video has room for.
     """
-    apart = count = settings.frames
+    apart = count = settings.moments
     if stride or limit:
         capture = open_video(path)
         total, fps, step = spacing_of(capture, settings)
@@ -1380,13 +1385,13 @@ def why_not(window: Window, moments: list[Moment], seen: int, settings: ClipSett
 
 # %%
 def face_in(moments: list[Moment], face: int, settings: ClipSettings) -> Window:
-    """What a window shows of a face, between the nearest moments when the face was not found."""
+    """What a window shows of a face, up to half-way to the moments when it was not found."""
     seen = [i for i, moment in enumerate(moments) if face in (moment.faces or {})]
     scene = moments[seen[0]].scene
     inside = [i for i, moment in enumerate(moments) if moment.scene == scene]
     missed = [i for i in inside if moments[i].is_looked_at and i not in seen]
-    first = max((i + 1 for i in missed if i < seen[0]), default=inside[0])
-    last = min((i - 1 for i in missed if i > seen[-1]), default=inside[-1])
+    first = max(((i + seen[0] + 1) // 2 for i in missed if i < seen[0]), default=inside[0])
+    last = min(((i + seen[-1]) // 2 for i in missed if i > seen[-1]), default=inside[-1])
     faces = [(moments[i].faces or {})[face] for i in seen]
     boxes, _ = between(np.arange(first, last + 1), seen, faces)
     count = settings.frames if len(moments) > 1 else 1
@@ -1427,7 +1432,7 @@ def face_windows(
         starts, wanted = plan_windows(path, settings, stride, limit)
         moments = read_ahead(read_moments(path, settings, wanted))
     tracker = FaceTracker()
-    for window in gather_windows(moments, settings.frames, starts):
+    for window in gather_windows(moments, settings.moments, starts):
         find_faces(window, detector if settings.face_crop else None, tracker)
         faces = sorted({face for moment in window for face in moment.faces or ()})
         span = time_span(window, 0, len(window) - 1)

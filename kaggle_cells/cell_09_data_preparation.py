@@ -63,8 +63,7 @@ def locate_dataset() -> tuple[str, pd.DataFrame]:
         except FileNotFoundError as error:
             if CONFIG.DATA_DIR != "auto":
                 raise
-            names = {path.name for path in Path(place).glob("*")}
-            if names - {*OWN_TABLES}:
+            if {path.name for path in Path(place).glob("*")} - {*OWN_TABLES}:
                 print(f"Not used: {error}")
     only_predicts = CONFIG.DATA_DIR == "auto" and CONFIG.PREDICT_DIR and not CONFIG.EPOCHS
     if CONFIG.DATA_DIR == "none" or only_predicts:
@@ -177,8 +176,7 @@ def report_preparation() -> None:
             f"{stills.sum()} pictures are shown {wanted} times, as clips in which nothing moves. "
             "FRAMES_PER_VIDEO = 1 learns as much from them in a fraction of the time."
         )
-    noted = VIDEOS[VIDEOS.note.fillna("") != ""]
-    for row in noted.head(5).itertuples():
+    for row in VIDEOS[VIDEOS.note.fillna("") != ""].head(5).itertuples():
         print(f"{row.path.name}: {row.note}")
 
 

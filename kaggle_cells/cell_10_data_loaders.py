@@ -59,11 +59,8 @@ def checkpoint_to_resume() -> Path | None:
     """The checkpoint this run resumes from, if any: the same in all processes."""
     if not (CONFIG.RESUME and CONFIG.EPOCHS):
         return None
-    found = None
-    if RANK == 0:
-        places = CONFIG.last_checkpoint, RUN_SETTINGS, attached_checkpoints()
-        found = find_resume_checkpoint(*places)
-    return broadcast_object(found)
+    places = CONFIG.last_checkpoint, RUN_SETTINGS, attached_checkpoints()
+    return broadcast_object(find_resume_checkpoint(*places) if RANK == 0 else None)
 
 
 def batch_size_to_use() -> int:

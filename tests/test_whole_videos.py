@@ -204,6 +204,17 @@ def odd(kind: str, frames: list[np.ndarray], folder: Path) -> Path:
     return file
 
 
+def test_light_that_changes_within_seconds_is_no_cut_for_a_model_of_few_frames(
+    face_detector, tmp_path
+):
+    portrait = cv2.resize(data.load_portrait()[20:500], (240, 225)) * 255
+    turns = 2 * np.pi * (np.arange(16 * FPS) / (8 * FPS))[:, None] + [0.0, 2.1, 4.2]
+    frames = [(portrait * light).astype(np.uint8) for light in 0.6 + 0.3 * np.cos(turns)]
+    write_video(tmp_path / "disco.mp4", frames, FPS)
+    windows = [*data.face_windows(tmp_path / "disco.mp4", SMALL, face_detector)]
+    assert [[(w.face, w.reason) for w in faces] for faces in windows] == [[(1, "")], [(1, "")]]
+
+
 @pytest.mark.parametrize("kind", ["phone", "uneven", "emoji", "truncated"])
 def test_odd_videos_are_judged(kind, people, predictor, tmp_path):
     frames = splice(people[0], 24, 16, 8)
