@@ -204,6 +204,11 @@ def odd(kind: str, frames: list[np.ndarray], folder: Path) -> Path:
     return file
 
 
+def test_a_picture_of_many_colours_is_no_cut_after_itself():
+    colours = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
+    assert not data.is_cut(colours[0], colours[0]) and data.is_cut(colours[0], colours[1] // 2)
+
+
 def test_light_that_changes_within_seconds_is_no_cut_for_a_model_of_few_frames(
     face_detector, tmp_path
 ):
