@@ -1141,8 +1141,8 @@ def make_clip(path: Path, settings: ClipSettings, detector: Mtcnn) -> Clip:
 
 # %%
 READ_AHEAD = 8  # frames decoded while others are looked at
-# Half a second apart, frames of 120 real-footage videos and of 14 demo videos are at least 1.2 alike
-# (of 1,912 pairs, 2 were not, in one video); of two videos, 98 in 100 are less than 0.9.
+# Half a second apart, frames of 120 real-footage and 14 demo videos are at least 1.2 alike (of
+# 1,912 pairs, 2 were not, in one video); of two videos, 98 in 100 are less than 0.9.
 LEAST_ALIKE = 0.9
 
 
