@@ -1376,7 +1376,8 @@ def why_not(window: Window, moments: list[Moment], seen: int, settings: ClipSett
         return ""
     looks = sum(moment.is_looked_at for moment in moments)
     needed = LEAST_SIDE * min(MEASURED_SIDE, settings.size) / (1 + 2 * settings.margin)
-    if looks > 1 and (seen < 2 or window.end - window.start < min(1.0, settings.seconds / 8)):
+    least = min(1.0, settings.seconds / 8, moments[-1].seconds - moments[0].seconds)
+    if looks > 1 and (seen < 2 or window.end - window.start < least):
         return f"there for only {window.end - window.start:.1f} s, or not a face"
     if window.size < needed:
         return f"too small: {window.size:.0f} pixels, where {needed:.0f} are needed"

@@ -86,8 +86,7 @@ def scored_samples(name: str) -> list[Sample]:
 
 def make_loader(name: str, batches: Any = None) -> DataLoader:
     """A loader of `batches` of samples, or else of all of a split."""
-    frames, workers = CONFIG.FRAMES_PER_VIDEO, CONFIG.NUM_WORKERS
-    dataset = ClipDataset(SPLIT_TABLES[name], workers, frames=frames)
+    dataset = ClipDataset(SPLIT_TABLES[name], CONFIG.NUM_WORKERS, frames=CONFIG.FRAMES_PER_VIDEO)
     if batches is None:  # process 1 of 3 scores the clips 1, 4, 7, ...
         samples, stills = scored_samples(name)[RANK::WORLD_SIZE], CONFIG.CLIPS_PER_VIDEO
         batches = batches_of_one_length(dataset, samples, SCORED_AT_ONCE, SCORED_AT_ONCE * stills)

@@ -204,6 +204,12 @@ def odd(kind: str, frames: list[np.ndarray], folder: Path) -> Path:
     return file
 
 
+@pytest.mark.parametrize("kind", ["real", "fake"])
+def test_a_video_of_less_than_a_second_is_judged(kind, people, predictor, tmp_path):
+    write_video(tmp_path / "short.mp4", people[0][kind][:4], FPS)
+    assert predictor.judge(tmp_path / "short.mp4").verdict == kind
+
+
 def test_a_picture_of_many_colours_is_no_cut_after_itself():
     colours = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
     assert not data.is_cut(colours[0], colours[0]) and data.is_cut(colours[0], colours[1] // 2)
