@@ -476,11 +476,11 @@ def codec_constants(size: int, device: torch.device) -> tuple[torch.Tensor, ...]
     return tuple(constant.to(device) for constant in constants)
 
 
-def compress(clips: torch.Tensor, coarseness: torch.Tensor | float) -> torch.Tensor:
+def compress(clips: torch.Tensor, coarseness: torch.Tensor) -> torch.Tensor:
     """JPEG's loss for clips (B, T, 3, S, S): the cosine coefficients of 8 x 8 blocks are rounded.
 
-    The steps grow with the frequency, times `coarseness`, (B, 1, 1, 1, 1) or one number: 0.2 is
-    about quality 90, 1 about 50, 1.7 about 30; 0 changes nothing.
+    The steps grow with the frequency, times `coarseness` (B, 1, 1, 1, 1): 0.2 is about quality 90,
+    1 about 50, 1.7 about 30; 0 changes nothing.
     """
     colours, back, cosines, steps = codec_constants(clips.shape[-1], clips.device)
     channels = (colours @ clips.flatten(-2)).view_as(clips)
@@ -580,7 +580,7 @@ def plot_augmentation(seed: int = 2) -> Figure:
     warped = warp_face(perturbed, transforms, random)
     mask = blend_mask(transforms[1], real.shape[-1], random)[:, :, None]
     augmented = change_colours(crop_and_flip(real, random), random, 0.2)
-    steps = {"real": real, "augmented": compress(augmented, 0.8)}
+    steps = {"real": real, "augmented": compress(augmented, torch.tensor(0.8))}
     steps |= {"perturbed": perturbed, "warped": warped, "mask": mask.expand_as(real)}
     steps["self-blend"] = real.lerp(warped, mask)
     pictures = torch.cat([*steps.values()])[:, 0].movedim(1, -1).numpy()

@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cell_01_imports_and_setup import IN_NOTEBOOK, attached_files
 from cell_02_global_config import CONFIG, Config, saved_config
-from cell_04_dataset_class import compress, denormalize, normalize
+from cell_04_dataset_class import compress, denormalize, device_constant, normalize
 
 
 class DetectorOutput(NamedTuple):
@@ -109,18 +109,18 @@ class DeepfakeDetector(nn.Module):
 
 # %%
 def relative_scores(model: DeepfakeDetector, clips: torch.Tensor) -> DetectorOutput:
-    """The scores of normalised clips, less `offset` and 0.7 of the logit of a `reference`.
+    """The scores of normalised clips, less `offset` and 0.7 of those of a `reference`.
 
-    That is the clips compressed so coarsely, so that the person and the light nearly cancel out.
+    That is the clips compressed so coarsely; 0: none. What compression leaves, such as the person
+    and the light, nearly cancels out. The intact clips come last: heat maps are of the last pass.
     """
-    ref = clips.new_full((len(clips), 1), model.offset)
+    ref: Any = 0.0, 0.0
     if model.reference:
-        some = clips if model.reads_order else clips[:, ::2]  # as good, and faster
-        with torch.no_grad():  # heat maps are of the last pass
-            coarse = normalize(compress(denormalize(some), model.reference))
-            ref += 0.7 * model.average_views(coarse).logit[:, None]
+        coarse = compress(denormalize(clips), device_constant((model.reference,), clips.device))
+        with torch.no_grad():  # heat maps need the gradient of the last pass alone
+            ref = [0.7 * part for part in model.average_views(normalize(coarse))[:2]]
     logit, frames, attention = model.average_views(clips)
-    return DetectorOutput(logit - ref[:, 0], frames - ref, attention)
+    return DetectorOutput(logit - ref[0] - model.offset, frames - ref[1] - model.offset, attention)
 
 
 # %% [markdown]
