@@ -1175,7 +1175,7 @@ def inline_html(judgement: Judgement, predictor: Predictor) -> str:
 
 
 # %%
-JUDGEMENT_VERSION = 2  # part of a kept verdict's name: increased when verdicts are made otherwise
+JUDGEMENT_VERSION = 3  # part of a kept verdict's name: increased when verdicts are made otherwise
 PREDICTION_COLUMNS = ["path", "probability", "verdict", "threshold", "face_share", "seconds"]
 PREDICTION_COLUMNS += ["error", "faces", "seconds_judged", "from", "to"]
 
