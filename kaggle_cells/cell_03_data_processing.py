@@ -384,14 +384,14 @@ def resolve_duplicates(videos: pd.DataFrame) -> pd.DataFrame:
 def require_known(parameter: str, names: Iterable[str], known: Iterable[str]) -> None:
     """Raise ValueError if a parameter names something that is not among the `known`."""
     if unknown := {*names} - {*known}:
-        lists = (", ".join(sorted(part)) for part in (unknown, {*known}))
-        raise ValueError(f"{parameter}: {' not among '.join(lists)}")
+        wrong, available = ", ".join(sorted(unknown)), ", ".join(sorted({*known}))
+        raise ValueError(f"{parameter}: {wrong} not among {available}")
 
 
 def choose_methods(videos: pd.DataFrame, methods: Iterable[str], root: Path) -> pd.DataFrame:
     """Real videos and the fakes of the methods wanted; none named means all but ONLY_IF_NAMED."""
     known = set(videos.method) - {"real"}
-    require_known("METHODS", methods, known)
+    require_known(f"METHODS below {root}", methods, known)
     left_out = (videos.method == ONLY_IF_NAMED).sum()
     if left_out and not methods:
         warnings.warn(

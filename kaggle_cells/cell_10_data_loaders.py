@@ -57,10 +57,10 @@ RUN_SETTINGS = run_settings(CONFIG, pd.concat(SPLIT_TABLES.values()))
 # %%
 def checkpoint_to_resume() -> Path | None:
     """The checkpoint this run resumes from, if any: the same in all processes."""
-    if not (CONFIG.RESUME and CONFIG.EPOCHS):
-        return None
+    if RANK or not (CONFIG.RESUME and CONFIG.EPOCHS):
+        return broadcast_object(None)
     places = CONFIG.last_checkpoint, RUN_SETTINGS, attached_checkpoints()
-    return broadcast_object(find_resume_checkpoint(*places) if RANK == 0 else None)
+    return broadcast_object(find_resume_checkpoint(*places))
 
 
 def batch_size_to_use() -> int:
