@@ -843,15 +843,19 @@ def seconds_to_play(path: Path) -> float:
 
 
 # %%
-def missing_part(path: Path, end: int, time: float, total: int, fps: float) -> str:
-    """What of a video's `total` frames is missing if decoding ends after `end`; empty if nothing.
+def check_length(path: Path, end: int, time: float, total: int, fps: float) -> str:
+    """A note if decoding ends after `end` of `total` frames because an edit list hides the rest.
 
-    `time` of the last frame in s. A variable frame rate or an edit list is no damage.
+    `time` of the last frame in s: a variable frame rate is no damage. Raises VideoError if
+    something is missing.
     """
     shown = max(end, time * fps + 1)
-    if shown >= 0.95 * total or shown >= 0.95 * fps * seconds_to_play(path):
+    if shown >= 0.95 * total:
         return ""
-    return f"decoding ends after {end} of {total} frames: truncated or damaged"
+    if shown >= 0.95 * fps * seconds_to_play(path):
+        return f"an edit list shows {end} of {total} frames"
+    missing = f"truncated or damaged, {(total - end) / (fps or 25):.0f} s are missing"
+    raise VideoError(f"decoding ends after {end} of {total} frames: {missing}")
 
 
 def read_frames(path: Path, count: int, seconds: float) -> Frames:
@@ -866,10 +870,7 @@ def read_frames(path: Path, count: int, seconds: float) -> Frames:
     decoded = decode_after_seek(path, positions, fps) if is_long else None
     frames, end, time = decoded or decode_forward(capture, positions)
     if end <= positions[-1]:  # damaged, trimmed, or the container guessed its number of frames
-        if missing := missing_part(path, end, time, total, fps):
-            raise VideoError(missing)
-        if max(end, time * fps + 1) < 0.95 * total:
-            note = f"an edit list shows {end} of {total} frames"
+        note = check_length(path, end, time, total, fps)
         if end < 2:
             raise VideoError(f"holds {end or 'no'} frame{'s' * (end != 1)}")
         positions = frame_positions(end, count, end / time if time else fps, seconds)
@@ -1217,8 +1218,7 @@ def read_moments(path: Path, settings: ClipSettings, wanted: Collection[int]) ->
         at += 1
     if at < 2:
         raise VideoError(f"holds {at or 'no'} frame{'s' * (at != 1)}")
-    if missing := missing_part(path, at, time, total, fps):
-        raise VideoError(f"{missing}: {max(0, total - at) / fps:.0f} s are missing")
+    check_length(path, at, time, total, fps)
 
 
 # %%
