@@ -446,9 +446,9 @@ def read_parameters(source: str, overrides: list[list[str]], known: dict[str, st
 
 
 def register_engine() -> str:
-    """The name of papermill's usual engine, told to write the notebook every five seconds.
+    """The name of papermill's usual engine, saving the notebook at most every five seconds.
 
-    It would before and after each of 280 cells, which takes a third of a short run.
+    Saving before and after each of 280 cells takes a third of a short run.
     """
     from papermill.engines import NBClientEngine, papermill_engines
 
@@ -529,7 +529,7 @@ def run(source: str, overrides: list[list[str]], output: Path | None) -> None:
     assembled.write_text(as_text(notebook), encoding="utf-8")
     print(f"Running {len(notebook.cells)} cells in {folder}", flush=True)
     started = time.time()
-    resume = f"To resume after fixing the cause, run the same command with --output {folder}"
+    resume = f"To resume, run the same command with --output {folder}"
     try:
         execute(assembled, written, parameters, resume)
     finally:
@@ -547,37 +547,41 @@ def run(source: str, overrides: list[list[str]], output: Path | None) -> None:
 
 
 def load_predictor(model: Path) -> Any:
-    """The detector in a model file. Raises Failure, with advice, if it is not there."""
-    if not model.exists():
+    """The detector in a model file. Raises Failure, with advice, if it is none."""
+    if not model.is_file():
         advice = (
             "python build_notebook.py run trains one: give its models/best_model.pth as --model"
         )
         raise Failure(f"{model} does not exist. {advice}")
-    sys.path.insert(0, str(CELLS))
     from cell_01_imports_and_setup import ENVIRONMENT
     from cell_08_evaluation_functions import Predictor, describe_limits
 
-    predictor = Predictor.load(model, ENVIRONMENT.device)
+    try:
+        predictor = Predictor.load(model, ENVIRONMENT.device)
+    except ValueError as error:
+        raise Failure(error) from error
     print(f"{predictor.about} {describe_limits(predictor)}\n")
     return predictor
 
 
 def videos_in(places: list[Path]) -> list[Path]:
-    """The videos that are named, lie below folders, or are listed in text files, each once.
+    """The videos and pictures that are named, lie below folders, or are listed, each once.
 
-    Listed paths are relative to their file. Raises Failure if a place is not there.
+    Paths listed in a text file are relative to it. Raises Failure if there is nothing to score.
     """
-    from cell_03_data_processing import videos_below
+    if missing := [str(place) for place in places if not place.exists()]:
+        raise Failure(f"{', '.join(missing)} does not exist")
+    from cell_03_data_processing import media_below
 
     found: list[Path] = []
     for place in places:
-        if not place.exists():
-            raise Failure(f"{place} does not exist")
         if place.suffix.lower() == ".txt":
             lines = place.read_text(encoding="utf-8-sig").splitlines()
             found += [place.parent / line.strip() for line in lines if line.strip()]
         else:
-            found += videos_below(place) if place.is_dir() else [place]
+            found += media_below(place) if place.is_dir() else [place]
+    if not found:
+        raise Failure(f"no videos or pictures in {', '.join(map(str, places))}")
     return list(dict.fromkeys(found))
 
 
@@ -595,10 +599,10 @@ def print_verdict(judgement: Any) -> None:
 
 def score(given: argparse.Namespace) -> None:
     """Judge videos into a folder. Raises Failure if there is no model or no video."""
+    videos, how = videos_in(given.places), (given.stride, given.max_windows)
     predictor = load_predictor(given.model)
     from cell_08_evaluation_functions import judge_videos, verdict_counts
 
-    videos, how = videos_in(given.places), (given.stride, given.max_windows)
     print("P(fake), verdict, video, its most suspicious face and stretch")
     try:
         table = judge_videos(predictor, videos, given.output, how, print_verdict)
@@ -610,8 +614,6 @@ def score(given: argparse.Namespace) -> None:
 
 def make_app(predictor: Any, gradio: Any) -> Any:
     """A page that takes a video and shows its card; what goes wrong is a sentence."""
-    import cv2
-
     from cell_03_data_processing import VideoError
     from cell_08_evaluation_functions import inline_html
 
@@ -620,8 +622,8 @@ def make_app(predictor: Any, gradio: Any) -> Any:
             return MANY_FILES.format(len(files))
         name = Path(files[0]).name
         try:
-            found = predictor.judge(files[0], progress=partial(progress, desc="looking at it"))
-        except (VideoError, cv2.error) as error:
+            found = predictor.judge(files[0], progress=partial(progress, desc="judging"))
+        except VideoError as error:
             problem = str(error).removeprefix(f"{files[0]}: ")
             return f"<p><b>{escape(name)}</b> cannot be judged: {escape(problem)}.</p>"
         return inline_html(replace(found, path=name), predictor)
@@ -662,6 +664,11 @@ def positive(text: str) -> float:
     return float(text)
 
 
+def whole(text: str) -> int:
+    """A whole number, 1 or more, for argparse."""
+    return int(positive(str(int(text))))
+
+
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -682,12 +689,12 @@ def read_arguments() -> argparse.Namespace:
     scorer.add_argument("--model", type=Path, default=PRETRAINED, help="a best_model.pth")
     scorer.add_argument("--output", type=Path, default=SCORES, help="default: runs/scores")
     seconds: Any = dict(type=positive, default=0.0, metavar="SECONDS")
-    scorer.add_argument("--stride", **seconds, help="between windows; default: side by side")
-    most: Any = dict(type=int, default=0, metavar="N", help="a video, spread evenly; default: all")
-    scorer.add_argument("--max-windows", **most)
+    scorer.add_argument("--stride", **seconds, help="from window to window; default: side by side")
+    most: Any = dict(type=whole, default=0, metavar="N")
+    scorer.add_argument("--max-windows", **most, help="per video, spread evenly; default: all")
     server = commands.add_parser("app", help="a page in the browser, to drop videos on")
     server.add_argument("--model", type=Path, default=PRETRAINED, help="a best_model.pth")
-    server.add_argument("--host", default="127.0.0.1", help="0.0.0.0: other machines may come in")
+    server.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines connect")
     server.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     server.add_argument("--share", action="store_true", help="a public link, through gradio.live")
     size: Any = dict(type=int, default=4000, metavar="MB", help="the largest file (default: 4000)")
@@ -702,6 +709,7 @@ def read_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = read_arguments()
+    sys.path.insert(0, str(CELLS))
     try:
         if arguments.command == "check":
             check()

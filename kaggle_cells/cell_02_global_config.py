@@ -51,7 +51,7 @@ WEIGHT_DECAY: float = 1e-2  # for AdamW, on all weights
 FOCAL_GAMMA: float = 2.0  # focal loss: how strongly to focus on hard clips; 0: cross-entropy
 FRAME_LOSS_WEIGHT: float = 0.5  # weight of the same loss applied to single frames
 GRADIENT_CLIP: float = 1.0  # maximum gradient norm; 0: no clipping
-LR_PATIENCE: int = 3  # halve the learning rate after this many epochs without a better val loss
+LR_PATIENCE: int = 3  # so many epochs may have no better val loss; one more halves the rate
 PATIENCE: int = 8  # stop after this many epochs without a better validation AUC
 EMA_DECAY: float = 0.98  # EMA decay; closer to 1 averages over more steps; 0 disables it
 SYNC_BATCH_NORM: str = "auto"  # torchrun on GPUs, on or off; auto: with fewer than 8 clips on each
@@ -71,6 +71,7 @@ import dataclasses
 import difflib
 import math
 import os
+import pickle
 import random
 import re
 from contextlib import suppress
@@ -259,10 +260,12 @@ def check_together(config: Config) -> None:
     for name in ("CHECKPOINT", "INITIAL_MODEL", "WEIGHTS_PATH", "PREDICT_DIR"):
         if (path := getattr(config, name)) and not Path(path).exists():
             raise ValueError(f"{name} = {path!r} does not exist (current folder: {Path.cwd()})")
+    for text in config.DATASET_SHARES:
+        parse_share(text)
     known = torchvision.models.list_models(module=torchvision.models)
     near = difflib.get_close_matches(config.BACKBONE, known) or known
     width, heads, batch = 2 * config.LSTM_HIDDEN, config.ATTENTION_HEADS, config.BATCH_SIZE
-    shares, _ = config.VAL_FRACTION + config.TEST_FRACTION, config.dataset_shares
+    shares = config.VAL_FRACTION + config.TEST_FRACTION
     unlabelled = config.DATA_DIR == "none" and (config.EPOCHS or not config.PREDICT_DIR)
     problems = {
         f"BACKBONE = {config.BACKBONE!r} is not a torchvision classification model; "
@@ -328,6 +331,17 @@ MODEL_SETTINGS = [
 ]
 
 
+def read_model_file(path: str | Path, **how: Any) -> dict:
+    """What a best_model.pth holds. Raises ValueError for any other file."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, **how)
+        if isinstance(content, dict) and "config" in content:
+            return content
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        pass  # not written by torch.save, or damaged
+    raise ValueError(f"{path} is not a model file, such as models/best_model.pth of a run")
+
+
 def saved_config(content: dict) -> dict:
     """The parameters in a model file; older files may lack some and have others."""
     saved = {"CLIPS_PER_VIDEO": 1, "REFERENCE": 0.0, **content["config"]}
@@ -338,7 +352,7 @@ def adopt_checkpoint(config: Config) -> Config:
     """`config` with its CHECKPOINT's settings for clips and network."""
     if not config.CHECKPOINT:
         return config
-    content = torch.load(config.CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)
+    content = read_model_file(config.CHECKPOINT, mmap=True)
     saved, current = saved_config(content), dataclasses.asdict(config)
     changed = {name: saved[name] for name in MODEL_SETTINGS if saved[name] != current[name]}
     if changed:

@@ -65,8 +65,8 @@ from cell_02_global_config import CONFIG, Config
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-SPLITS = {name: name[:5] for name in ("train", "training")}  # the names of folders and their splits
-SPLITS |= {"test": "test", "testing": "test", "val": "val", "valid": "val", "validation": "val"}
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # by folder
+SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
 CLASSES = {"real": 0, "0": 0, "fake": 1, "1": 1}
 VIDEO_COLUMNS = ("path", "label", "method", "split", "dataset", "original", "group")
 CLIP_COLUMNS = ("clip_file", "face_share", "distinct_frames", "note")  # what the cache adds
@@ -226,9 +226,8 @@ def find_celeb_df(folder: Folder) -> list[dict]:
     parts = {"Celeb-real": "real", "YouTube-real": "real", "Celeb-synthesis": "Celeb-DF"}
     if not {"Celeb-real", "Celeb-synthesis"} <= set(folder.folders):
         return []
-    rows = []
-    for name in sorted(parts.keys() & folder.folders.keys()):
-        rows += rows_below(folder.path / name, parts[name])
+    names = sorted(parts.keys() & folder.folders.keys())
+    rows = [row for name in names for row in rows_below(folder.path / name, parts[name])]
     if "List_of_testing_videos.txt" not in folder.files:
         return rows
     file = folder.path / "List_of_testing_videos.txt"
@@ -527,6 +526,12 @@ def content_size(path: Path) -> int:
     return sum(map(os.path.getsize, frame_files(path)))
 
 
+def file_identity(path: Path) -> list[Any]:
+    """Path, size and time of change (ns) of a video: the same video has the same ones."""
+    changed = max((file.stat().st_mtime_ns for file in frame_files(path)), default=0)
+    return [str(path.resolve()), content_size(path), changed]
+
+
 def content_digest(path: Path) -> str:
     """A hash of a video's content, or its path if it can't be read: decoding will say why."""
     content = hashlib.blake2b(digest_size=16)
@@ -547,7 +552,7 @@ def contradictions(videos: pd.DataFrame, digests: pd.Series) -> dict[int, str]:
     for _, copies in videos[labels > 1].groupby(digests):
         for row in copies.itertuples():
             other = copies[copies.label != row.label].iloc[0]
-            place, kind = "/".join(other.path.parts[-3:]), ("real", "fake")[other.label]
+            place, kind = "/".join(other.path.parts[-3:]), CLASS_NAMES[other.label]
             reasons[row.Index] = f"contradictory: same content as {place}, which is labelled {kind}"
     return reasons
 
@@ -579,6 +584,7 @@ def check_files(videos: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, pd.Da
 # %% [markdown]
 # **Splitting** comes before sampling, so that a larger sample never moves a video from the test set
 # into training. Every split gets its share of each class and manipulation.
+
 
 # %%
 CLASS_NAMES = ("real", "fake")
@@ -612,11 +618,11 @@ def split_videos(
     """
     require_known("HOLDOUT_METHODS", holdout, videos.method[videos.label == 1])
     held, shares = videos.method.isin(list(holdout)), split_shares(videos, val, test)
-    complete = videos.dataset.map(lambda name: sum(map(bool, shares[name].values())) == 1)
+    complete = videos.dataset.map(lambda name: not (shares[name]["val"] or shares[name]["test"]))
     fixed = videos.split.isin(["val", "test"]) | ((videos.split == "train") & complete)
     split = videos.split.where(fixed, "")
     split[held.groupby(videos.group).transform("all") & ~fixed] = "test"
-    # Copies of videos whose split another dataset gives follow them.
+    # A copy of a video follows the split that another dataset gives it.
     for own_split, allowed in (("", ("test", "train", "val")), ("train", ("train", "val"))):
         of_group = videos[fixed & videos.split.isin(allowed)].groupby("group").split.min().to_dict()
         follows = (split == "") & (videos.split == own_split)
@@ -706,7 +712,7 @@ def even_quotas(total: int, available: pd.Series) -> pd.Series:
 
 
 def in_sampling_order(videos: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """The videos by turns of their originals, whatever order the rows had."""
+    """The videos in sampling order, whatever the order of the rows."""
     key = videos.original.map(lambda name: hashlib.sha256(f"{seed} {name}".encode()).hexdigest())
     videos = videos.assign(key=key, name=videos.path.map(str)).sort_values(["key", "name"])
     rank = videos.groupby("split").key.transform(lambda keys: pd.factorize(keys)[0])
@@ -1021,7 +1027,7 @@ def follow_face(found: list[list[Face]]) -> list[Face]:
 
 # %%
 def looked_at(count: int) -> np.ndarray:
-    """The numbers of those of `count` frames in which faces are detected."""
+    """Which of `count` frames the face detector looks at."""
     return np.unique(np.linspace(0, count - 1, DETECTION_FRAMES).round().astype(int))
 
 
@@ -1135,10 +1141,10 @@ def make_clip(path: Path, settings: ClipSettings, detector: Mtcnn) -> Clip:
 
 
 # %% [markdown]
-# **Whole videos.** Training takes one clip of a video, scoring all of it: windows as long as a
-# clip, side by side, in one pass that decodes a few frames ahead and keeps the frames of one
-# window. Some are looked at for faces, and those of a face cropped, as in a clip. But here every
-# face is followed, until it is gone or a cut changes the picture.
+# **Whole videos.** Training uses one clip of each video, scoring the whole video, in windows as
+# long as a clip. One pass decodes a few frames ahead and holds one window. As in a clip, faces are
+# detected in some of the frames and cropped from those that are used, but here every face is
+# followed, until it is gone or a cut changes the scene.
 
 # %%
 READ_AHEAD = 8  # frames decoded while others are looked at
@@ -1181,8 +1187,8 @@ def thumbnail(frame: np.ndarray) -> np.ndarray:
 def is_cut(before: np.ndarray, after: np.ndarray) -> bool:
     """Whether two thumbnails (32, 32, 3) uint8 RGB show different scenes.
 
-    They are alike by the sum of two correlations: of pixels, and of histograms of colours. That of
-    a blank picture is not defined: it is alike to nothing.
+    They are alike by the sum of two correlations: of pixels, and of histograms of colours. A blank
+    picture has no correlation (NaN) and always starts a new scene.
     """
     bins: Any = [0, 1, 2], None, [8, 4, 4], [0, 180, 0, 256, 0, 256]
     hsv = [cv2.cvtColor(thumbnail, cv2.COLOR_RGB2HSV) for thumbnail in (before, after)]
@@ -1326,10 +1332,11 @@ def find_faces(moments: list[Moment], detector: Mtcnn, tracker: FaceTracker) -> 
 
 
 # %% [markdown]
-# A face that training would not know is not judged: it would be pressed to a number that means
-# nothing. The pretrained model was calibrated on videos with faces of at least 67 pixels (350 were
-# measured) and, all but 3 of 737, in crops of 192 pixels, a sharpness of at least 6. There a blur
-# of 2 pixels, the strongest in training, leaves 5.5 of the median's 68. Larger crops know no more.
+# A face unlike those the model was calibrated with is not judged: its score would mean nothing.
+# The pretrained model was calibrated with faces of at least 67 pixels (350 videos were measured)
+# and, in all but 3 of 737 videos, a sharpness of at least 6 in crops of 192 pixels. In such crops
+# the strongest blur of training, 2 pixels, lowers the median sharpness from 68 to 5.5. Larger crops
+# are measured at 192 pixels, too.
 
 # %%
 MEASURED_SIDE = 192  # pixels of a crop; larger ones are treated like these
@@ -1411,9 +1418,9 @@ def face_in(moments: list[Moment], face: int, settings: ClipSettings) -> Window:
 
 
 def time_span(moments: list[Moment], first: int, last: int) -> tuple[float, float]:
-    """From when to when moments stand for the video, in s: half of what lies between them more."""
+    """Start and end in s of the moments first to last, half their distance before and after."""
     length = moments[-1].seconds - moments[0].seconds
-    half = length / max(1, len(moments) - 1) / 2
+    half = length / max(1, len(moments) - 1) / 2 or 0.02  # a picture stands for a 25th of a second
     return max(0.0, moments[first].seconds - half), moments[last].seconds + half
 
 
@@ -1444,8 +1451,7 @@ def face_windows(
 # %%
 def clip_file(path: Path, settings: ClipSettings, cache_dir: Path) -> Path:
     """Where a video's clip is cached, by the video's path, size and age and the settings."""
-    stat = path.stat()
-    identity = [CLIP_VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns, asdict(settings)]
+    identity = [CLIP_VERSION, *file_identity(path), asdict(settings)]
     return cache_dir / (hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24] + ".npz")
 
 
@@ -1520,6 +1526,7 @@ def load_clip(file: str | Path, size: int = CONFIG.IMAGE_SIZE) -> tuple[np.ndarr
 PICTURES_LOOKED_AT = 24
 
 
+@functools.cache  # asked once for the space that clips need, and once to make them
 def crop_share(path: Path, detector: torch.nn.ModuleList) -> float:
     """The crop's side around a picture's face as a share of the picture's; NaN without a face."""
     try:

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from scipy.fft import dct
 from torch.utils.data import Dataset, Sampler
 
 from cell_01_imports_and_setup import IN_NOTEBOOK, WIDTH, show_figure, show_row, styled
@@ -205,8 +206,8 @@ class PairBatches(Sampler[list[Sample]]):
 # **Random numbers** depend on the seed alone, so a resumed run repeats them exactly. The two
 # clips of a pair get the same draws, and so do all frames of a clip: camera, codec and crop must
 # not reveal which of the two is fake, and whatever differs between frames is evidence. `robust`
-# augmentation gives half of the twins draws of their own: then quality differs within pairs too,
-# and tells just as little.
+# augmentation gives half of the twins draws of their own: then quality differs within pairs, too,
+# and does not hint at the class either.
 
 
 # %%
@@ -227,10 +228,6 @@ class DeviceRandom:
         """(count, *shape): for a `share` of the clips between 0 and high, else 0."""
         chosen = self.uniform(count, 0, 1, *shape) < share
         return chosen * self.uniform(count, 0, high, *shape)
-
-    def numbers(self, count: int, low: float, high: float) -> np.ndarray:
-        """(count,) on the CPU, for what decides about shapes."""
-        return self.host.uniform(low, high, count)
 
 
 class PairedGenerator(DeviceRandom):
@@ -261,6 +258,7 @@ class PairedGenerator(DeviceRandom):
         return torch.stack([first, second], dim=1).flatten(0, 1)[self.rank * count :][:count]
 
     def numbers(self, count: int, low: float, high: float) -> np.ndarray:
+        """(count,) on the CPU, for what decides about shapes."""
         first, second = self.host.uniform(low, high, (2, (self.processes * count + 1) // 2))
         second = np.where(self.host.random(len(first)) < self.same, first, second)
         return np.stack([first, second], axis=1).ravel()[self.rank * count :][:count]
@@ -296,7 +294,7 @@ def change_colours(clips: torch.Tensor, random: DeviceRandom, strength: Any) -> 
     """Clips (B, T, 3, S, S) with contrast and saturation of 1 +- `strength`, gains of half that."""
     changes = strength * random.uniform(len(clips), -1, 1, 1, 5, 1, 1)
     gains, contrast, saturation = (1 + changes).split([3, 1, 1], dim=2)
-    clips = clips * (1 + gains) / 2  # a face is red or green at less than it is dull or garish
+    clips = clips * (1 + gains) / 2  # colour casts look odd sooner than contrast
     clips = clips.mean(dim=(1, 2, 3, 4), keepdim=True).lerp(clips, contrast)
     return clips.mean(dim=2, keepdim=True).lerp(clips, saturation).clamp(0, 1)
 
@@ -463,16 +461,13 @@ def codec_constants(size: int, device: torch.device) -> tuple[torch.Tensor, ...]
     colours = torch.tensor(
         [[0.299, 0.587, 0.114], [-0.1687, -0.3313, 0.5], [0.5, -0.4187, -0.0813]]
     )
-    blocks = []
-    for length in [8] * (size // 8) + [size % 8] * (size % 8 > 0):
-        place = torch.arange(length)
-        block = torch.cos(math.pi / length * place[:, None] * (place + 0.5)) * math.sqrt(2 / length)
-        block[0] /= math.sqrt(2)
-        blocks.append(block)
+    sides = [8] * (size // 8) + [size % 8] * (size % 8 > 0)
+    blocks = [dct(np.eye(side, dtype=np.float32), axis=0, norm="ortho") for side in sides]
     frequency = torch.arange(size) % 8
     luma = (10 + 6 * (frequency + frequency[:, None])) / 255
     steps = torch.stack([luma, 2 * luma, 2 * luma])
-    constants = colours, torch.linalg.inv(colours), torch.block_diag(*blocks), steps
+    cosines = torch.block_diag(*map(torch.from_numpy, blocks))
+    constants = colours, torch.linalg.inv(colours), cosines, steps
     return tuple(constant.to(device) for constant in constants)
 
 
@@ -495,7 +490,7 @@ def compress(clips: torch.Tensor, coarseness: torch.Tensor) -> torch.Tensor:
 REDUCE = ("area", "bilinear", "bicubic")
 
 
-def change_resolutions(clips: torch.Tensor, random: DeviceRandom) -> torch.Tensor:
+def change_resolutions(clips: torch.Tensor, random: PairedGenerator) -> torch.Tensor:
     """Four in ten clips (B, T, 3, S, S) are reduced, at most to a third, and enlarged again."""
     size, changed = clips.shape[-1], []
     sides = np.rint(size * 2.0 ** random.numbers(len(clips), -1.5, 2)).astype(int)
@@ -510,7 +505,7 @@ def change_resolutions(clips: torch.Tensor, random: DeviceRandom) -> torch.Tenso
     return torch.stack(changed).clamp(0, 1)
 
 
-def change_quality(clips: torch.Tensor, random: DeviceRandom) -> torch.Tensor:
+def change_quality(clips: torch.Tensor, random: PairedGenerator) -> torch.Tensor:
     """Clips (B, T, 3, S, S) with another compression, resolution, sharpness and gamma."""
     draw = functools.partial(random.uniform, len(clips))
     rows = np.flatnonzero(random.numbers(len(clips), 0, 1) < 0.3).tolist()

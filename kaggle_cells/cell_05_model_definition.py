@@ -32,7 +32,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 from cell_01_imports_and_setup import IN_NOTEBOOK, attached_files
-from cell_02_global_config import CONFIG, Config, saved_config
+from cell_02_global_config import CONFIG, Config, read_model_file, saved_config
 from cell_04_dataset_class import compress, denormalize, device_constant, normalize
 
 
@@ -211,11 +211,8 @@ def recompute_blocks(network: nn.Module) -> int:
 # PyTorch's cache, from a file such as `resnet50*.pth` in any dataset attached on Kaggle, or from
 # the internet. If none of these has them, training starts from random weights and says so.
 
+
 # %%
-# Before the names of a backbone that was saved as a part of something else.
-PREFIXES = ("", "module.", "backbone.", "model.", "encoder.", "module.backbone.", "model.backbone.")
-
-
 def local_weights(path: Path, backbone: nn.Module) -> dict[str, torch.Tensor]:
     """Weights for `backbone` from a state dict, or a checkpoint with one under a usual name.
 
@@ -229,10 +226,11 @@ def local_weights(path: Path, backbone: nn.Module) -> dict[str, torch.Tensor]:
     saved = saved if isinstance(saved, dict) else {}
     for key in ("state_dict", "model_state_dict", "model"):
         saved = saved[key] if isinstance(saved.get(key), dict) else saved
-    own = backbone.state_dict()
-    prefix = next((prefix for prefix in PREFIXES if prefix + next(iter(own)) in saved), "")
-    names = [name for name in saved if isinstance(name, str) and name.startswith(prefix)]
-    weights = {name.removeprefix(prefix): saved[name] for name in names}
+    own, names = backbone.state_dict(), [name for name in saved if isinstance(name, str)]
+    first = next(iter(own))  # a backbone saved as a part of something has a prefix
+    prefixes = (name.removesuffix(first) for name in names if name.endswith(first))
+    prefix = min(prefixes, key=len, default="")
+    weights = {n.removeprefix(prefix): saved[n] for n in names if n.startswith(prefix)}
     needed = {name: value.shape for name, value in own.items() if value.ndim}  # not the counters
     wrong = [n for n, shape in needed.items() if getattr(weights.get(n), "shape", None) != shape]
     parts = {name.split(".")[0] for name in own}
@@ -305,13 +303,12 @@ def load_fitting_weights(model: DeepfakeDetector, config: Config, path: str) -> 
 
     Raises ValueError if the backbone is another one.
     """
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    if saved["config"]["BACKBONE"] != config.BACKBONE:
-        backbone = saved["config"]["BACKBONE"]
+    saved = read_model_file(path)
+    backbone, own = saved["config"]["BACKBONE"], model.state_dict()
+    if backbone != config.BACKBONE:
         raise ValueError(f"{path} has BACKBONE = {backbone!r}, not {config.BACKBONE!r}: set that")
-    own = model.state_dict()
-    fits = {name: value for name, value in saved["model"].items() if name in own}
-    fits = {name: value for name, value in fits.items() if value.shape == own[name].shape}
+    sizes = {name: value.shape for name, value in own.items()}
+    fits = {n: value for n, value in saved["model"].items() if sizes.get(n) == value.shape}
     model.load_state_dict(fits, strict=False)
     return f"{len(fits)} of {len(own)} tensors from {path}", saved
 
@@ -331,9 +328,10 @@ def fold_batch_norms(network: nn.Module) -> None:
 def load_detector(path: Path, device: str | torch.device = "cpu") -> tuple[DeepfakeDetector, dict]:
     """A trained model, ready to score, and everything else in its file: config, threshold, ...
 
-    P(fake) of a clip is `sigmoid(model(normalize(to_float(clips))).logit / temperature)`.
+    P(fake) of a clip is `sigmoid(model(normalize(to_float(clips))).logit / temperature)`. Raises
+    ValueError for a file that holds no model.
     """
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = read_model_file(path)
     saved["config"] = saved_config(saved)
     model = build_model(SimpleNamespace(**saved["config"]))
     model.load_state_dict(saved["model"])

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import gc
 import hashlib
-import itertools
 import math
 import os
 import shutil
@@ -129,8 +128,7 @@ class ModelEMA(nn.Module):
         """Add the current weights of `model` to the average."""
         self.steps += 1
         share = max(1 / self.steps, 1 - self.decay)
-        theirs = by_dtype(itertools.chain(model.parameters(), model.buffers()))
-        own = by_dtype(itertools.chain(self.module.parameters(), self.module.buffers()))
+        theirs, own = (by_dtype(part.state_dict().values()) for part in (model, self.module))
         for dtype, means in own.items():
             if dtype.is_floating_point:
                 torch._foreach_lerp_(means, theirs[dtype], share)

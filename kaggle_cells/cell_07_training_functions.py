@@ -54,9 +54,8 @@ from cell_06_loss_and_utils import FocalLoss, ModelEMA, by_dtype, free_memory, u
 
 LOG_EVERY = 10  # steps
 BAD_STEPS = 5  # so many non-finite steps in a row end the run
-NOT_FINITE_ADVICE = (
-    "Try a lower LEARNING_RATE, or AMP='off' to see whether half precision is the cause."
-)
+NOT_FINITE_ADVICE = "Try a lower LEARNING_RATE, or AMP='off' to see if half precision is the cause."
+NO_BAR = tqdm(disable=True)
 
 
 # %%
@@ -322,13 +321,11 @@ class BatchScores(NamedTuple):
     labels: Any
     rows: Any
     frame_logits: Any  # (B, T)
-    attention: Any  # (B, T)
 
     @classmethod
     def of(cls, output: DetectorOutput, loss: torch.Tensor, batch: Batch) -> "BatchScores":
-        logits, frame_logits, attention = (value.detach() for value in output)
-        losses = loss.detach().expand(len(logits))
-        return cls(losses, logits, batch.labels, batch.rows, frame_logits, attention)
+        losses = loss.expand(len(output.logit))
+        return cls(losses, output.logit, batch.labels, batch.rows, output.frame_logits)
 
 
 @dataclass
@@ -343,8 +340,7 @@ class Scores:
     logits: np.ndarray  # (N,), so are labels and rows
     labels: np.ndarray
     rows: np.ndarray
-    frame_logits: np.ndarray  # (N, T), so is attention
-    attention: np.ndarray
+    frame_logits: np.ndarray  # (N, T)
     seconds: float
     skipped: int = 0  # steps
 
@@ -392,7 +388,7 @@ def progress(title: str, *loaders: DataLoader) -> tqdm:
 class EpochMeter:
     """Collects the results of an epoch's steps, watches for non-finite ones, and moves the bar."""
 
-    def __init__(self, trainer: Trainer, dataset: Any, epoch: int, bar: tqdm | None) -> None:
+    def __init__(self, trainer: Trainer, dataset: Any, epoch: int, bar: tqdm) -> None:
         self.trainer, self.dataset, self.epoch, self.bar = trainer, dataset, epoch, bar
         self.started, self.steps, self.skipped = time.perf_counter(), 0, 0
         self.waiting: list[tuple[Any, BatchScores, torch.Tensor]] = []  # nobody has read them
@@ -405,8 +401,7 @@ class EpochMeter:
         self.waiting.append((batch.blend, scores, torch.stack([loss, norm])))
         if len(self.waiting) == LOG_EVERY:
             self.read()
-        if self.bar is not None:
-            self.bar.update()
+        self.bar.update()
 
     def read(self) -> None:
         """Read back the last steps. Raises FloatingPointError after BAD_STEPS bad ones in a row."""
@@ -418,7 +413,7 @@ class EpochMeter:
             if math.isfinite(loss):
                 self.finite.append(scores)
         self.waiting.clear()
-        if self.bar is not None and self.finite:
+        if self.finite and not self.bar.disable:
             self.bar.set_postfix(bar_figures(self))
 
     def check(self, rows: Any, blend: Any, loss: float, norm: float) -> None:
@@ -469,7 +464,7 @@ def train_one_epoch(
     random: PairedGenerator,
     epoch: int,
     config: Config,
-    bar: tqdm | None = None,
+    bar: tqdm = NO_BAR,
 ) -> Scores:
     """One pass over the loader, whose dataset has a `name` for each row. Epochs count from 1.
 
@@ -487,19 +482,14 @@ def train_one_epoch(
     for batch in device_batches(loader, device):
         parts, size = in_parts(shown, batch, size, True, multiple=2)  # twins share their draws
         clips = torch.cat(parts) if parts[1:] else parts[0]
-        output, loss, norm = trainer.step(clips, batch.labels)
-        meter.update(batch, output, loss, norm)
+        meter.update(batch, *trainer.step(clips, batch.labels))
     return meter.scores()
 
 
 # %%
 @torch.no_grad()  # not inference_mode: DataParallel's threads may not touch its tensors
 def score_batches(
-    model: nn.Module,
-    loader: DataLoader,
-    criterion: FocalLoss,
-    device: torch.device,
-    bar: tqdm | None,
+    model: nn.Module, loader: DataLoader, criterion: FocalLoss, device: torch.device, bar: tqdm
 ) -> list[BatchScores]:
     """What the model says of every batch. Self-blends are the same each time."""
     found, size, random = [], None, DeviceRandom(device, [0])
@@ -513,8 +503,7 @@ def score_batches(
     for batch in device_batches(loader, device):
         parts, size = in_parts(score, batch, size)
         found += parts
-        if bar is not None:
-            bar.update()
+        bar.update()
     return found
 
 
@@ -525,7 +514,7 @@ def validate(
     device: torch.device,
     *,
     title: str = "validation",
-    bar: tqdm | None = None,
+    bar: tqdm = NO_BAR,
 ) -> Scores:
     """Score every clip of the loader; in float32 if half precision overflows.
 

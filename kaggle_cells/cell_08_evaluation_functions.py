@@ -5,9 +5,9 @@
 # A network's raw score, its logit, is not a probability, and zero is rarely the best threshold.
 # Both are fixed on the **validation** set. Platt scaling fits an offset and a temperature, after
 # which P(fake) = 0.5 means undecided when real and fake are equally likely. The threshold is the
-# one with the best balanced accuracy. Two limits bound the verdicts that are worth giving: from one
-# on, nine in ten of the videos called fake are; up to the other, nine in ten of those called real.
-# In between a video is uncertain. The test set is used only for the final numbers.
+# one with the best balanced accuracy. Two limits decide when a verdict is given: from the upper one
+# on, nine in ten videos called fake are fake; up to the lower one, nine in ten called real are
+# real. In between a video is uncertain. The test set is used only for the final numbers.
 
 # %%
 import base64
@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,7 @@ from cell_03_data_processing import (
     Window,
     content_size,
     face_windows,
+    file_identity,
     file_problem,
     load_clip,
     load_face_detector,
@@ -100,8 +101,10 @@ def fit_threshold(probs: np.ndarray, labels: np.ndarray) -> float:
     """The threshold with the best balanced accuracy, midway between two scores, nearest to 0.5."""
     scores = np.unique(probs)
     candidates = np.append((scores[1:] + scores[:-1]) / 2, 0.5)
-    quality = [np.round(skm.balanced_accuracy_score(labels, probs >= t), 9) for t in candidates]
-    best = candidates[quality == np.max(quality)]
+    found, alarms = (np.append(0, counts) for counts in found_and_alarms(labels == 1, probs))
+    above = len(scores) - np.searchsorted(scores, candidates)  # distinct scores at or above each
+    quality = (found[above] / found[-1] - alarms[above] / alarms[-1]).round(9)
+    best = candidates[quality == quality.max()]
     return float(best[np.abs(best - 0.5).argmin()])
 
 
@@ -298,12 +301,10 @@ def auc_with_interval(
 def metrics_by(
     column: str, table: pd.DataFrame, threshold: float, never_trained_on: Collection[str] = ()
 ) -> pd.DataFrame:
-    """One row per manipulation, against all real videos, or per dataset, against its own.
+    """One row per "method", against all real videos, or per "dataset", against its own.
 
-    Args:
-        column: "method" or "dataset".
-        table: label, method, dataset, group and probability of each video.
-        never_trained_on: methods to mark.
+    `table` has label, method, dataset, group and probability of each video; `never_trained_on` are
+    methods to mark.
     """
     reals, rows = table[table.label == 0], []
     for name, part in (table[table.label == 1] if column == "method" else table).groupby(column):
@@ -363,7 +364,6 @@ CHANGES = [
     for strength in strengths.values()
     if strength
 ]
-DEGRADED_PASSES = len(CHANGES)
 
 
 # %%
@@ -468,8 +468,7 @@ def plot_samples(table: pd.DataFrame, per_clip: int = 5) -> Figure:
     """One clip per method, up to `per_clip` of its different frames in a row."""
     firsts = table.sort_values(["label", "method", "path"]).groupby("method", sort=False).head(1)
     per_clip = min(per_clip, int(firsts.distinct_frames.max()))
-    size = (WIDTH, 1.15 * len(firsts))
-    figure, axes = plt.subplots(len(firsts), squeeze=False, figsize=size)
+    figure, axes = plt.subplots(len(firsts), squeeze=False, figsize=(WIDTH, 1.15 * len(firsts)))
     for ax, sample in zip(axes.flat, firsts.itertuples(), strict=True):
         frames, _ = load_clip(sample.clip_file)
         picked = np.linspace(0, len(frames) - 1, per_clip).round().astype(int)
@@ -596,8 +595,8 @@ def plot_calibration(labels: np.ndarray, probs: np.ndarray) -> Figure:
     below.hist(both, np.linspace(0, 1, 11), **style)
     below.set(xlabel="P(fake)", ylabel="videos")
     below.legend(fontsize=10)
-    ece: Any = compute_metrics(labels, probs, 0.5)["ece"]
-    ax.set_title(f"P(fake) is off by {100 * ece:.0f} points on average (ECE)")
+    ece = 100 * calibration_error(labels == 1, probs)
+    ax.set_title(f"P(fake) is off by {ece:.0f} points on average (ECE)")
     return figure
 
 
@@ -666,7 +665,8 @@ def draw_explanation(
     show_row(top, "", clip[shown], [str(t + 1) for t in shown])
     show_row(middle, "", np.stack([*map(overlay_heat, clip[shown], heat[shown])]))
     times = np.arange(1, len(clip) + 1)
-    ax.bar(times, attention / attention.max(), color="0.85", label="attention (of the largest)")
+    if np.ptp(attention) > 0:  # a network without attention looks at all frames alike
+        ax.bar(times, attention / attention.max(), color="0.85", label="attention (of the largest)")
     ax.plot(times, scores, ".-", color=FAKE_COLOUR, label="P(fake) of the frame")
     ax.set(xlabel="frame", ylim=(0, 1.05), xlim=(0.4, len(clip) + 0.6))
     ax.locator_params(axis="x", integer=True)
@@ -681,8 +681,9 @@ def plot_explanations(
     """Frames, heat maps on one common scale, frame scores and attention of each example."""
     found: list[Any] = []
     for _, row in examples.iterrows():
-        frames, _ = load_clip(row.clip_file)  # its clips are interleaved: this takes the first one
-        clip = frames[:: max(1, len(frames) // model.frames)].copy()
+        frames, _ = load_clip(row.clip_file)
+        # Where order matters, the first of the interleaved clips, else all frames.
+        clip = frames[:: max(1, len(frames) // model.frames) if model.reads_order else 1].copy()
         batch = torch.from_numpy(clip)[None].to(next(model.parameters()).device)
         heat, output = heat_maps(model, normalize(to_float(batch)))
         found.append((row, clip, *(part[0].cpu().numpy() for part in (heat, *output[1:]))))
@@ -755,9 +756,10 @@ def score_clips(model: DeepfakeDetector, clips: np.ndarray) -> DetectorOutput:
 def describe_model(file: Path, saved: dict) -> str:
     """A model and how good it is known to be: the first words of the card beside it, if any."""
     name = f"{file.name}, {saved['config']['BACKBONE']}. "
-    if (card := file.with_name("README.md")).exists():
-        paragraphs = card.read_text(encoding="utf-8").split("\n\n")
-        return name + " ".join(paragraphs[1].replace("**", "").split())
+    card = file.with_name("README.md")
+    title, *paragraphs = card.read_text(encoding="utf-8").split("\n\n") if card.exists() else [""]
+    if title == f"# Model card: {file.name}":
+        return name + " ".join(paragraphs[0].replace("**", "").split())
     trained_on = ", ".join(saved["trained_on"]) or "self-blended faces alone"
     name += f"Trained on {trained_on}; AUC {saved['val_auc']:.3f} on its validation set, "
     return f"{name}from which the best epoch was chosen. On other videos it is worse."
@@ -807,7 +809,7 @@ class Predictor:
         """Score one clip of a video. Raises VideoError, with path and reason, if it is unusable."""
         try:
             clip = make_clip(Path(path), self.settings, self.face_detector)
-        except VideoError as error:
+        except (VideoError, cv2.error) as error:
             raise VideoError(f"{path}: {error}") from error
         output = score_clips(self.model, clip.frames[None])
         prob = float(probabilities(output.logit.cpu().numpy(), self.temperature)[0])
@@ -842,7 +844,7 @@ class Predictor:
         progress: Callable[[float], object] = lambda share: None,
     ) -> "Judgement":
         """All of a video as one verdict: see `scan` and `judge_video`."""
-        return judge_video(self, Path(path), stride, max_windows, progress)
+        return judge_video(self, Path(path), (stride, max_windows), progress)
 
     def show(self, path: str | Path) -> None:
         """Judge a video and show its card in the notebook."""
@@ -890,17 +892,17 @@ class Judgement:
     def length(self) -> float:
         return max((window.end for window in self.windows), default=0.0)
 
-    def seconds(self, judged: bool) -> float:
-        """For how long a face was there or, if `judged`, good enough to be judged."""
-        wanted = (w for w in self.windows if w.face and not (judged and w.reason))
-        total, until = 0.0, 0.0
-        for window in sorted(wanted, key=lambda window: window.start):
-            total += max(0.0, window.end - max(until, window.start))
-            until = max(until, window.end)
-        return total
-
 
 # %%
+def seconds_in(windows: Iterable[Window]) -> float:
+    """How many seconds of the video lie in at least one of the windows."""
+    total, until = 0.0, 0.0
+    for window in sorted(windows, key=lambda window: window.start):
+        total += max(0.0, window.end - max(until, window.start))
+        until = max(until, window.end)
+    return total
+
+
 def most_suspicious(windows: list[Window]) -> tuple[float, int]:
     """The highest mean logit of a stretch of a face's windows, and which of them scores most in it.
 
@@ -930,13 +932,18 @@ FACES_SHOWN = 3  # the most suspicious ones, with pictures
 Extremes = dict[int, tuple[Window, Window]]  # the most and the least suspicious window of a face
 
 
-def keep_extremes(extremes: Extremes, window: Window) -> None:
-    """Take in one more window. Only the windows kept keep their clips."""
+def keep_extremes(extremes: Extremes, window: Window, windows: list[Window]) -> None:
+    """Take in one more window; all `windows` so far say which faces are the most suspicious.
+
+    Only the windows kept keep their clips.
+    """
     seen = [*extremes.get(window.face, ()), window]
     falling = sorted(seen, key=lambda window: window.logit, reverse=True)
     extremes[window.face] = falling[0], falling[-1]
     if len(extremes) > FACES_SHOWN:
-        del extremes[min(extremes, key=lambda face: extremes[face][0].logit)]
+        judged = [window for window in windows if not window.reason]
+        of = {face: [window for window in judged if window.face == face] for face in extremes}
+        del extremes[min(of, key=lambda face: most_suspicious(of[face])[0])]
 
 
 def as_uri(picture: np.ndarray) -> str:
@@ -980,11 +987,7 @@ def draw_pictures(predictor: Predictor, face: int, extremes: tuple[Window, Windo
 
 # %%
 def judge_video(
-    predictor: Predictor,
-    path: Path,
-    stride: float = 0,
-    max_windows: int = 0,
-    progress: Callable[[float], object] = lambda share: None,
+    predictor: Predictor, path: Path, how: tuple[float, int], progress: Callable[[float], object]
 ) -> Judgement:
     """Scan a video and sum it up; `progress` is told the share that is done.
 
@@ -993,12 +996,12 @@ def judge_video(
     """
     started, judgement, extremes = time.perf_counter(), Judgement(str(path)), Extremes()
     try:
-        for window in predictor.scan(path, stride, max_windows):
-            if not window.reason:
-                keep_extremes(extremes, window)
+        for window in predictor.scan(path, *how):
             judgement.windows.append(dataclasses.replace(window, clip=None, frame_logits=None))
+            if not window.reason:
+                keep_extremes(extremes, window, judgement.windows)
             progress(window.done)
-    except VideoError as error:
+    except (VideoError, cv2.error) as error:
         if not judgement.windows:
             raise VideoError(f"{path}: {error}") from error
         judgement.problem = str(error)
@@ -1074,22 +1077,21 @@ CARD = """{% set path, length = Path(video.path), [video.length, 0.04]|max %}
 <br>{{ chance }}{% endif %}</span></summary>
 <p>{% if not video.verdict %}Not readable: {{ video.problem }}.{% elif not video.face %}
 No face to judge: see below why. This says nothing about the video.{% else %}
-{{ "Uncertain" if video.verdict == "uncertain" else "Called " ~ video.verdict }}: face
-{{ video.face }} is most suspicious from {{ clock(video.start) }} to {{ clock(video.end) }},
-{% if video.verdict == "fake" %}with {{ chance }}.{% elif video.verdict == "real" %}
-and even there {{ chance }} is low.{% else %}
-where {{ chance }} is neither high nor low enough to rely on.{% endif %}{% endif %}</p>
+{{ "Uncertain" if video.verdict == "uncertain" else "Called " ~ video.verdict }}: {{ chance }}. Face
+{{ video.face }} is most suspicious from {{ clock(video.start) }} to {{ clock(video.end) }}.
+{% endif %}</p>
 {% if video.verdict and video.problem %}<p>Judged in part: {{ video.problem }}.</p>{% endif %}
 {% for face in [video.face] + faces|reject("eq", video.face)|list if face %}
-<p class="dim">Face {{ face }}: P(fake) from 0 (bottom) to 1</p>
+<p class="dim">Face {{ face }}: P(fake) from 0 (bottom) to 1; dashed: where verdicts change</p>
 <svg viewBox="0 0 {{ length }} 1" preserveAspectRatio="none" role="img"
  aria-label="P(fake) of face {{ face }} over time">
 {% for w in faces[face] %}{% set height = 1 if w.reason else [0.02, w.probability]|max %}
 <rect x="{{ w.start }}" width="{{ w.end - w.start }}" y="{{ 1 - height }}" height="{{ height }}"
  class="{{ "unjudged" if w.reason else predictor.verdict(w.probability) }}"><title>
 {{ clock(w.start) }} to {{ clock(w.end) }}: {{ w.reason or "P(fake) %.2f" % w.probability }}
-</title></rect>{% endfor %}{% set y = 1 - predictor.threshold %}
-<line x1="0" x2="{{ length }}" y1="{{ y }}" y2="{{ y }}"/></svg>
+</title></rect>{% endfor %}
+{% for limit in predictor.limits or [predictor.threshold] if 0 <= limit <= 1 %}
+<line x1="0" x2="{{ length }}" y1="{{ 1 - limit }}" y2="{{ 1 - limit }}"/>{% endfor %}</svg>
 <div class="axis dim"><span>0:00</span><span>{{ clock(length) }}</span></div>
 <div class="pictures">{% for p in video.pictures if p.face == face %}<figure>
 <img src="{{ p.picture }}" alt="the face">{% if p.heat %}
@@ -1129,7 +1131,8 @@ altered. Do not accuse or clear anyone with this."""
 # %%
 def clock(seconds: float) -> str:
     """Minutes and seconds: 1:05."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}"
 
 
 def unjudged_places(windows: list[Window]) -> dict[str, list[str]]:
@@ -1150,8 +1153,9 @@ def describe_limits(predictor: Predictor) -> str:
     real_to, fake_from = predictor.limits
     low = f"real up to P(fake) {real_to:.2f}" if real_to >= 0 else "never real"
     high = f"fake from {fake_from:.2f}" if fake_from <= 1 else "never fake"
-    right = "nine in ten such calls were right on the videos it was calibrated with"
-    return f"A video is called {low}, {high}, else uncertain: {right}."
+    called = " or ".join(["real"] * (real_to >= 0) + ["fake"] * (fake_from <= 1))
+    right = f" Nine in ten of the calibration videos called {called} were." if called else ""
+    return f"A video is called {low}, {high}, else uncertain.{right}"
 
 
 TEMPLATES = jinja2.Environment(
@@ -1175,30 +1179,25 @@ def inline_html(judgement: Judgement, predictor: Predictor) -> str:
 
 
 # %%
-JUDGEMENT_VERSION = 3  # part of a kept verdict's name: increased when verdicts are made otherwise
+JUDGEMENT_VERSION = 4  # part of a kept verdict's name: increased when verdicts are made otherwise
 PREDICTION_COLUMNS = ["path", "probability", "verdict", "threshold", "face_share", "seconds"]
 PREDICTION_COLUMNS += ["error", "faces", "seconds_judged", "from", "to"]
 
 
 def move_bar(bar: Any, before: float, size: float, share: float) -> None:
-    """Put a bar where a video of some `size` after what came `before` is done to a `share`."""
+    """Set a bar to what came `before` plus a `share` of a video's `size`."""
     bar.update(before + share * size - bar.n)
 
 
 # %%
 def judge_or_recall(
-    predictor: Predictor,
-    path: Path,
-    folder: Path,
-    how: tuple[float, int],
-    progress: Callable[[float], object],
+    predictor: Predictor, path: Path, folder: Path, how: tuple[float, int], progress: Callable
 ) -> Judgement:
     """The verdict on a video, kept in `folder`; one without a verdict if it is unreadable."""
     if problem := file_problem(path):
         return Judgement(str(path), problem=problem)
     # Kept by the video's path, size and time, the model and how to scan.
-    video = str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns
-    identity = json.dumps([JUDGEMENT_VERSION, *video, predictor.fingerprint, *how])
+    identity = json.dumps([JUDGEMENT_VERSION, *file_identity(path), predictor.fingerprint, *how])
     file = folder / "judged" / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.json"
     if file.exists():
         saved = json.loads(file.read_text(encoding="utf-8"))
@@ -1206,7 +1205,7 @@ def judge_or_recall(
         return Judgement(**saved, windows=windows)
     try:
         judgement = predictor.judge(path, *how, progress=progress)
-    except (VideoError, cv2.error) as error:
+    except VideoError as error:
         return Judgement(str(path), problem=str(error).removeprefix(f"{path}: "))
     with replacing(file) as partial_file:
         partial_file.write_text(json.dumps(dataclasses.asdict(judgement)), encoding="utf-8")
@@ -1215,15 +1214,16 @@ def judge_or_recall(
 
 # %%
 def predictions_table(judgements: list[Judgement], threshold: float) -> pd.DataFrame:
-    """A row a video, in the order given."""
+    """One row per video, in the order given."""
     rows = []
     for judged in judgements:
         row = {"path": judged.path, "threshold": threshold, "error": judged.problem}
         if judged.verdict:
-            share = judged.seconds(judged=False) / judged.length
+            with_face = [window for window in judged.windows if window.face]
+            share = seconds_in(with_face) / seconds_in(judged.windows)
             row |= {"verdict": judged.verdict, "probability": judged.probability}
             row |= {"face_share": round(share, 3), "faces": len(judged.faces)}
-            row |= {"seconds_judged": round(judged.seconds(judged=True), 2)}
+            row |= {"seconds_judged": round(seconds_in(w for w in with_face if not w.reason), 2)}
             row |= {"seconds": round(judged.took, 3)}
             row |= {"from": round(judged.start, 2), "to": round(judged.end, 2)}
         rows.append(row)
@@ -1238,7 +1238,7 @@ def verdict_counts(table: pd.DataFrame) -> str:
 
 # %%
 def windows_table(judgements: list[Judgement]) -> pd.DataFrame:
-    """A row a face and window."""
+    """One row per face and window."""
     columns = ["path", "face", "from", "to", "probability", "logit", "size", "sharpness", "seen"]
     columns += ["left", "top", "right", "bottom", "reason"]
     rows = []
@@ -1256,6 +1256,7 @@ def write_results(judgements: list[Judgement], predictor: Predictor, folder: Pat
     save_csv(windows_table(judgements), folder / "windows.csv")
     falling = sorted(judgements, key=lambda j: j.probability if j.face else -1, reverse=True)
     known = dict(videos=falling, counts=verdict_counts(table), predictor=predictor)
+    known["is_open"] = len(judgements) == 1
     page = TEMPLATES.get_template("page").render(known)
     with replacing(folder / "report.html") as partial_file:
         partial_file.write_bytes(page.encode("utf-8", "backslashreplace"))
@@ -1275,7 +1276,7 @@ def judge_videos(
     Returns predictions.csv, which is left in `folder` with windows.csv and report.html. What is
     done is written every 20 s, and when this is interrupted.
     """
-    sizes = [content_size(path) if path.exists() else 0 for path in paths]
+    sizes = [0 if file_problem(path) else content_size(path) for path in paths]
     judged: list[Judgement] = []
     written = time.perf_counter()
     form = "{l_bar}{bar}| {elapsed}, {remaining} left{postfix}"

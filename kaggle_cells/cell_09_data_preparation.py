@@ -137,22 +137,21 @@ report_splits()
 # A video that fails when its clip is made is replaced by another of the same kind.
 
 # %%
-CLIP_SETTINGS = ClipSettings.of(CONFIG)
-FACE_DETECTOR = load_face_detector(ENVIRONMENT.device) if CONFIG.FACE_CROP else None
+face_detector = load_face_detector(ENVIRONMENT.device) if CONFIG.FACE_CROP else None
 
 
 def prepare_clips(skipped: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Sample videos and cache their clips until none fails; these, and all videos skipped."""
+    how = ClipSettings.of(CONFIG), CONFIG.cache_dir, face_detector
     while True:
         left = videos_in_splits[~videos_in_splits.path.isin(skipped.path)]
         sample = sample_per_class(left, CONFIG.MAX_VIDEOS_PER_CLASS, CONFIG.SEED)
         require_classes(sample, needed_classes)
         if CONFIG.EPOCHS == 0:
             sample = sample[sample.split == "test"].reset_index(drop=True)
-        space = require_space(sample, CLIP_SETTINGS, CONFIG.cache_dir, FACE_DETECTOR)
+        space = require_space(sample, *how)
         print(f"{len(sample)} videos taken: {space}", flush=True)
-        how = CLIP_SETTINGS, CONFIG.cache_dir, FACE_DETECTOR, CONFIG.NUM_WORKERS
-        videos, failed = cache_clips_together(broadcast_object(sample), *how)
+        videos, failed = cache_clips_together(broadcast_object(sample), *how, CONFIG.NUM_WORKERS)
         if failed.empty:
             return videos, skipped
         skipped = pd.concat([skipped, failed], ignore_index=True)
@@ -169,7 +168,7 @@ def report_preparation() -> None:
     if CONFIG.FACE_CROP and (faceless := sum(VIDEOS.face_share == 0)):
         print(f"No face found in {faceless} of {len(VIDEOS)} videos: their centre is cropped.")
     stills, wanted = VIDEOS.path.map(is_picture).astype(bool), CONFIG.FRAMES_PER_VIDEO
-    if short := sum(VIDEOS.distinct_frames[~stills] < wanted):
+    if short := VIDEOS.distinct_frames.between(2, wanted - 1).sum():
         print(f"{short} videos repeat frames: they have fewer than {wanted}.")
     if stills.any() and wanted > 1:
         print(

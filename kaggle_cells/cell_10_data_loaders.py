@@ -95,7 +95,6 @@ def make_loader(name: str, batches: Any = None) -> DataLoader:
 
 # %%
 BATCH_SIZE_USED = batch_size_to_use()
-TRAIN_BATCHES: Any = None
 TRAIN_LOADER: Any = []
 SCORED_AT_ONCE = 8 * max(1, len(ENVIRONMENT.gpus))
 if CONFIG.EPOCHS:

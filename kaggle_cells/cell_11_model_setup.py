@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from cell_01_imports_and_setup import ENVIRONMENT, RANK, WORLD_SIZE
-from cell_02_global_config import CONFIG, seed_everything
+from cell_02_global_config import CONFIG, read_model_file, seed_everything
 from cell_05_model_definition import (
     DeepfakeDetector,
     build_model,
@@ -40,7 +40,7 @@ def load_initial_weights(model: DeepfakeDetector) -> tuple[str, set[str]]:
     if not CONFIG.CHECKPOINT:
         backbone, name = model.get_submodule("backbone"), CONFIG.BACKBONE
         return load_backbone_weights(backbone, name, CONFIG.PRETRAINED, CONFIG.WEIGHTS_PATH), set()
-    saved = torch.load(CONFIG.CHECKPOINT, map_location="cpu", weights_only=True)
+    saved = read_model_file(CONFIG.CHECKPOINT)
     model.load_state_dict(saved["model"])
     # The oldest files do not say what they were trained on.
     likely = {*SPLIT_TABLES["test"].method} - {"real", *saved["config"]["HOLDOUT_METHODS"]}

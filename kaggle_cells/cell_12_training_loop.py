@@ -19,7 +19,7 @@ from cell_02_global_config import CONFIG, seed_everything
 from cell_04_dataset_class import PairedGenerator
 from cell_06_loss_and_utils import free_memory, model_file, unwrapped
 from cell_07_training_functions import Scores, broadcast_object, progress, train_one_epoch, validate
-from cell_08_evaluation_functions import DEGRADED_PASSES, calibrate, plot_history
+from cell_08_evaluation_functions import CHANGES, calibrate, plot_history
 from cell_10_data_loaders import DEVICE, SPLIT_TABLES, TEST_LOADER, TRAIN_LOADER, VAL_LOADER
 from cell_11_model_setup import HISTORY, RUN_STATE, SCHEDULER, STOPPER, TRAINED_ON, TRAINER
 
@@ -68,7 +68,7 @@ def is_out_of_time(epoch_seconds: float, test_seconds: float) -> bool:
 
     Takes the seconds of the slowest epoch so far (0 before the first) and of a pass over the test.
     """
-    degraded = min(1, CONFIG.ROBUSTNESS / max(1, len(SPLIT_TABLES["test"]))) * DEGRADED_PASSES
+    degraded = min(1, CONFIG.ROBUSTNESS / max(1, len(SPLIT_TABLES["test"]))) * len(CHANGES)
     needed = 1.1 * epoch_seconds + (2 + degraded) * test_seconds
     passed = time.time() - STARTED + needed > CONFIG.time_budget
     return broadcast_object(epoch_seconds > 0 and passed)

@@ -16,7 +16,7 @@ from IPython.display import display
 
 from cell_01_imports_and_setup import duration, save_csv, save_figure
 from cell_02_global_config import CONFIG
-from cell_03_data_processing import videos_below
+from cell_03_data_processing import media_below
 from cell_07_training_functions import progress, validate
 from cell_08_evaluation_functions import (
     VERDICT_METRICS,
@@ -144,7 +144,7 @@ EVALUATION_SECONDS = time.perf_counter() - evaluation_started
 predict_video, show_video = PREDICTOR.predict_video, PREDICTOR.show
 SCORED = pd.DataFrame(columns=["verdict", "error"])
 if CONFIG.PREDICT_DIR:
-    prediction_started, found = time.perf_counter(), videos_below(Path(CONFIG.PREDICT_DIR))
+    prediction_started, found = time.perf_counter(), media_below(Path(CONFIG.PREDICT_DIR))
     SCORED = judge_videos(PREDICTOR, found, RESULTS)
     seconds = time.perf_counter() - prediction_started
     print(f"{len(SCORED)} videos below {CONFIG.PREDICT_DIR} in {duration(seconds)}:")

@@ -54,6 +54,7 @@ def json_rows(table: pd.DataFrame) -> list[dict]:
 
 
 counts = VIDEOS.groupby(["split", "label"]).size()
+repeats = VIDEOS.distinct_frames.between(2, CONFIG.FRAMES_PER_VIDEO - 1)  # a picture has one frame
 predictions = {"videos": len(SCORED), "errors": int(SCORED.verdict.isna().sum())}
 results: dict[str, Any] = {
     "format": 2,  # counts changes of the keys
@@ -70,7 +71,7 @@ results: dict[str, Any] = {
         },
         "methods": VIDEOS.method[VIDEOS.label == 1].value_counts().to_dict(),
         "without_face": int((VIDEOS.face_share == 0).sum()) if CONFIG.FACE_CROP else None,
-        "with_repeated_frames": int((VIDEOS.distinct_frames < CONFIG.FRAMES_PER_VIDEO).sum()),
+        "with_repeated_frames": int(repeats.sum()),
         "skipped": [{"path": str(row.path), "reason": row.reason} for row in SKIPPED.itertuples()],
     },
     "model": {
@@ -117,14 +118,13 @@ def plural(number: int, name: str) -> str:
 SPLIT_SIZES = results["data"]["videos"]
 TESTED_VIDEOS = f"{plural(SPLIT_SIZES['test']['real'], 'real video')} and "
 TESTED_VIDEOS += plural(SPLIT_SIZES["test"]["fake"], "fake")
-AT_CHANCE = f"The model is hardly better than chance: validation AUC {MODEL_INFO['val_auc']:.3f}."
 
 
 def caveats() -> Iterator[str]:
     if METRICS and min(SPLIT_SIZES["test"].values()) < 10:
         yield f"The test is tiny ({TESTED_VIDEOS}): its numbers and their intervals say little."
-    if MODEL_INFO["val_auc"] < 0.65:
-        yield AT_CHANCE
+    if (auc := MODEL_INFO["val_auc"]) < 0.65:
+        yield f"The model is hardly better than chance: validation AUC {auc:.3f}."
     yield "Numbers from one dataset say little about manipulations and cameras it does not contain."
     yield "P(fake) assumes that real and fake videos are equally frequent."
     if WEIGHTS_ORIGIN.startswith("random"):
@@ -143,7 +143,7 @@ def caveats() -> Iterator[str]:
 def setup_text() -> str:
     """Data, method and training, as the report says it."""
     methods, seconds = ", ".join(sorted(TRAINED_ON)) or "real videos alone", results["seconds"]
-    trained = f"{plural(len(HISTORY), 'epoch')} with {methods}"
+    trained = f"{plural(len(HISTORY), 'epoch')}; it has seen {methods}"
     return f"""\
 Data
   {DATA_ORIGIN}: {plural(len(VIDEOS), "video")}, {plural(VIDEOS.group.nunique(), "group")}
@@ -166,13 +166,13 @@ Method
 
 def metrics_text() -> str:
     """The metrics of the test set, those that depend on the threshold at both thresholds."""
-    new = HISTORY and not LEAKING and not CONFIG.CHECKPOINT
+    new = HISTORY and not (LEAKING or CONFIG.CHECKPOINT or CONFIG.INITIAL_MODEL)
     text = f"Result: test set of {TESTED_VIDEOS}{', recordings never trained on' if new else ''}\n"
     text += "  Fake is the positive class; in brackets 95 % intervals, from resampled groups.\n\n"
     text += f"{SCORE_TABLE.to_string(header=False)}\n\n{VERDICT_TABLE.to_string()}\n"
     for kind, number in SPLIT_SIZES["test"].items():
         if not number:
-            text += f"  undefined, for the test set has no {kind} videos: metrics that need both\n"
+            text += f"  metrics that need {kind} videos are undefined: the test set has none\n"
     return text
 
 
@@ -237,10 +237,6 @@ def achievements() -> Iterator[str]:
         yield f"Hardest to tell from real: `{row.method}`, AUC {format_auc(row)}."
     if (row := hardest(ROBUSTNESS_TABLE[1:])) is not None:
         yield f"Hardest condition: {row.degradation} {row.strength:g}, AUC {format_auc(row)}."
-    if MODEL_INFO["val_auc"] < 0.65:
-        yield AT_CHANCE
-    if len(SCORED):
-        yield f"Your own videos: {sum(SCORED.verdict == 'fake')} of {len(SCORED)} called fake."
 
 
 def ideas() -> Iterator[str]:

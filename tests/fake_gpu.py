@@ -228,7 +228,7 @@ def watch_step(config: Any, count: int = 16, gradients: bool = True) -> Watch:
     """What a step in fp16 takes; without `gradients` all but forward and backward."""
     with fake_gpu():
         trainer = trainer_of(config, torch.float16)
-        meter = training.EpochMeter(trainer, None, 1, None)
+        meter = training.EpochMeter(trainer, None, 1, training.NO_BAR)
         batch = batch_of(config, count, torch.zeros(count, dtype=torch.bool))
 
         def nothing(count: int, clips: Any, labels: Any) -> tuple:

@@ -14,6 +14,7 @@ from conftest import run_notebook
 from processes import ROOT
 
 import build_notebook as builder
+from cell_06_loss_and_utils import save_checkpoint
 from cell_08_evaluation_functions import Predictor
 
 
@@ -141,7 +142,7 @@ def test_a_stopped_run_says_how_to_resume(tmp_path):
         time.sleep(0.05)
     running.interrupt()
     assert running.wait(60) == 1
-    advice = "Stopped. To resume after fixing the cause, run the same command with --output"
+    advice = "Stopped. To resume, run the same command with --output"
     assert f"{advice} {tmp_path / 'run'}" in running.output
 
 
@@ -184,6 +185,21 @@ def test_score_says_of_videos_and_folders_whether_they_are_fake(finished_run, de
     assert "none.pth does not exist" in no_model and "run trains one" in no_model
 
 
+def test_score_needs_something_to_score_and_a_model(tmp_path):
+    with pytest.raises(builder.Failure, match="no videos or pictures in"):
+        builder.videos_in([tmp_path])
+    (tmp_path / "notes.pth").write_text("no model")
+    save_checkpoint(tmp_path / "last_checkpoint.pth", {"model": {}, "epoch": 1})
+    for name in ("notes.pth", "last_checkpoint.pth"):
+        with pytest.raises(builder.Failure, match=f"{name} is not a model file"):
+            builder.load_predictor(tmp_path / name)
+    (tmp_path / "face.png").touch()
+    (tmp_path / "video.mp4").touch()
+    assert builder.videos_in([tmp_path]) == [tmp_path / "face.png", tmp_path / "video.mp4"]
+    with pytest.raises(ValueError):
+        builder.whole("-1")
+
+
 def test_the_pretrained_detector_is_what_its_card_says():
     card = (builder.PRETRAINED.parent / "README.md").read_text(encoding="utf-8")
     predictor = Predictor.load(builder.PRETRAINED)
@@ -200,7 +216,7 @@ def small_model(tmp_path_factory) -> Path:
     """A model file with random weights."""
     from cell_02_global_config import CONFIG
     from cell_05_model_definition import build_model
-    from cell_06_loss_and_utils import model_file, save_checkpoint
+    from cell_06_loss_and_utils import model_file
 
     small: Any = dict(BACKBONE="resnet18", IMAGE_SIZE=64, FRAMES_PER_VIDEO=4, LSTM_HIDDEN=8)
     config = dataclasses.replace(CONFIG, **small, CLIPS_PER_VIDEO=1)

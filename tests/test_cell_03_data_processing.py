@@ -678,6 +678,12 @@ def test_a_given_split_is_kept_and_a_missing_one_is_taken_from_training():
     assert (split.split == "val").sum() == pytest.approx(0.25 / 0.8 * 60, abs=4)
 
 
+@pytest.mark.parametrize("splits", [["train"] * 60, ["train"] * 40 + ["val"] * 20])
+def test_all_can_be_test_videos_though_the_dataset_calls_them_training(splits):
+    split = split_videos(pairs(30).assign(split=splits), 0, 1, 1, needed={"test": ()})
+    assert (split.split == "test").sum() == splits.count("train")
+
+
 def test_a_dataset_with_all_its_splits_is_left_as_it_is():
     given_split = pairs(30).assign(split=["train"] * 40 + ["val"] * 8 + ["test"] * 12)
     assert split_videos(given_split, 0.15, 0.2, 1).split.tolist() == given_split.split.tolist()

@@ -362,13 +362,13 @@ def test_validation_scores_every_clip_once_in_order_whatever_the_batch_size():
         assert np.allclose(scores.logits, found[0].logits) and scores.loss == pytest.approx(
             found[0].loss
         )
-        assert scores.frame_logits.shape == scores.attention.shape == (21, 2)
+        assert scores.frame_logits.shape == (21, 2)
 
 
 def test_a_process_with_stills_alone_adds_its_scores_to_those_of_videos(monkeypatch):
     def scored(row, frames):
         columns = torch.ones(1), torch.ones(1), torch.tensor([row % 2.0]), torch.tensor([row])
-        return cell.BatchScores(*columns, torch.ones(1, frames), torch.ones(1, frames))
+        return cell.BatchScores(*columns, torch.ones(1, frames))
 
     others = [cell.concat_scores([scored(0, 2)]), None]  # the last process had nothing to score
     monkeypatch.setattr(cell, "all_gather_object", lambda own: [own, *others])

@@ -84,12 +84,12 @@ def check_augmentation(kind: str = "codec", twins: float = 1.0) -> None:
 def check_step(config=SMALL, precision=torch.float16, **options: Any) -> None:
     trainer: Any = trainer_of(config, precision, **options)
     batch = batch_of(config, 4, BLEND)
-    meter = training.EpochMeter(trainer, None, 1, None)
+    meter = training.EpochMeter(trainer, None, 1, training.NO_BAR)
     clips = data.normalize(data.to_float(batch.clips))
 
     without_waiting(lambda: meter.update(batch, *trainer.step(clips, batch.labels)))
     ((_, scores, figures),) = meter.waiting
-    results: tuple = (figures, scores.losses, scores.logits, scores.frame_logits, scores.attention)
+    results: tuple = (figures, scores.losses, scores.logits, scores.frame_logits)
     results += (*trainer.average.module.parameters(), *(w.grad for w in trainer.model.parameters()))
     kinds = {(value.device, value.dtype) for value in results}
     assert kinds == {(GPU, torch.float32)}, f"devices and dtypes {kinds}"
@@ -101,8 +101,8 @@ def check_validation(precision=None, per_video: int = 1) -> None:
     shown = data.normalize(data.to_float(batch.clips))  # puts constants on the GPU
     data.self_blend(shown, batch.landmarks, data.DeviceRandom(GPU, [0]))
     (scores,) = without_waiting(training.validate, model, [batch], loss, GPU)
-    assert scores.frame_logits.shape == scores.attention.shape == (4, 2 * per_video)
-    assert {value.device for value in (scores.losses, scores.logits, scores.attention)} == {GPU}
+    assert scores.frame_logits.shape == (4, 2 * per_video)
+    assert {value.device for value in (scores.losses, scores.logits, scores.frame_logits)} == {GPU}
 
 
 def check_heat_maps() -> None:

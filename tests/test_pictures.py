@@ -1,6 +1,7 @@
 """Pictures as data: stills, face crops, folders of frames, alone and beside videos."""
 
 import dataclasses
+import os
 
 import cv2
 import numpy as np
@@ -75,6 +76,9 @@ def test_a_folder_of_numbered_frames_is_one_clip_in_the_order_of_the_numbers(tmp
     frames, _ = cell.load_clip(usable.clip_file[0])
     first = int(usable.label[0])
     assert (frames[:, 0, 0, 0] - first).tolist() == [40, 80, 120, 160, 200, 240]
+    folder, before = usable.path[0], cell.file_identity(usable.path[0])
+    os.utime(folder / "frame_3.png", (0, 2**31))  # edited in place: the folder's time stays
+    assert cell.file_identity(folder) != before
 
 
 def test_face_crops_are_used_whole_from_where_they_are_and_photos_are_cropped(

@@ -87,6 +87,10 @@ def splice(person: dict, seconds: float, start: float, length: float) -> list[np
     return [fake[i] if start <= i / FPS < start + length else real[i] for i in range(count)]
 
 
+def judged_seconds(judged: cell.Judgement) -> float:
+    return cell.seconds_in(w for w in judged.windows if w.face and not w.reason)
+
+
 # Where
 
 
@@ -119,7 +123,7 @@ def test_a_fake_stretch_in_two_minutes_is_found_in_its_place(
     assert judged.start < start + length and start < judged.end  # they overlap
     assert abs(judged.start - start) <= 8 and abs(judged.end - start - length) <= 8
     assert judged.verdict == "fake" or length == 3  # 3 of 8 seconds: at least the place is right
-    assert judged.seconds(judged=True) == pytest.approx(120, abs=0.5) and len(judged.faces) == 1
+    assert judged_seconds(judged) == pytest.approx(120, abs=0.5) and len(judged.faces) == 1
 
 
 def test_a_real_video_is_called_real_whatever_its_length(people, predictor, tmp_path):
@@ -148,7 +152,7 @@ def test_a_face_that_leaves_and_comes_back_is_judged_while_it_is_there(people, p
     judged = predictor.judge(tmp_path / "leaves.mp4")
     first, second = judged.faces.values()
     assert first[-1].end == pytest.approx(20, abs=2.1) and second[0].start >= 31.8
-    assert judged.seconds(judged=True) == pytest.approx(40, abs=3)
+    assert judged_seconds(judged) == pytest.approx(40, abs=3)
     assert "no face found" in {window.reason for window in judged.windows}
 
 
@@ -233,7 +237,7 @@ def test_odd_videos_are_judged(kind, people, predictor, tmp_path):
     if kind == "truncated":
         judged = predictor.judge(file)
         assert "truncated" in judged.problem and "s are missing" in judged.problem
-        assert judged.verdict == "real" and 8 <= judged.seconds(judged=True) < 20
+        assert judged.verdict == "real" and 8 <= judged_seconds(judged) < 20
         return
     judged = predictor.judge(file)
     assert judged.verdict == "fake" and judged.start == pytest.approx(16, abs=8)
@@ -323,6 +327,23 @@ def test_a_video_is_as_suspicious_as_its_most_suspicious_face(predictor):
     assert len(judgement.faces) == 2 and judgement.verdict == "fake"
 
 
+def test_the_faces_with_pictures_are_those_of_the_most_suspicious_stretches():
+    extremes = cell.Extremes()
+    windows = windows_of([4, -9])
+    for face in range(2, 2 + cell.FACES_SHOWN):
+        windows += windows_of([2, 2], face=face)
+    for number, window in enumerate(windows, start=1):
+        cell.keep_extremes(extremes, window, windows[:number])
+    assert sorted(extremes) == [*range(2, 2 + cell.FACES_SHOWN)]
+
+
+def test_the_share_with_a_face_is_that_of_what_was_looked_at():
+    first, *_, last = windows_of([-1] * 20)
+    judgement = cell.Judgement("x.mp4", "real", 0.3, 1, 0.0, 8.0, [first, last])
+    table = cell.predictions_table([judgement], 0.5)
+    assert table.face_share.tolist() == [1.0] and table.seconds_judged.tolist() == [16.0]
+
+
 def test_limits_are_where_nine_in_ten_are_right_and_the_rest_is_uncertain(predictor):
     labels = np.repeat([0, 1], 200)
     logits = np.random.default_rng(0).normal(2 * labels - 1, 1.5)
@@ -395,6 +416,15 @@ def test_a_stopped_run_goes_on_and_what_changed_is_judged_again(folder, predicto
     other = dataclasses.replace(predictor, fingerprint="other")
     cell.judge_videos(other, videos[:1], tmp_path / "out")
     assert len([*(tmp_path / "out" / "judged").iterdir()]) == 6
+
+
+def test_pictures_are_scored_like_videos_and_recalled(people, predictor, tmp_path):
+    cv2.imwrite(str(tmp_path / "face.png"), people[0]["fake"][0])
+    too_long = tmp_path / f"{'x' * 300}.mp4"  # the file system allows no such name
+    for _ in range(2):
+        table = cell.judge_videos(predictor, [tmp_path / "face.png", too_long], tmp_path / "out")
+        assert table.verdict[0] == "fake" and table.face_share[0] == 1
+        assert "cannot be read" in table.error[1]
 
 
 # The page

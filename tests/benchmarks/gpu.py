@@ -255,7 +255,9 @@ def running_out_of_memory_is_answered() -> str:
         fits = training.choose_batch_size(CFG, DEVICE, HALF)
         rows: Any = [batch_of(64)]
         trainer.model.precision = None
-        scores = training.score_batches(trainer.average, rows, trainer.criterion, DEVICE, None)
+        scores = training.score_batches(
+            trainer.average, rows, trainer.criterion, DEVICE, training.NO_BAR
+        )
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert trainer.micro_batch and loss.isfinite() and norm.isfinite(), trainer.micro_batch
