@@ -488,7 +488,7 @@ def execute(notebook: Path, executed: Path, parameters: dict, resume: str) -> No
             stdout_file=sys.stdout,
             progress_bar=sys.stderr.isatty(),
             # it warns that its loopback traffic is not encrypted
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
     except papermill.PapermillExecutionError as error:
         cells = nbformat.read(executed, as_version=4).cells

@@ -218,7 +218,7 @@ def probe_gpus() -> tuple[dict[int, str], list[str]]:
         advice.append(f"torch {torch.__version__} is built for CPUs only; install one with CUDA.")
     if not usable:
         menu = " Choose Settings > Accelerator > GPU T4 x2." if ON_KAGGLE and not count else ""
-        advice.append(f"No usable GPU: on the CPU, only the demo set trains in minutes.{menu}")
+        advice.append(f"No usable GPU: on the CPU, hundreds of videos take hours.{menu}")
     return usable, advice
 
 

@@ -594,6 +594,7 @@ def plot_calibration(labels: np.ndarray, probs: np.ndarray) -> Figure:
     style: Any = dict(stacked=True, color=[REAL_COLOUR, FAKE_COLOUR], label=["real", "fake"])
     below.hist(both, np.linspace(0, 1, 11), **style)
     below.set(xlabel="P(fake)", ylabel="videos")
+    below.locator_params(axis="y", integer=True)
     below.legend(fontsize=10)
     ece = 100 * calibration_error(labels == 1, probs)
     ax.set_title(f"P(fake) is off by {ece:.0f} points on average (ECE)")

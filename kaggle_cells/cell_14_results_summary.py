@@ -104,7 +104,7 @@ results: dict[str, Any] = {
 }
 with replacing(RESULTS / "experiment_results.json") as partial_file:
     partial_file.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-print(f"{len(results)} entries: {', '.join(results)}")
+print("results/experiment_results.json has", ", ".join(results))
 
 # %% [markdown]
 # The report says how far its own numbers can be trusted:
