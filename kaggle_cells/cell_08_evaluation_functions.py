@@ -1155,8 +1155,8 @@ def describe_limits(predictor: Predictor) -> str:
     low = f"real up to P(fake) {real_to:.2f}" if real_to >= 0 else "never real"
     high = f"fake from {fake_from:.2f}" if fake_from <= 1 else "never fake"
     called = " or ".join(["real"] * (real_to >= 0) + ["fake"] * (fake_from <= 1))
-    right = f" Nine in ten of the calibration videos called {called} were." if called else ""
-    return f"A video is called {low}, {high}, else uncertain.{right}"
+    right = f" Of the calibration videos called {called}, nine in ten were called right."
+    return f"A video is called {low}, {high}, else uncertain.{right if called else ''}"
 
 
 TEMPLATES = jinja2.Environment(
