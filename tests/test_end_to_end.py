@@ -341,7 +341,7 @@ def test_a_dataset_is_evaluated_whole_even_if_one_class_is_all_it_has(
     assert (
         fitted["auc_roc"] is None and fitted["specificity"] is None and 0 <= fitted["recall"] <= 1
     )
-    assert "undefined, for the test set has no real videos" in run.output
+    assert "metrics that need real videos are undefined: the test set has none" in run.output
     assert run.table("results/metrics_by_method.csv").never_trained_on.all(), (
         "the model never saw these methods"
     )
