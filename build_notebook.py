@@ -666,7 +666,8 @@ def positive(text: str) -> float:
 
 def whole(text: str) -> int:
     """A whole number, 1 or more, for argparse."""
-    return int(positive(str(int(text))))
+    positive(text)
+    return int(text)
 
 
 def read_arguments() -> argparse.Namespace:

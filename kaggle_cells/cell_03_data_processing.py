@@ -585,7 +585,6 @@ def check_files(videos: pd.DataFrame, workers: int) -> tuple[pd.DataFrame, pd.Da
 # **Splitting** comes before sampling, so that a larger sample never moves a video from the test set
 # into training. Every split gets its share of each class and manipulation.
 
-
 # %%
 CLASS_NAMES = ("real", "fake")
 
