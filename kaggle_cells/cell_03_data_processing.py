@@ -28,7 +28,7 @@ import threading
 import unicodedata
 import warnings
 import zipfile
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -528,8 +528,9 @@ def content_size(path: Path) -> int:
 
 def file_identity(path: Path) -> list[Any]:
     """Path, size and time of change (ns) of a video: the same video has the same ones."""
-    changed = max((file.stat().st_mtime_ns for file in frame_files(path)), default=0)
-    return [str(path.resolve()), content_size(path), changed]
+    stats = [file.stat() for file in frame_files(path)]
+    changed = max((stat.st_mtime_ns for stat in stats), default=0)
+    return [str(path.resolve()), sum(stat.st_size for stat in stats), changed]
 
 
 def content_digest(path: Path) -> str:
@@ -757,7 +758,7 @@ def sample_per_class(videos: pd.DataFrame, per_class: int, seed: int) -> pd.Data
 # and the network would learn to tell durations.
 
 # %%
-CLIP_VERSION = 4  # part of each cached clip's name: increased when clips are made differently
+CLIP_VERSION = 5  # part of each cached clip's name: increased when clips are made differently
 LONG_LEAD = 1500  # frames before the first one wanted, beyond which one seek saves time
 LONGEST_SIDE = 1920  # pixels; larger frames are reduced: faces stay large enough, memory small
 Decoded = tuple[dict[int, np.ndarray], int, float]  # frames by number, their end, time there in s
@@ -985,10 +986,10 @@ def detect_faces(frames: list[np.ndarray], detector: Iterable[Any]) -> list[list
 
 
 # %% [markdown]
-# From every face a track grows both ways through time: to the face of the next frame that overlaps
-# it most, if it is at least half and at most twice as large. The winner is the track with the
-# largest mean size times the cube of the share of frames it is seen in: a face that stays beats a
-# larger one that passes.
+# **Tracks.** From frame to frame, faces go to the tracks that they overlap most, if they are at
+# least half and at most twice as large. The face of a clip is the track with the largest mean size
+# times the cube of the share of frames it is seen in: one that stays beats a larger one that
+# passes.
 
 
 # %%
@@ -1002,26 +1003,41 @@ def overlaps(face: Face, others: list[Face]) -> np.ndarray:
     return box_iou(boxes[:1], boxes[1:])[0].numpy() * is_similar
 
 
-def track_of(face: Face, found: list[list[Face]]) -> list[Face]:
-    """The track that grows from a face through the faces found in each frame, in order of time."""
-    track = [face]
-    for times in (range(face.time + 1, len(found)), reversed(range(face.time))):
-        last = face
-        for time in times:
-            overlap = overlaps(last, found[time])
-            if overlap.max(initial=0) > 0:
-                track.append(last := found[time][int(overlap.argmax())])
-    return sorted(track, key=lambda face: face.time)
+class FaceTracker:
+    """Gives each face the number of its track: that of the earlier face it overlaps most."""
+
+    def __init__(self, patience: float) -> None:
+        self.tracks: dict[int, tuple[Face, int]] = {}  # the last face, how often missed since then
+        self.patience, self.scene, self.count = patience, 0, 0
+
+    def follow(self, faces: list[Face], scene: int = 0) -> dict[int, Face]:
+        """The faces of the next frame, by track, which may miss `patience` frames of its scene."""
+        tracks = self.tracks if scene == self.scene else {}
+        last = {n: face for n, (face, missed) in tracks.items() if missed <= self.patience}
+        found: dict[int, Face] = {}
+        if last and faces:
+            shared = np.stack([overlaps(face, faces) for face in last.values()])
+            pairs = zip(*linear_sum_assignment(shared, maximize=True), strict=True)
+            found = {[*last][row]: faces[i] for row, i in pairs if shared[row, i] > 0}
+        new = [face for face in faces if all(face is not other for other in found.values())]
+        found |= dict(enumerate(new, self.count + 1))
+        missed = {n: (face, self.tracks[n][1] + 1) for n, face in last.items()}
+        self.tracks = missed | {n: (face, 0) for n, face in found.items()}
+        self.scene, self.count = scene, self.count + len(new)
+        return found
 
 
 def follow_face(found: list[list[Face]]) -> list[Face]:
     """The track of the clip's main face; empty if there is no face."""
-    tracks = [track_of(face, found) for faces in found for face in faces]
+    tracker, tracks = FaceTracker(math.inf), defaultdict[int, list[Face]](list)
+    for faces in found:
+        for number, face in tracker.follow(faces).items():
+            tracks[number].append(face)
 
     def prominence(track: list[Face]) -> float:
         return float(np.mean([face.size for face in track])) * (len(track) / len(found)) ** 3
 
-    return max(tracks, key=prominence, default=[])
+    return max(tracks.values(), key=prominence, default=[])
 
 
 # %%
@@ -1294,30 +1310,6 @@ def gather_windows(
 
 
 # %%
-class FaceTracker:
-    """Gives each face the number of its track: that of the earlier face it overlaps most."""
-
-    def __init__(self) -> None:
-        self.tracks: dict[int, tuple[Face, int]] = {}  # the last face, how often missed since then
-        self.scene, self.count = 0, 0
-
-    def follow(self, faces: list[Face], scene: int) -> dict[int, Face]:
-        """The faces of the next frame looked at, by track. A track may miss one such frame."""
-        goes_on = scene == self.scene
-        last = {n: face for n, (face, missed) in self.tracks.items() if goes_on and missed < 2}
-        found: dict[int, Face] = {}
-        if last and faces:
-            shared = np.stack([overlaps(face, faces) for face in last.values()])
-            pairs = zip(*linear_sum_assignment(shared, maximize=True), strict=True)
-            found = {[*last][row]: faces[i] for row, i in pairs if shared[row, i] > 0}
-        new = [face for face in faces if all(face is not other for other in found.values())]
-        found |= dict(enumerate(new, self.count + 1))
-        missed = {n: (face, self.tracks[n][1] + 1) for n, face in last.items()}
-        self.tracks = missed | {n: (face, 0) for n, face in found.items()}
-        self.scene, self.count = scene, self.count + len(new)
-        return found
-
-
 def find_faces(moments: list[Moment], detector: Mtcnn, tracker: FaceTracker) -> None:
     """Detect the faces of the moments that are looked at; without a detector, one that is NaN."""
     unseen = [moment for moment in moments if moment.is_looked_at and moment.faces is None]
@@ -1438,7 +1430,7 @@ def face_windows(
     else:
         starts, wanted = plan_windows(path, settings, stride, limit)
         moments = read_ahead(read_moments(path, settings, wanted))
-    tracker = FaceTracker()
+    tracker = FaceTracker(patience=1)
     for window in gather_windows(moments, settings.moments, starts):
         find_faces(window, detector if settings.face_crop else None, tracker)
         faces = sorted({face for moment in window for face in moment.faces or ()})

@@ -112,13 +112,17 @@ def relative_scores(model: DeepfakeDetector, clips: torch.Tensor) -> DetectorOut
     """The scores of normalised clips, less `offset` and 0.7 of those of a `reference`.
 
     That is the clips compressed so coarsely; 0: none. What compression leaves, such as the person
-    and the light, nearly cancels out. The intact clips come last: heat maps are of the last pass.
+    and the light, nearly cancels out. Of interleaved clips, every second one is compressed. The
+    intact clips come last: heat maps are of the last pass.
     """
     ref: Any = 0.0, 0.0
     if model.reference:
-        coarse = compress(denormalize(clips), device_constant((model.reference,), clips.device))
+        step = 1 if clips.shape[1] % (2 * model.frames) else 2
+        some = denormalize(clips[:, step - 1 :: step])
+        coarse = compress(some, device_constant((model.reference,), clips.device))
         with torch.no_grad():  # heat maps need the gradient of the last pass alone
-            ref = [0.7 * part for part in model.average_views(normalize(coarse))[:2]]
+            logit, frames, _ = model.average_views(normalize(coarse))
+        ref = 0.7 * logit, 0.7 * frames.repeat_interleave(step, dim=1)
     logit, frames, attention = model.average_views(clips)
     return DetectorOutput(logit - ref[0] - model.offset, frames - ref[1] - model.offset, attention)
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -885,9 +886,9 @@ class Judgement:
 
     @property
     def faces(self) -> dict[int, list[Window]]:
-        """The windows of each face that was judged at some time."""
-        judged = sorted({window.face for window in self.windows if not window.reason})
-        return {face: [w for w in self.windows if w.face == face] for face in judged}
+        """All windows of each face that was judged at some time."""
+        faces = judged_faces(self.windows)
+        return {face: [w for w in self.windows if w.face == face] for face in faces}
 
     @property
     def length(self) -> float:
@@ -895,6 +896,12 @@ class Judgement:
 
 
 # %%
+def judged_faces(windows: list[Window]) -> dict[int, list[Window]]:
+    """The windows that were judged, by face."""
+    parts = sorted((window for window in windows if not window.reason), key=lambda w: w.face)
+    return {face: [*part] for face, part in groupby(parts, key=lambda window: window.face)}
+
+
 def seconds_in(windows: Iterable[Window]) -> float:
     """How many seconds of the video lie in at least one of the windows."""
     total, until = 0.0, 0.0
@@ -942,9 +949,8 @@ def keep_extremes(extremes: Extremes, window: Window, windows: list[Window]) -> 
     falling = sorted(seen, key=lambda window: window.logit, reverse=True)
     extremes[window.face] = falling[0], falling[-1]
     if len(extremes) > FACES_SHOWN:
-        judged = [window for window in windows if not window.reason]
-        of = {face: [window for window in judged if window.face == face] for face in extremes}
-        del extremes[min(of, key=lambda face: most_suspicious(of[face])[0])]
+        of = judged_faces(windows)
+        del extremes[min(extremes, key=lambda face: most_suspicious(of[face])[0])]
 
 
 def as_uri(picture: np.ndarray) -> str:
@@ -1017,12 +1023,11 @@ def judge_video(
 def sum_up(predictor: Predictor, judgement: Judgement) -> None:
     """The verdict: that on the most suspicious face in its most suspicious stretch."""
     judgement.verdict, highest = "no face to judge", -math.inf
-    for face, windows in judgement.faces.items():
-        judged = [window for window in windows if not window.reason]
-        logit, place = most_suspicious(judged)
+    for face, windows in judged_faces(judgement.windows).items():
+        logit, place = most_suspicious(windows)
         if logit > highest:
             highest, judgement.face = logit, face
-            judgement.start, judgement.end = find_stretch(judged, place, predictor.threshold)
+            judgement.start, judgement.end = find_stretch(windows, place, predictor.threshold)
     if judgement.face:
         judgement.probability = float(probabilities(np.array(highest), predictor.temperature))
         judgement.verdict = predictor.verdict(judgement.probability)
@@ -1087,7 +1092,8 @@ No face to judge: see below why. This says nothing about the video.{% else %}
 <svg viewBox="0 0 {{ length }} 1" preserveAspectRatio="none" role="img"
  aria-label="P(fake) of face {{ face }} over time">
 {% for w in faces[face] %}{% set height = 1 if w.reason else [0.02, w.probability]|max %}
-<rect x="{{ w.start }}" width="{{ w.end - w.start }}" y="{{ 1 - height }}" height="{{ height }}"
+{% set end = [w.end, loop.nextitem.start]|min if loop.nextitem else w.end %}
+<rect x="{{ w.start }}" width="{{ end - w.start }}" y="{{ 1 - height }}" height="{{ height }}"
  class="{{ "unjudged" if w.reason else predictor.verdict(w.probability) }}"><title>
 {{ clock(w.start) }} to {{ clock(w.end) }}: {{ w.reason or "P(fake) %.2f" % w.probability }}
 </title></rect>{% endfor %}
@@ -1180,7 +1186,7 @@ def inline_html(judgement: Judgement, predictor: Predictor) -> str:
 
 
 # %%
-JUDGEMENT_VERSION = 4  # part of a kept verdict's name: increased when verdicts are made otherwise
+JUDGEMENT_VERSION = 5  # part of a kept verdict's name: increased when verdicts are made otherwise
 PREDICTION_COLUMNS = ["path", "probability", "verdict", "threshold", "face_share", "seconds"]
 PREDICTION_COLUMNS += ["error", "faces", "seconds_judged", "from", "to"]
 

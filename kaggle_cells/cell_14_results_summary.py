@@ -246,10 +246,8 @@ def ideas() -> Iterator[str]:
         yield '`show_video("my_video.mp4")` in a new cell, or `PREDICT_DIR`, for your own videos'
     if DATA_ORIGIN.startswith("demo"):
         yield "a real dataset: the demo set shows that everything works, not how well"
-    if WEIGHTS_ORIGIN == "random":
-        yield "`PRETRAINED = True`: from ImageNet weights it would learn far more"
-    elif WEIGHTS_ORIGIN.startswith("random"):
-        yield f"ImageNet weights: internet on, or a dataset attached with `{CONFIG.BACKBONE}.pth`"
+    if WEIGHTS_ORIGIN.startswith("random"):
+        yield "`PRETRAINED = True`, with internet or a dataset with the weights: it learns far more"
     if HISTORY and MODEL_INFO["epoch"] > 0.9 * CONFIG.EPOCHS:
         yield f"more than {CONFIG.EPOCHS} `EPOCHS`: the best one was among the last"
     if HISTORY and len(TRAINED_ON) > 1 and not CONFIG.HOLDOUT_METHODS:

@@ -298,6 +298,18 @@ def test_scores_with_a_reference_are_relative_to_the_same_frames_compressed():
         assert torch.allclose(model(flat).logit, kept - 0.5, atol=0.02)
 
 
+def test_of_interleaved_clips_every_second_one_is_the_reference():
+    model = small_model(FRAMES_PER_VIDEO=1, LSTM_LAYERS=0, REFERENCE=1.7).eval()
+    clips = normalize(torch.rand(2, 4, 3, 64, 64))
+    coarse = normalize(compress(denormalize(clips), torch.tensor([1.7])))
+    with torch.no_grad():
+        found = model(clips)
+        intact, reference = model.score_clip(clips), model.score_clip(coarse).frame_logits[:, 1::2]
+    expected = intact.frame_logits - 0.7 * reference.repeat_interleave(2, dim=1)
+    assert torch.allclose(found.frame_logits, expected, atol=1e-4)
+    assert torch.allclose(found.logit, expected.mean(dim=1), atol=1e-4)
+
+
 def test_several_clips_of_a_video_are_averaged():
     clips, model = torch.rand(2, 6, 3, 64, 64), small_model(FRAMES_PER_VIDEO=3).eval()
     with torch.no_grad():

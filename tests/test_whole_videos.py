@@ -1,6 +1,7 @@
 """Scoring looks at all of a video and every face, and says where, what not, and why."""
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -443,6 +444,16 @@ def test_the_page_is_whole_sorted_and_escapes_names(page):
     verdicts = [part.split('"')[0] for part in text.split('class="verdict ')[1:]]
     assert verdicts == ["fake", "real", "real", "real", ""]
     assert "3 real, 1 fake, 1 not readable" in text and "never proof" in text
+
+
+def test_windows_that_overlap_do_not_hide_one_another_in_the_timeline(predictor):
+    windows = [Window(1, 2.0 * i, 2.0 * i + 8, logit=0, probability=0.5) for i in range(3)]
+    windows.append(Window(1, 20.0, 28.0, logit=0, probability=0.5))
+    windows.append(Window(1, 22.0, 30.0, reason="too blurred"))
+    card = cell.inline_html(cell.Judgement("x.mp4", "real", 0.5, 1, 0, 8, windows), predictor)
+    spans = re.findall(r'<rect x="([-\d.]+)" width="([-\d.]+)"', card)
+    ends = [(float(start), float(start) + float(width)) for start, width in spans]
+    assert ends == [(0, 2), (2, 4), (4, 12), (20, 22), (22, 30)]
 
 
 @pytest.mark.slow
