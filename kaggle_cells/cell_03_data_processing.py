@@ -5,7 +5,7 @@
 # Each video is decoded once. What the network sees of it is cached as a small `uint8` file: 16 face
 # crops of 160 x 160 pixels take 1.2 MB. From then on, an epoch decodes nothing. A picture is a clip
 # of one frame, and a folder of numbered frames is a clip like a video. Pictures that are face crops
-# already need neither detector nor cache: they are read where they are.
+# already need neither face detector nor cache: they are read where they are.
 #
 # **Finding videos.** Each known layout is one function that takes a folder and returns a row per
 # video, or nothing. A row gives the `label` and `method` and, as `sources`, what the video was made
@@ -921,15 +921,15 @@ def read_pictures(path: Path, count: int) -> Frames:
 
 # %% [markdown]
 # **The face** is detected in a few frames with MTCNN and followed through the clip. In between its
-# box is interpolated, and it keeps one size: a crop that breathed with the detector would hide, or
-# imitate, the unsteadiness that gives some manipulations away.
+# box is interpolated, and it keeps one size: a crop that breathed with the detection would hide,
+# or imitate, the unsteadiness that gives some manipulations away.
 
 # %%
-DETECTION_FRAMES = 8  # frames of a clip that the detector looks at
+DETECTION_FRAMES = 8  # frames of a clip that the face detector looks at
 DETECTION_SIDE = 640  # longer side of the frames it sees
 GPU_ERROR = re.compile("CUDA|CUDNN|cuDNN|CUBLAS")  # in messages: no fault of the video
 FACE_SIZES = (80, 32)  # smallest face in their pixels; small ones only if there is no larger one
-Mtcnn = torch.nn.ModuleList | None  # the detector's stages; None: no faces are looked for
+Mtcnn = torch.nn.ModuleList | None  # the face detector's stages; None: no faces are looked for
 
 
 class Face(NamedTuple):
@@ -952,20 +952,20 @@ def load_face_detector(device: str | torch.device) -> torch.nn.ModuleList:
     with warnings.catch_warnings():  # torch 2.5 warns of how facenet-pytorch reads its own weights
         warnings.filterwarnings("ignore", "You are using `torch.load`", FutureWarning)
         stages = [MTCNN(keep_all=True, min_face_size=size, device=device) for size in FACE_SIZES]
-    detector = torch.nn.ModuleList(stages).eval()
-    return detector.to(memory_format=torch.channels_last)  # a third faster on CPUs
+    mtcnn = torch.nn.ModuleList(stages).eval()
+    return mtcnn.to(memory_format=torch.channels_last)  # a third faster on CPUs
 
 
-def detect_faces(frames: list[np.ndarray], detector: Iterable[Any]) -> list[list[Face]]:
+def detect_faces(frames: list[np.ndarray], mtcnn: Iterable[Any]) -> list[list[Face]]:
     """The faces in each of some RGB frames of one size.
 
-    Raises VideoError if the detector fails, and what the GPU raises if that fails.
+    Raises VideoError if the face detector fails, and what the GPU raises if that fails.
     """
     scale = min(1.0, DETECTION_SIDE / max(frames[0].shape[:2]))
     shrink = dict(fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     small = [cv2.resize(frame, None, **shrink) for frame in frames]
     found: list[list[Face]] = [[] for _ in frames]
-    for stage in detector:
+    for stage in mtcnn:
         faceless = [time for time, faces in enumerate(found) if not faces]
         if not faceless or min(small[0].shape[:2]) < stage.min_face_size:
             continue
@@ -1055,13 +1055,13 @@ def between(
     return values[:, :4], values[:, 4:].reshape(-1, 5, 2)
 
 
-def find_face(frames: list[np.ndarray], detector: Mtcnn) -> tuple[np.ndarray, np.ndarray, float]:
+def find_face(frames: list[np.ndarray], mtcnn: Mtcnn) -> tuple[np.ndarray, np.ndarray, float]:
     """The face of a clip: boxes (T, 4), landmarks (T, 5, 2) in pixels, share of frames showing it.
 
-    Without a face, or without a detector, boxes and landmarks are NaN and the share is 0.
+    Without a face, or without a face detector, boxes and landmarks are NaN and the share is 0.
     """
     seen = looked_at(len(frames))
-    track = follow_face(detect_faces([frames[i] for i in seen], detector)) if detector else []
+    track = follow_face(detect_faces([frames[i] for i in seen], mtcnn)) if mtcnn else []
     if not track:
         return np.full((len(frames), 4), np.nan), np.full((len(frames), 5, 2), np.nan), 0.0
     times = seen[[face.time for face in track]]
@@ -1140,14 +1140,14 @@ class Clip:
     note: str = ""
 
 
-def make_clip(path: Path, settings: ClipSettings, detector: Mtcnn) -> Clip:
+def make_clip(path: Path, settings: ClipSettings, mtcnn: Mtcnn) -> Clip:
     """Decode, crop and resize one video. Raises VideoError with the reason if it cannot be used."""
     if path.is_dir() or is_picture(path):
         frames, positions, note = read_pictures(path, settings.frames)
     else:
         frames, positions, note = read_frames(path, settings.frames, settings.seconds)
     height, width = frames[0].shape[:2]
-    boxes, landmarks, share = find_face(frames, detector if settings.face_crop else None)
+    boxes, landmarks, share = find_face(frames, mtcnn if settings.face_crop else None)
     squares = crop_squares(boxes, height, width, settings.margin)
     crops = crop_frames(frames, squares, settings.size)
     landmarks = (landmarks - squares[:, None, :2]) * (settings.size / squares[0, 2])
@@ -1172,7 +1172,7 @@ LEAST_ALIKE = 0.9
 class Moment:
     """A frame (H, W, 3) of a video, its number among those wanted, and its faces by track.
 
-    `done` is the share of the video up to it. `faces` is None where the detector does not look.
+    `done` is the share of the video up to it. `faces` is None where no faces are looked for.
     """
 
     number: int
@@ -1310,12 +1310,12 @@ def gather_windows(
 
 
 # %%
-def find_faces(moments: list[Moment], detector: Mtcnn, tracker: FaceTracker) -> None:
-    """Detect the faces of the moments that are looked at; without a detector, one that is NaN."""
+def find_faces(moments: list[Moment], mtcnn: Mtcnn, tracker: FaceTracker) -> None:
+    """Detect the faces of the moments that are looked at; without MTCNN, one that is NaN."""
     unseen = [moment for moment in moments if moment.is_looked_at and moment.faces is None]
     for scene, group in groupby(unseen, key=lambda moment: moment.scene):
         part = [*group]
-        found = detect_faces([moment.frame for moment in part], detector) if detector else []
+        found = detect_faces([moment.frame for moment in part], mtcnn) if mtcnn else []
         for moment, faces in zip(part, found, strict=False):
             moment.faces = tracker.follow(faces, scene)
         for moment in part[len(found) :]:
@@ -1417,7 +1417,7 @@ def time_span(moments: list[Moment], first: int, last: int) -> tuple[float, floa
 
 # %%
 def face_windows(
-    path: Path, settings: ClipSettings, detector: Mtcnn, stride: float = 0, limit: int = 0
+    path: Path, settings: ClipSettings, mtcnn: Mtcnn, stride: float = 0, limit: int = 0
 ) -> Iterator[list[Window]]:
     """A list for each window of a video or picture, with every face in it.
 
@@ -1432,7 +1432,7 @@ def face_windows(
         moments = read_ahead(read_moments(path, settings, wanted))
     tracker = FaceTracker(patience=1)
     for window in gather_windows(moments, settings.moments, starts):
-        find_faces(window, detector if settings.face_crop else None, tracker)
+        find_faces(window, mtcnn if settings.face_crop else None, tracker)
         faces = sorted({face for moment in window for face in moment.faces or ()})
         span = time_span(window, 0, len(window) - 1)
         nobody = Window(0, *span, reason="no face found", done=window[-1].done)
@@ -1467,7 +1467,7 @@ def is_intact(file: Path) -> bool:
 
 # %%
 def cached_clip(
-    path: Path, settings: ClipSettings, cache_dir: Path, detector: Mtcnn, is_crop: bool
+    path: Path, settings: ClipSettings, cache_dir: Path, mtcnn: Mtcnn, is_crop: bool
 ) -> dict:
     """Make sure that a video's clip is in the cache; its CLIP_COLUMNS, or the `reason` it fails.
 
@@ -1478,7 +1478,7 @@ def cached_clip(
             read_picture(path)
             return dict(clip_file=str(path), face_share=1.0, distinct_frames=1, note="")
         file = clip_file(path, settings, cache_dir)
-        clip = None if is_intact(file) else make_clip(path, settings, detector)
+        clip = None if is_intact(file) else make_clip(path, settings, mtcnn)
     except (VideoError, cv2.error) as error:
         return dict(reason=str(error))
     except OSError as error:
@@ -1518,26 +1518,26 @@ PICTURES_LOOKED_AT = 24
 
 
 @functools.cache  # asked once for the space that clips need, and once to make them
-def crop_share(path: Path, detector: torch.nn.ModuleList) -> float:
+def crop_share(path: Path, mtcnn: torch.nn.ModuleList) -> float:
     """The crop's side around a picture's face as a share of the picture's; NaN without a face."""
     try:
         picture = read_picture(path)
-        boxes, *_ = find_face([picture], detector)
+        boxes, *_ = find_face([picture], mtcnn)
     except VideoError:
         return np.nan
     return (boxes[0, 2:] - boxes[0, :2]).max() * 1.5 / min(picture.shape[:2])
 
 
-def find_face_crops(videos: pd.DataFrame, settings: ClipSettings, detector: Mtcnn) -> pd.Series:
+def find_face_crops(videos: pd.DataFrame, settings: ClipSettings, mtcnn: Mtcnn) -> pd.Series:
     """Which of the videos are pictures to be used whole."""
     crops = videos.path.map(is_picture).astype(bool)
-    if detector is None or not settings.face_crop:
+    if mtcnn is None or not settings.face_crop:
         return crops
     for _, part in videos[crops].groupby("dataset"):
         usual = []
         for _, paths in part.path.groupby(part.label):
             some = paths[:: max(1, len(paths) // PICTURES_LOOKED_AT)]
-            usual.append(np.nanmedian([*(crop_share(path, detector) for path in some), 0.0]))
+            usual.append(np.nanmedian([*(crop_share(path, mtcnn) for path in some), 0.0]))
         crops[part.index] = min(usual) > 0.8
     return crops
 
@@ -1547,7 +1547,7 @@ def cache_clips(
     videos: pd.DataFrame,
     settings: ClipSettings,
     cache_dir: Path,
-    detector: Mtcnn,
+    mtcnn: Mtcnn,
     workers: int,
     *,
     share: slice = slice(None),
@@ -1556,8 +1556,8 @@ def cache_clips(
 
     Returns the usable ones with CLIP_COLUMNS, and the others with a `reason`.
     """
-    crops = find_face_crops(videos, settings, detector)  # decided by all of them
-    videos, how = videos[share], (settings, cache_dir, detector)
+    crops = find_face_crops(videos, settings, mtcnn)  # decided by all of them
+    videos, how = videos[share], (settings, cache_dir, mtcnn)
     rows, chunk = videos.index, 1 + len(videos) // 1000  # a task costs as much as a picture
     with ThreadPool(workers, torch.set_num_threads, (1,)) as pool:
         clips = pool.imap(lambda i: cached_clip(videos.path[i], *how, crops[i]), rows, chunk)
@@ -1596,16 +1596,14 @@ def remove_partial_files(folder: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def require_space(
-    videos: pd.DataFrame, settings: ClipSettings, cache: Path, detector: Mtcnn
-) -> str:
+def require_space(videos: pd.DataFrame, settings: ClipSettings, cache: Path, mtcnn: Mtcnn) -> str:
     """Say how much disk the missing clips need. Raises OSError if more than is free."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         remove_partial_files(cache)
     except OSError as error:
         raise OSError(f"CACHE_DIR {cache} is not a writable folder: {error.strerror}") from error
-    cached = videos.path[~find_face_crops(videos, settings, detector)]
+    cached = videos.path[~find_face_crops(videos, settings, mtcnn)]
     paths = [p for p in cached if p.exists() and not clip_file(p, settings, cache).exists()]
     frames = sum(1 if is_picture(path) else settings.frames for path in paths)
     needed = (frames * settings.size**2 * 3 + len(paths) * 4096) / 2**30
@@ -1789,13 +1787,13 @@ def make_demo_set(folder: Path, per_class: int, seed: int, workers: int) -> Path
 def plot_demo_person(number: int = 1, seed: int = 0) -> plt.Figure:
     """The middle frame of a demo video and its face crop, for the real one and each fake."""
     portrait = load_portrait()
-    detector = load_face_detector("cpu") if CONFIG.FACE_CROP else None
+    mtcnn = load_face_detector("cpu") if CONFIG.FACE_CROP else None
     pictures, crops, methods = [], [], ("real", *DEMO_METHODS)
     for method in methods:
         frames = demo_frames(portrait, number, method, seed)
         frame = to_rgb(frames[len(frames) // 2])
         if method == "real":  # the fakes hold their heads in the same place
-            boxes, *_ = find_face([frame], detector)
+            boxes, *_ = find_face([frame], mtcnn)
             ((x, y, side),) = crop_squares(boxes, len(frame), frame.shape[1], CONFIG.FACE_MARGIN)
         pictures.append(frame)
         crops.append(frame[y : y + side, x : x + side])

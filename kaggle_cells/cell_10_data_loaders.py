@@ -48,8 +48,8 @@ if RANK == 0:
 
     broadcast_object(SPLIT_TABLES)
 else:
-    detector = load_face_detector(ENVIRONMENT.device) if CONFIG.FACE_CROP else None
-    how = ClipSettings.of(CONFIG), CONFIG.cache_dir, detector, CONFIG.NUM_WORKERS
+    mtcnn = load_face_detector(ENVIRONMENT.device) if CONFIG.FACE_CROP else None
+    how = ClipSettings.of(CONFIG), CONFIG.cache_dir, mtcnn, CONFIG.NUM_WORKERS
     SPLIT_TABLES = help_to_prepare(*how)
 RUN_SETTINGS = run_settings(CONFIG, pd.concat(SPLIT_TABLES.values()))
 
