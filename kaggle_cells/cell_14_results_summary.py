@@ -247,7 +247,8 @@ def ideas() -> Iterator[str]:
     if DATA_ORIGIN.startswith("demo"):
         yield "a real dataset: the demo set shows that everything works, not how well"
     if WEIGHTS_ORIGIN.startswith("random"):
-        yield "`PRETRAINED = True`, with internet or a dataset with the weights: it learns far more"
+        file = f"{CONFIG.BACKBONE}.pth"
+        yield f"ImageNet weights: `PRETRAINED = True`, and internet on or a dataset with `{file}`"
     if HISTORY and MODEL_INFO["epoch"] > 0.9 * CONFIG.EPOCHS:
         yield f"more than {CONFIG.EPOCHS} `EPOCHS`: the best one was among the last"
     if HISTORY and len(TRAINED_ON) > 1 and not CONFIG.HOLDOUT_METHODS:
