@@ -4,8 +4,9 @@
 
 The list names public files: repository, git blob, SHA-256, label, generator (`method`), `kind` of
 manipulation, and the `group` that must not cross a split. Each repository is cloned without its
-files from GitHub and asked for the blobs wanted, or read from MIRRORS/OWNER+NAME/repo. What is
-there already is kept. A row with a crop is one half of a side-by-side video and is cut out with
+files from GitHub and asked for the blobs wanted, or read from MIRRORS/OWNER+NAME/repo. Every file
+is checked against its SHA-256 and written completely or not at all; what is there already is kept.
+A row with a crop is one half of a side-by-side video and is cut out, and so encoded again, with
 ffmpeg (imageio-ffmpeg). Writes FOLDER/manifest.csv; exit status 1 if files are missing.
 
 The videos belong to their owners, whose terms apply: use them for research, and do not pass them
@@ -26,16 +27,22 @@ LIST = Path(__file__).with_name("videos.tsv")
 QUIET = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
 
 
-def git_folder(repo: str, mirrors: Path | None, clones: Path) -> Path | None:
-    """The git directory of a repository, cloned if there are no mirrors; None if there is none."""
+def git_folder(
+    repo: str, mirrors: Path | None, clones: Path, *, with_files: bool = False
+) -> Path | None:
+    """The git directory of a repository; None if there is none.
+
+    Without mirrors it is cloned: either `with_files`, those of the newest commit, or with the whole
+    history and no files, which git fetches one by one when they are read.
+    """
     if mirrors:
         folder = mirrors / repo.replace("/", "+") / "repo"
         places = [place for place in (folder, folder / ".git") if (place / "objects").is_dir()]
         return places[0] if places else None
     folder = clones / repo.replace("/", "+")
-    command = ["git", "clone", "--quiet", "--bare", "--filter=blob:none"]
-    url = f"https://github.com/{repo}"
-    if not folder.exists() and subprocess.run([*command, url, folder], env=QUIET).returncode:
+    part = "--depth=1" if with_files else "--filter=blob:none"
+    command = ["git", "clone", "--quiet", "--bare", part, f"https://github.com/{repo}", folder]
+    if not folder.exists() and subprocess.run(command, env=QUIET).returncode:
         return None
     return folder
 
@@ -47,26 +54,18 @@ def read_blob(git: Path, blob: str) -> bytes:
 
 
 def cut_out(content: bytes, file: Path, row: pd.Series) -> None:
-    """Write a part of the picture of a video as a file of its own."""
+    """Write a part of the picture of a video as a file of its own. Raises CalledProcessError."""
     import imageio_ffmpeg
 
     box = ":".join(str(int(row[f"crop_{side}"])) for side in "whxy")
-    encoding = [
-        "-c:v",
-        "libx264",
-        "-crf",
-        "12",
-        "-preset",
-        "superfast",
-        "-pix_fmt",
-        "yuv420p",
-        "-an",
-    ]
+    encoding = ["-c:v", "libx264", "-crf", "12", "-preset", "superfast", "-pix_fmt", "yuv420p"]
     with tempfile.NamedTemporaryFile(suffix=".mp4") as whole:
         whole.write(content)
         whole.flush()
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-i", whole.name]
-        subprocess.run([*command, "-vf", f"crop={box}", *encoding, file], check=True)
+        subprocess.run(
+            [*command, "-vf", f"crop={box}", *encoding, "-an", "-f", "mp4", file], check=True
+        )
 
 
 def file_of(row: pd.Series, folder: Path) -> Path:
@@ -81,13 +80,19 @@ def fetch(row: pd.Series, git: Path | None, file: Path) -> str:
     content = read_blob(git, row.blob)
     if not content:
         return f"{row.path_in_repo} is not there"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if not pd.isna(row.crop_w):
-        cut_out(content, file, row)
-    elif hashlib.sha256(content).hexdigest() != row.sha256:
+    if hashlib.sha256(content).hexdigest() != row.sha256:
         return f"{row.path_in_repo} is another file than the one listed"
-    else:
-        file.write_bytes(content)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".partial")
+    try:
+        if pd.isna(row.crop_w):
+            unfinished.write_bytes(content)
+        else:
+            cut_out(content, unfinished, row)
+    except subprocess.CalledProcessError as error:
+        unfinished.unlink(missing_ok=True)
+        return f"{row.path_in_repo}: ffmpeg fails ({error.returncode})"
+    unfinished.replace(file)
     return ""
 
 
