@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,3 +179,27 @@ def test_everything_imported_is_required():
     names = {re.split("[=<>]", requirement)[0].lower() for requirement in both}
     builder = {name.lower() for name in imported([ROOT / "build_notebook.py"])}
     assert builder <= names | {"yaml", "cv2"}  # as PyYAML and opencv-python-headless
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+def test_where_nobody_is_watching_a_line_now_and_then_stands_for_a_bar(
+    monkeypatch, capsys, interactive
+):
+    monkeypatch.delenv("TQDM_DISABLE")
+    monkeypatch.setattr(cell, "LOG_INTERVAL", 0.2)
+    monkeypatch.setattr(cell, "ENVIRONMENT", SimpleNamespace(interactive=interactive))
+    with cell.progress_bar(title="epoch 3", total=40) as bar:
+        for _ in range(35):
+            time.sleep(0.02)
+            bar.set_postfix({"loss": "0.512"}, refresh=False)
+            bar.update()
+    line = r"epoch 3: (\d+) %, .* passed, .* left, loss=0.512\n"
+    shares = [int(share) for share in re.findall(line, capsys.readouterr().out)]
+    assert (len(shares) >= 3) is not interactive and shares == sorted(shares)
+
+
+def test_what_is_over_soon_prints_no_line(monkeypatch, capsys):
+    monkeypatch.delenv("TQDM_DISABLE")
+    monkeypatch.setattr(cell, "ENVIRONMENT", SimpleNamespace(interactive=False))
+    assert [*cell.progress_bar(range(5), "making clips", 5)] == [0, 1, 2, 3, 4]
+    assert capsys.readouterr().out == ""

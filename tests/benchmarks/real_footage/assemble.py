@@ -41,8 +41,8 @@ def git_folder(
         return places[0] if places else None
     folder = clones / repo.replace("/", "+")
     part = "--depth=1" if with_files else "--filter=blob:none"
-    command = ["git", "clone", "--quiet", "--bare", part, f"https://github.com/{repo}", folder]
-    if not folder.exists() and subprocess.run(command, env=QUIET).returncode:
+    command = ["git", "clone", "--quiet", "--bare", part, f"https://github.com/{repo}"]
+    if not folder.exists() and subprocess.run([*command, folder], env=QUIET).returncode:
         return None
     return folder
 
@@ -114,9 +114,10 @@ def main() -> int:
                     missing += 1
     places = [file_of(row, given.folder) for _, row in videos.iterrows()]
     videos["path"] = [str(place.relative_to(given.folder)) for place in places]
+    videos["cut"] = videos.crop_w.notna()
     videos.loc[videos.label == "real", "method"] = "real"
     there = videos[[place.exists() for place in places]]
-    columns = ["path", "label", "method", "kind", "group"]
+    columns = ["path", "label", "method", "kind", "group", "cut"]
     there[columns].to_csv(given.folder / "manifest.csv", index=False)
     print(f"{len(there)} of {len(videos)} videos in {given.folder}")
     return 1 if missing else 0

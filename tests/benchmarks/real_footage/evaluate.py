@@ -5,14 +5,14 @@
 
 Prints the AUC of all videos and of each kind and generator, against all real videos, with 95 %
 intervals from resampled groups (people and sources); in groups that hold both, how often a fake
-scores higher than a real one; how many real videos are called fake, intact and after blur,
-compression and fewer pixels; and what picture size, sharpness and bytes a second reach alone,
-either way round: where these come near the model's, the sources of the videos tell the classes
-apart.
+scores higher than a real one; the AUC and how many videos are called fake, intact and after blur,
+compression and fewer pixels; what picture size, sharpness and bytes a second reach alone, either
+way round: where these come near the model's, the sources of the videos tell the classes apart; and
+what a calibration on half of the groups is worth on the other half.
 
 `--frames` are those of each video, `--size` the pixels of a crop, `--reference` scores relative to
-the same frames compressed so coarsely (REFERENCE); otherwise as the model file says, which for
-stage one is a single frame.
+the same frames compressed so coarsely (REFERENCE; 0: not at all); otherwise as the model file says,
+which for stage one is a single frame.
 
 The numbers count only if the model was trained on none of these videos: see leave_out.py. Then
 `--final` writes the model in half precision, calibrated on them.
@@ -33,6 +33,7 @@ import numpy as np
 import pandas as pd
 import torch
 from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupShuffleSplit
 from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -55,6 +56,7 @@ from cell_08_evaluation_functions import (  # noqa: E402
     calibrate,
     change_frames,
     compress_jpeg,
+    compute_metrics,
     downscale,
     format_metric,
     probabilities,
@@ -70,11 +72,11 @@ HARM = {"blur": (blur, 1.5), "JPEG 30": (compress_jpeg, 30), "1/3 size": (downsc
 
 
 def find_corpus(folder: Path) -> pd.DataFrame:
-    """The videos of a corpus, with the `kind` of each."""
+    """The videos of a corpus, with the `kind` of each, and whether it was `cut` from another."""
     videos = find_videos(folder / "manifest.csv")
-    kinds = pd.read_csv(folder / "manifest.csv")
-    kind_of = dict(zip((folder / path for path in kinds.path), kinds.kind, strict=True))
-    return videos.assign(kind=videos.path.map(kind_of))
+    listed = pd.read_csv(folder / "manifest.csv")
+    listed["path"] = [folder / path for path in listed.path]
+    return videos.merge(listed[["path", "kind", "cut"]], on="path", validate="1:1")
 
 
 def cache_corpus(folder: Path, settings: ClipSettings, workers: int) -> pd.DataFrame:
@@ -169,7 +171,7 @@ def print_spread(table: pd.DataFrame) -> None:
 
 def print_report(table: pd.DataFrame) -> None:
     """AUC of all videos, by kind, by generator, and of what should not matter; pairs in groups."""
-    parts = {"all": table}
+    parts = {"all": table, "without those cut out of others": table[~table.cut]}
     for column in ("kind", "method"):
         for name, part in against_reals(table, column).items():
             if column == "kind" or part.label.sum() >= 5:
@@ -189,14 +191,49 @@ def degraded_logits(model: DeepfakeDetector, table: pd.DataFrame) -> pd.DataFram
     logits = {"intact": table.logit.to_numpy()}
     for name, (change, strength) in HARM.items():
         logits[name] = score(model, table, partial(change_frames, change, strength))
-    return pd.DataFrame(logits)
+    return pd.DataFrame(logits, index=table.index)
 
 
-def print_false_alarms(reals: pd.DataFrame, calibration: dict[str, float]) -> None:
-    """The share of `degraded_logits` of real videos that reach the threshold."""
+def print_degraded(
+    table: pd.DataFrame, degraded: pd.DataFrame, calibration: dict[str, float]
+) -> None:
+    """The AUC of `degraded_logits`, and which share of either class reaches the threshold."""
     odds = np.log(calibration["threshold"] / (1 - calibration["threshold"]))
-    limit = calibration["offset"] + calibration["temperature"] * odds
-    print(f"\nReal videos called fake\n{(reals >= limit).mean().round(3).to_string()}")
+    limit, rows = calibration["offset"] + calibration["temperature"] * odds, []
+    for name, logits in degraded.items():
+        called = (logits >= limit).groupby(table.label).mean()
+        row = auc_row(str(name), table, logits)
+        rows.append(row | {"reals called fake": called[0], "fakes called fake": called[1]})
+    print(f"\n{pd.DataFrame(rows).round(3).to_string(index=False)}")
+
+
+def calibrated_on_others(known: pd.DataFrame, tested: pd.DataFrame) -> dict[str, float]:
+    """How the calibration on some videos fits others; both classes weigh the same."""
+    found = calibrate(known.logit.to_numpy(), known.label.to_numpy())
+    labels = tested.label.to_numpy()
+    probs = probabilities(tested.logit.to_numpy() - found["offset"], found["temperature"])
+    metrics: dict[str, Any] = compute_metrics(labels, probs, found["threshold"])
+    row = {name: metrics[name] for name in ("log_loss", "brier", "ece", "balanced_accuracy")}
+    for verdict, called in (
+        ("real", probs <= found["sure_real"]),
+        ("fake", probs >= found["sure_fake"]),
+    ):
+        reals, fakes = called[labels == 0].mean(), called[labels == 1].mean()
+        right = reals if verdict == "real" else fakes
+        row |= {f"reals called {verdict}": reals, f"fakes called {verdict}": fakes}
+        row[f"right if called {verdict}"] = right / (reals + fakes) if called.any() else np.nan
+    return row
+
+
+def print_cross_fitted(table: pd.DataFrame, halves: int = 40) -> None:
+    """What a calibration on half of the groups is worth on the other half: mean, and 90 % of it."""
+    splits = GroupShuffleSplit(halves, test_size=0.5, random_state=0)
+    rows = [
+        calibrated_on_others(table.iloc[known], table.iloc[tested])
+        for known, tested in splits.split(table, groups=table.group)
+    ]
+    shown = pd.DataFrame(rows).describe([0.05, 0.95]).T[["count", "mean", "5%", "95%"]]
+    print(f"\nCalibrated on half of the groups, on the other half\n{shown.round(3).to_string()}")
 
 
 def write_final(model: Path, calibration: dict[str, float], file: Path, **settings: Any) -> None:
@@ -223,13 +260,13 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--final", type=Path)
-    parser.add_argument("--reference", type=float, default=0.0)
+    parser.add_argument("--reference", type=float, help="if not as in the file; 0: none")
     parser.add_argument("--frames", type=int, help="of each video, if not as many as in the file")
     parser.add_argument("--size", type=int, help="of a crop in pixels, if not as in the file")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
     model, saved = load_detector(given.model)
-    model.reference = given.reference or model.reference
+    model.reference = model.reference if given.reference is None else given.reference
     settings = ClipSettings.of(SimpleNamespace(**saved["config"]))
     frames, size = given.frames or settings.frames, given.size or settings.size
     settings = replace(settings, frames=frames, size=size)
@@ -244,7 +281,8 @@ def main() -> None:
         clips = frames // model.frames
         changes = dict(CLIPS_PER_VIDEO=clips, IMAGE_SIZE=size, REFERENCE=model.reference)
         write_final(given.model, calibration, given.final, **changes)
-    print_false_alarms(degraded_logits(model, table[table.label == 0]), calibration)
+    print_cross_fitted(table)
+    print_degraded(table, degraded_logits(model, table), calibration)
     if given.output:
         table.drop(columns="clip_file").to_csv(given.output, index=False)
 

@@ -37,7 +37,7 @@ from evaluate import (
     cache_corpus,
     degraded_logits,
     find_corpus,
-    print_false_alarms,
+    print_degraded,
     print_report,
     score,
     with_trivia,
@@ -186,13 +186,13 @@ def model_of(given: argparse.Namespace, fold: str) -> Path:
 def score_folds(
     given: argparse.Namespace, videos: pd.DataFrame
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The videos with the logit of the model of their fold; `degraded_logits` of the real ones."""
+    """The videos with the logit of the model of their fold, and their `degraded_logits`."""
     scored, degraded = [], []
     for fold, part in videos.groupby("fold"):
         model, _ = load_detector(model_of(given, str(fold)))
         part = part.assign(logit=score(model, part))
         scored.append(part)
-        degraded.append(degraded_logits(model, part[part.label == 0]))
+        degraded.append(degraded_logits(model, part))
     return with_trivia(pd.concat(scored)), pd.concat(degraded)
 
 
@@ -221,7 +221,7 @@ def main() -> None:
     videos.drop(columns="clip_file").to_csv(given.output / "left_out_scores.csv", index=False)
     print_report(videos)
     calibration = calibrate(videos.logit.to_numpy(), videos.label.to_numpy())
-    print_false_alarms(degraded, calibration)
+    print_degraded(videos, degraded, calibration)
     if given.final:
         write_final(model_of(given, "none"), calibration, given.final)
 
