@@ -152,6 +152,8 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+import tqdm.auto as tqdm_auto
+import tqdm.std as tqdm_std
 from IPython import get_ipython
 from IPython.display import DisplayHandle, display
 from matplotlib.axes import Axes
@@ -289,12 +291,30 @@ def environment_table(found: Environment) -> pd.DataFrame:
 
 
 ENVIRONMENT = probe_environment()
-# Saved notebooks and logs keep a progress bar as it first appeared, at 0 %.
-NO_BARS = RANK > 0 or "TQDM_DISABLE" in os.environ or not ENVIRONMENT.interactive
 if SHOW_TABLES:
     display(environment_table(ENVIRONMENT))
     for line in ENVIRONMENT.advice:
         print("Note:", line)
+
+# %%
+LOG_INTERVAL = 300.0  # seconds
+
+
+def progress_bar(
+    items: Iterable | None = None, title: str = "", total: float | None = None, **look: Any
+) -> Any:
+    """A tqdm bar or, where nobody is watching, a line every LOG_INTERVAL seconds.
+
+    Saved notebooks and logs would keep a bar as it first appeared, at 0 %.
+    """
+    known: dict[str, Any] = dict(desc=title, total=total)
+    known["disable"] = RANK > 0 or "TQDM_DISABLE" in os.environ
+    if ENVIRONMENT.interactive:
+        return tqdm_auto.tqdm(items, **known, leave=False, **look)
+    known |= dict.fromkeys(("delay", "mininterval", "maxinterval"), LOG_INTERVAL)
+    line = "{desc}: {percentage:.0f} %, {elapsed} passed, {remaining} left{postfix}\n"
+    return tqdm_std.tqdm(items, **known, miniters=1, file=sys.stdout, bar_format=line)
+
 
 # %% [markdown]
 # **Files and figures.** Files are written completely or not at all. All figures share one style and
@@ -306,7 +326,8 @@ if SHOW_TABLES:
 def replacing(file: Path) -> Iterator[Path]:
     """A temporary path to write to, which replaces `file` only once everything is written."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = file.with_name(f".partial-{os.getpid()}-{threading.get_ident()}-{file.name}")
+    writer = f"{os.getpid()}-{threading.get_ident()}-{platform.node()}"
+    partial_file = file.with_name(f".partial-{writer}-{file.name}")
     try:
         yield partial_file
         os.replace(partial_file, file)
@@ -350,23 +371,22 @@ STYLE: Any = {
 styled: Any = plt.rc_context(STYLE)  # a decorator for functions that draw
 
 
-def show_figure(figure: Figure, shown: DisplayHandle | None = None) -> DisplayHandle | None:
-    """Show a figure in a notebook and close it; given an earlier return value, replace that one."""
+def show_figure(
+    figure: Figure, file: Path | None = None, shown: DisplayHandle | None = None
+) -> DisplayHandle | None:
+    """Write a figure to a file, show it in a notebook, and close it.
+
+    Given an earlier return value, it takes that one's place.
+    """
+    if file:
+        with replacing(file) as partial_file:
+            figure.savefig(partial_file, dpi=150)
     if IN_NOTEBOOK and shown:
         shown.update(figure)
     elif IN_NOTEBOOK:
         shown = display(figure, display_id=True)
     plt.close(figure)
     return shown
-
-
-def save_figure(
-    figure: Figure, file: Path, shown: DisplayHandle | None = None
-) -> DisplayHandle | None:
-    """Write a figure, then show it as `show_figure` does."""
-    with replacing(file) as partial_file:
-        figure.savefig(partial_file, dpi=150)
-    return show_figure(figure, shown)
 
 
 def show_row(ax: Axes, name: str, images: np.ndarray, titles: Sequence[str] = ()) -> None:

@@ -35,14 +35,14 @@ LSTM_HIDDEN: int = 256  # LSTM units in each direction
 LSTM_LAYERS: int = 1  # number of LSTM layers; 0: no LSTM, a clip's score is its frames' mean
 ATTENTION_HEADS: int = 8  # self-attention heads; must divide 2 * LSTM_HIDDEN
 DROPOUT: float = 0.5  # before the classifier
-REFERENCE: float = 0.0  # score relative to the frames compressed so coarsely: 1.7 is JPEG 30
+REFERENCE: float = 0.0  # subtract part of the score after coarse compression (1.7: JPEG 30)
 GRADIENT_CHECKPOINTING: bool = False  # recompute activations: less memory, more time
 # What training sees
 PAIRS: bool = True  # put each real clip and a fake of it in one batch, augmented alike
 SELF_BLEND: float = 0.5  # share of fakes made from real clips during training; 1: no others
 AUGMENTATION: str = "codec"  # none; plain: crop, flip, colour; codec: + compression; robust: more
 EPOCH_VIDEOS: int = 0  # real videos per epoch, from all datasets equally; 0: each of them once
-DATASET_SHARES: list = []  # unless equally: ["DFDC 3", "my_videos 1"]
+DATASET_SHARES: list = []  # weights of the datasets, ["DFDC 3", "my_videos 1"]; empty: equal
 # Training
 EPOCHS: int = 25  # upper bound; early stopping usually ends sooner
 BATCH_SIZE: int = 0  # clips per step on all devices; 0: up to 8 per GPU, as memory allows
@@ -51,7 +51,7 @@ WEIGHT_DECAY: float = 1e-2  # for AdamW, on all weights
 FOCAL_GAMMA: float = 2.0  # focal loss: how strongly to focus on hard clips; 0: cross-entropy
 FRAME_LOSS_WEIGHT: float = 0.5  # weight of the same loss applied to single frames
 GRADIENT_CLIP: float = 1.0  # maximum gradient norm; 0: no clipping
-LR_PATIENCE: int = 3  # so many epochs may have no better val loss; one more halves the rate
+LR_PATIENCE: int = 3  # halve the rate after more epochs than this without a lower val loss
 PATIENCE: int = 8  # stop after this many epochs without a better validation AUC
 EMA_DECAY: float = 0.98  # EMA decay; closer to 1 averages over more steps; 0 disables it
 SYNC_BATCH_NORM: str = "auto"  # torchrun on GPUs, on or off; auto: with fewer than 8 clips on each
@@ -71,13 +71,15 @@ import dataclasses
 import difflib
 import math
 import os
-import pickle
 import random
 import re
+import zlib
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -316,7 +318,10 @@ def parameters_from_environment(environ: dict[str, str]) -> dict[str, object]:
         if variable.startswith("DEEPFAKE_"):
             check_name(name := variable.removeprefix("DEEPFAKE_"), f"{variable}: ")
             is_text = Config.__dataclass_fields__[name].type is str
-            found[name] = text if is_text else yaml.safe_load(text)
+            try:
+                found[name] = text if is_text else yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(f"{variable}: {text!r} is not a YAML value") from error
     return found
 
 
@@ -331,14 +336,23 @@ MODEL_SETTINGS = [
 ]
 
 
+# What files raise when they are read that are damaged, or of another kind.
+DAMAGE = (
+    *(OSError, EOFError, RuntimeError, ValueError, KeyError),
+    *(UnpicklingError, BadZipFile, zlib.error),
+)
+
+
 def read_model_file(path: str | Path, **how: Any) -> dict:
     """What a best_model.pth holds. Raises ValueError for any other file."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, **how)
         if isinstance(content, dict) and "config" in content:
             return content
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
-        pass  # not written by torch.save, or damaged
+    except FileNotFoundError:
+        raise
+    except DAMAGE:
+        pass  # not written by torch.save
     raise ValueError(f"{path} is not a model file, such as models/best_model.pth of a run")
 
 

@@ -2,8 +2,8 @@
 # <a id="section-3"></a>
 # ## 3. From videos or pictures to clips
 #
-# Each video is decoded once. What the network sees of it is cached as a small `uint8` file: 16 face
-# crops of 160 x 160 pixels take 1.2 MB. From then on, an epoch decodes nothing. A picture is a clip
+# Each video is decoded once. What the network sees of it is cached as a small `uint8` file: 48 face
+# crops of 160 x 160 pixels take 3.7 MB. From then on, an epoch decodes nothing. A picture is a clip
 # of one frame, and a folder of numbered frames is a clip like a video. Pictures that are face crops
 # already need neither face detector nor cache: they are read where they are.
 #
@@ -20,6 +20,7 @@ import json
 import math
 import mmap
 import os
+import platform
 import re
 import shutil
 import struct
@@ -49,22 +50,22 @@ import torch
 from PIL import Image, ImageOps
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_iou
-from tqdm.auto import tqdm
 
 from cell_01_imports_and_setup import (
     IN_NOTEBOOK,
-    NO_BARS,
     WIDTH,
     ensure_packages,
+    progress_bar,
     replacing,
     show_figure,
     show_row,
     styled,
 )
-from cell_02_global_config import CONFIG, Config
+from cell_02_global_config import CONFIG, DAMAGE, Config
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+MEDIA_SUFFIXES = VIDEO_SUFFIXES + PICTURE_SUFFIXES
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # by folder
 SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
 CLASSES = {"real": 0, "0": 0, "fake": 1, "1": 1}
@@ -99,39 +100,28 @@ def is_picture(path: str | Path) -> bool:
     return str(path).lower().endswith(PICTURE_SUFFIXES)
 
 
-def videos_below(folder: Path, suffixes: tuple[str, ...] = VIDEO_SUFFIXES) -> list[Path]:
-    """Every video below `folder`, sorted, without hidden ones; linked folders are entered once.
+def media_below(folder: Path, stills: bool = False) -> list[Path]:
+    """Videos, pictures and folders of frames below `folder`, sorted, without hidden ones.
 
-    Includes folders that cannot be read, or are named like a video but hold none: `check_files`
-    reports them.
+    The pictures in a folder are one clip if they have one name with different numbers,
+    frame_001.png, ..., and they are not `stills`. Linked folders are entered once. Includes folders
+    that cannot be read, or are named like a video but hold none: `check_files` reports them.
     """
-    found: list[Path] = []
+    found, entered = list[Path](), set()
     unreadable: list[OSError] = []
-    entered = set()
     for where, folders, files in os.walk(folder, followlinks=True, onerror=unreadable.append):
         folders[:] = sorted(name for name in folders if name[0] != ".")
         if (real_path := os.path.realpath(where)) in entered:
             folders.clear()
             continue
         entered.add(real_path)
-        names = [n for n in files if n.lower().endswith(suffixes) and n[0] != "."]
-        is_named_like_video = where.lower().endswith(suffixes)
-        found += [Path(where, name) for name in names] or [Path(where)] * is_named_like_video
+        names = [n for n in files if n.lower().endswith(MEDIA_SUFFIXES) and n[0] != "."]
+        numbered = [re.sub(r"\d+$", "", Path(name).stem) for name in names if is_picture(name)]
+        is_clip = not stills and len(numbered) > len({*numbered}) == 1
+        is_named_like_video = not names and where.lower().endswith(MEDIA_SUFFIXES)
+        found += [Path(where)] * (is_clip or is_named_like_video)
+        found += [Path(where, name) for name in names if not (is_clip and is_picture(name))]
     return sorted([*found, *(Path(error.filename) for error in unreadable)])
-
-
-def media_below(folder: Path, stills: bool = False) -> list[Path]:
-    """Videos, pictures and folders of frames below `folder`, sorted.
-
-    A folder is one clip if its pictures have one name with different numbers, frame_001.png, ...,
-    and they are not `stills`.
-    """
-    found = videos_below(folder, VIDEO_SUFFIXES + PICTURE_SUFFIXES)
-    names: dict[Path, list[str]] = {}
-    for path in filter(is_picture, found):
-        names.setdefault(path.parent, []).append(re.sub(r"\d+$", "", path.stem))
-    clips = {place for place, kinds in names.items() if len(kinds) > len(set(kinds)) == 1}
-    return sorted({path.parent if path.parent in clips and not stills else path for path in found})
 
 
 def rows_below(
@@ -149,7 +139,7 @@ def rows_below(
 
 # %%
 def read_manifest(file: Path) -> list[dict]:
-    """The lines of a CSV file with columns path and label, as text; none of any other table."""
+    """The lines of a CSV file with columns path and label, as text; nothing of other tables."""
     form: dict[str, Any] = dict(sep=None, engine="python", dtype=str, encoding="utf-8-sig")
     form |= dict(index_col=False, keep_default_na=False, skip_blank_lines=False)
     try:
@@ -231,7 +221,7 @@ def find_celeb_df(folder: Folder) -> list[dict]:
     if "List_of_testing_videos.txt" not in folder.files:
         return rows
     file = folder.path / "List_of_testing_videos.txt"
-    lines = file.read_text(encoding="utf-8-sig").replace("\\", "/").splitlines()
+    lines = file.read_text("utf-8-sig", "replace").replace("\\", "/").splitlines()
     in_test = {folder.path / re.split(r"[,\s]+", line.strip())[-1] for line in lines}
     if not in_test & {row["path"] for row in rows}:
         warnings.warn(f"{file} names none of the videos: its test set is not used", stacklevel=2)
@@ -255,7 +245,7 @@ def read_dfdc_list(folder: Folder) -> dict:
     if not {"videoname", "label", "original"} <= set(table) or len(folder.folders) != 1:
         return {}
     (faces,) = folder.folders
-    names = faces + "/" + table.videoname.str.rpartition(".")[0] + ".jpg"
+    names = [f"{faces}/{Path(name).stem}.jpg" for name in table.videoname]
     return dict(zip(names, table[["label", "original"]].to_dict("records"), strict=True))
 
 
@@ -359,7 +349,7 @@ def search_root(root: Path) -> list[dict]:
     names = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
     raise FileNotFoundError(
         f"DATA_DIR: no known dataset in {root.resolve()}, which holds {len(names)} entries "
-        f"({', '.join(names[:8]) or 'it is empty'}) and {len(videos_below(root))} videos. "
+        f"({', '.join(names[:8]) or 'it is empty'}) and {len(media_below(root))} videos. "
         f"Known layouts: {', '.join(LAYOUTS)}; the README shows them."
     )
 
@@ -595,7 +585,8 @@ def split_shares(videos: pd.DataFrame, val: float, test: float) -> dict[str, dic
 
     A val or test split that the dataset gives gets nothing more.
     """
-    wanted = {"train": 1 - val - test, "val": val, "test": test}
+    # Never 0, because train takes what others, which a dataset gives itself, do not.
+    wanted = {"train": max(1 - val - test, 1e-9), "val": val, "test": test}
     return {
         dataset: {s: share * (s == "train" or s not in given) for s, share in wanted.items()}
         for dataset, given in videos.groupby("dataset").split.agg(set).items()
@@ -704,7 +695,7 @@ def require_classes(videos: pd.DataFrame, needed: dict[str, tuple[int, ...]] = E
 
 # %%
 def even_quotas(total: int, available: pd.Series) -> pd.Series:
-    """Divide `total` evenly, nowhere beyond what is `available`; what one leaves goes to others."""
+    """Divide `total` evenly, nowhere beyond what is `available`; the rest is divided on."""
     quotas: dict[Any, int] = {}
     for place, (size, name) in enumerate(sorted((int(n), name) for name, n in available.items())):
         quotas[name] = min(size, (total - sum(quotas.values())) // (len(available) - place))
@@ -761,7 +752,7 @@ def sample_per_class(videos: pd.DataFrame, per_class: int, seed: int) -> pd.Data
 CLIP_VERSION = 5  # part of each cached clip's name: increased when clips are made differently
 LONG_LEAD = 1500  # frames before the first one wanted, beyond which one seek saves time
 LONGEST_SIDE = 1920  # pixels; larger frames are reduced: faces stay large enough, memory small
-Decoded = tuple[dict[int, np.ndarray], int, float]  # frames by number, their end, time there in s
+Decoded = tuple[dict[int, np.ndarray], int, float]  # by number; the count read; last time in s
 Frames = tuple[list[np.ndarray], np.ndarray, str]  # frames, their numbers, a note
 
 
@@ -789,8 +780,11 @@ def open_video(path: Path) -> cv2.VideoCapture:
     return capture
 
 
-def to_rgb(frame: np.ndarray) -> np.ndarray:
-    """A decoded BGR frame as RGB, its longer side at most LONGEST_SIDE."""
+def retrieve(capture: cv2.VideoCapture, at: int) -> np.ndarray:
+    """The frame that was grabbed, number `at`, in RGB, its longer side at most LONGEST_SIDE."""
+    readable, frame = capture.retrieve()
+    if not readable:
+        raise VideoError(f"frame {at} cannot be decoded")
     scale = LONGEST_SIDE / max(frame.shape[:2])
     if scale < 1:
         frame = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
@@ -815,10 +809,7 @@ def decode_forward(capture: cv2.VideoCapture, wanted: np.ndarray, at: int = 0) -
     while at <= wanted[-1] and capture.grab():
         time = max(time, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
         if at in needed:
-            readable, frame = capture.retrieve()
-            if not readable:
-                raise VideoError(f"frame {at} cannot be decoded")
-            frames[at] = to_rgb(frame)
+            frames[at] = retrieve(capture, at)
         at += 1
     return frames, at, time
 
@@ -887,7 +878,7 @@ def read_frames(path: Path, count: int, seconds: float) -> Frames:
 
 
 # %% [markdown]
-# **Pictures.** OpenCV decodes a truncated JPEG without a word, so whatever does not end as a JPEG
+# **Pictures.** OpenCV decodes a truncated JPEG without an error, so whatever does not end as a JPEG
 # should is left to Pillow, which takes twice as long and says what is wrong.
 
 
@@ -921,7 +912,7 @@ def read_pictures(path: Path, count: int) -> Frames:
 
 # %% [markdown]
 # **The face** is detected in a few frames with MTCNN and followed through the clip. In between its
-# box is interpolated, and it keeps one size: a crop that breathed with the detection would hide,
+# box is interpolated, and it keeps one size: a crop whose size followed each detection would hide,
 # or imitate, the unsteadiness that gives some manipulations away.
 
 # %%
@@ -1041,9 +1032,11 @@ def follow_face(found: list[list[Face]]) -> list[Face]:
 
 
 # %%
-def looked_at(count: int) -> np.ndarray:
-    """Which of `count` frames the face detector looks at."""
-    return np.unique(np.linspace(0, count - 1, DETECTION_FRAMES).round().astype(int))
+def evenly(count: int, most: int) -> np.ndarray:
+    """At most so many numbers below `count`, evenly spaced, with the first and the last one."""
+    if most == 1:
+        return np.array([(count - 1) // 2])
+    return np.linspace(0, count - 1, min(most, count)).round().astype(int)
 
 
 def between(
@@ -1060,7 +1053,7 @@ def find_face(frames: list[np.ndarray], mtcnn: Mtcnn) -> tuple[np.ndarray, np.nd
 
     Without a face, or without a face detector, boxes and landmarks are NaN and the share is 0.
     """
-    seen = looked_at(len(frames))
+    seen = evenly(len(frames), DETECTION_FRAMES)
     track = follow_face(detect_faces([frames[i] for i in seen], mtcnn)) if mtcnn else []
     if not track:
         return np.full((len(frames), 4), np.nan), np.full((len(frames), 5, 2), np.nan), 0.0
@@ -1217,7 +1210,7 @@ def is_cut(before: np.ndarray, after: np.ndarray) -> bool:
 def read_moments(path: Path, settings: ClipSettings, wanted: Collection[int]) -> Iterator[Moment]:
     """The wanted moments of a video, in one pass. Raises VideoError where it ends too early."""
     capture, each = open_video(path), settings.moments // settings.frames
-    offsets = {*(looked_at(settings.frames) * each + each // 2).tolist()}
+    offsets = {*(evenly(settings.frames, DETECTION_FRAMES) * each + each // 2).tolist()}
     total, fps, step = spacing_of(capture, settings)
     at, number, scene, time, shape = 0, 0, 0, 0.0, None
     before = np.zeros((32, 32, 3), np.uint8)
@@ -1225,10 +1218,7 @@ def read_moments(path: Path, settings: ClipSettings, wanted: Collection[int]) ->
         time = max(time, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
         while int((number + 0.5) * step) == at:
             if number in wanted:
-                readable, picture = capture.retrieve()
-                if not readable:
-                    raise VideoError(f"frame {at} cannot be decoded")
-                frame = to_rgb(picture)
+                frame = retrieve(capture, at)
                 after = thumbnail(frame)
                 is_new = frame.shape != shape or is_cut(before, after)
                 scene, before, shape = scene + is_new, after, frame.shape
@@ -1246,7 +1236,7 @@ def read_moments(path: Path, settings: ClipSettings, wanted: Collection[int]) ->
 def picture_moments(path: Path, settings: ClipSettings) -> Iterator[Moment]:
     """The moments of a picture, or of a folder of frames, as if there were 25 a second."""
     frames, positions, _ = read_pictures(path, settings.frames)
-    offsets = {*looked_at(len(frames)).tolist()}
+    offsets = {*evenly(len(frames), DETECTION_FRAMES).tolist()}
     for number, frame in enumerate(frames):
         yield Moment(number, positions[number] / 25, frame, 1, number in offsets)
 
@@ -1282,8 +1272,7 @@ def plan_windows(
         _, total, _ = decode_forward(capture, np.array([2**31]))
     last = max(0, math.ceil(total / step - 0.5) - count)
     every = [*range(0, last, apart), last]
-    chosen = np.linspace(0, len(every) - 1, min(limit, len(every))).round().astype(int)
-    starts = {every[number] for number in chosen}
+    starts = {every[number] for number in evenly(len(every), limit)}
     return starts, {start + number for start in starts for number in range(count)}
 
 
@@ -1291,7 +1280,7 @@ def plan_windows(
 def gather_windows(
     moments: Iterator[Moment], count: int, starts: Collection[int]
 ) -> Iterator[list[Moment]]:
-    """Windows of `count` moments, and the last ones; raises what `moments` raises after them."""
+    """Windows of `count` moments, and the last ones; then re-raises the error of `moments`."""
     held, done, problem = deque[Moment](maxlen=count), -1, None
     try:
         for moment in moments:
@@ -1394,7 +1383,7 @@ def face_in(moments: list[Moment], face: int, settings: ClipSettings) -> Window:
     faces = [(moments[i].faces or {})[face] for i in seen]
     boxes, _ = between(np.arange(first, last + 1), seen, faces)
     count = settings.frames if len(moments) > 1 else 1
-    picked = ((np.arange(count) + 0.5) * len(boxes) / count).astype(int)
+    picked = frame_positions(len(boxes), count, 0, 0)
     frames = [moments[first + i].frame for i in picked]
     height, width = frames[0].shape[:2]
     squares = crop_squares(boxes[picked], height, width, settings.margin)
@@ -1461,7 +1450,7 @@ def is_intact(file: Path) -> bool:
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.testzip() is None
-    except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
+    except DAMAGE:
         return False
 
 
@@ -1536,9 +1525,9 @@ def find_face_crops(videos: pd.DataFrame, settings: ClipSettings, mtcnn: Mtcnn) 
     for _, part in videos[crops].groupby("dataset"):
         usual = []
         for _, paths in part.path.groupby(part.label):
-            some = paths[:: max(1, len(paths) // PICTURES_LOOKED_AT)]
-            usual.append(np.nanmedian([*(crop_share(path, mtcnn) for path in some), 0.0]))
-        crops[part.index] = min(usual) > 0.8
+            some = paths.iloc[evenly(len(paths), PICTURES_LOOKED_AT)]
+            usual.append(some.map(lambda path: crop_share(path, mtcnn)).median())
+        crops[part.index] = all(share > 0.8 for share in usual)  # no face, NaN, is none
     return crops
 
 
@@ -1561,7 +1550,7 @@ def cache_clips(
     rows, chunk = videos.index, 1 + len(videos) // 1000  # a task costs as much as a picture
     with ThreadPool(workers, torch.set_num_threads, (1,)) as pool:
         clips = pool.imap(lambda i: cached_clip(videos.path[i], *how, crops[i]), rows, chunk)
-        outcomes = [*tqdm(clips, "making clips", len(videos), False, disable=NO_BARS)]
+        outcomes = [*progress_bar(clips, "making clips", len(videos))]
     table = videos.join(pd.DataFrame(outcomes, rows, [*CLIP_COLUMNS, "reason"]))
     usable = table.reason.isna()
     made = table[usable].drop(columns="reason").astype({"distinct_frames": int})
@@ -1571,7 +1560,7 @@ def cache_clips(
 
 # %% [markdown]
 # Three checks come before the work: whether there is room for the clips, whether a table in `data/`
-# is somebody else's, and what killed processes left half-written.
+# was not written by this notebook, and what killed processes left half-written.
 
 # %%
 OWN_TABLES = ("train.csv", "val.csv", "test.csv", "skipped.csv")  # what section 9 writes in data/
@@ -1589,7 +1578,7 @@ def require_own_tables(folder: Path) -> None:
 
 def remove_partial_files(folder: Path) -> None:
     """Remove what killed processes left half-written in a folder."""
-    for file in folder.glob(".partial-*"):
+    for file in folder.glob(f".partial-*-{platform.node()}-*"):  # not of machines that share it
         process = file.name.split("-")[1]
         is_own = process == str(os.getpid())
         if process.isdecimal() and (is_own or not psutil.pid_exists(int(process))):
@@ -1773,7 +1762,7 @@ def make_demo_set(folder: Path, per_class: int, seed: int, workers: int) -> Path
 
     with ThreadPool(workers) as pool:
         made = pool.imap_unordered(make, range(per_class))
-        deque(tqdm(made, "demo set", per_class, False, disable=NO_BARS), maxlen=0)
+        deque(progress_bar(made, "demo set", per_class), maxlen=0)
     return folder
 
 
@@ -1791,7 +1780,7 @@ def plot_demo_person(number: int = 1, seed: int = 0) -> plt.Figure:
     pictures, crops, methods = [], [], ("real", *DEMO_METHODS)
     for method in methods:
         frames = demo_frames(portrait, number, method, seed)
-        frame = to_rgb(frames[len(frames) // 2])
+        frame = frames[len(frames) // 2][..., ::-1]
         if method == "real":  # the fakes hold their heads in the same place
             boxes, *_ = find_face([frame], mtcnn)
             ((x, y, side),) = crop_squares(boxes, len(frame), frame.shape[1], CONFIG.FACE_MARGIN)

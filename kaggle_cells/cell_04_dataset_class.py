@@ -105,7 +105,7 @@ def batches_of_one_length(
 # a pair is the manipulation, not the person. Each epoch draws other fakes and other clips, evenly
 # from the manipulations. `SELF_BLEND` of the fakes are made from the real clip itself (below), and
 # all those of a dataset that has none. With `EPOCH_VIDEOS`, an epoch is that many real videos, in
-# equal parts from the datasets, or a dataset of a hundred videos would drown in one of thousands.
+# equal parts from the datasets, or one of a hundred videos would hardly be seen beside thousands.
 
 
 # %%
@@ -414,7 +414,7 @@ def self_blend(
     transforms = face_transforms(landmarks, clips.shape[-1])
     inner = warp_face(perturb_face(clips, random), transforms, random)
     mask = blend_mask(transforms[1], clips.shape[-1], random)
-    ratio = random.uniform(len(clips), 0.25, 2, 1, 1, 1, 1).clamp(max=1)  # over half blend in full
+    ratio = random.uniform(len(clips), 0.25, 2, 1, 1, 1, 1).clamp(max=1)  # 1 in 57 %
     return torch.lerp(clips, inner, ratio * mask[:, :, None]), mask
 
 

@@ -13,12 +13,12 @@
 import contextlib
 import dataclasses
 import itertools
-import pickle
 import socket
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 from cell_01_imports_and_setup import IN_NOTEBOOK, attached_files
-from cell_02_global_config import CONFIG, Config, read_model_file, saved_config
+from cell_02_global_config import CONFIG, DAMAGE, Config, read_model_file, saved_config
 from cell_04_dataset_class import compress, denormalize, device_constant, normalize
 
 
@@ -91,13 +91,16 @@ class DeepfakeDetector(nn.Module):
         if not self.reads_order:
             equal = torch.full_like(frame_logits, 1 / frame_logits.shape[1])
             return DetectorOutput(frame_logits.mean(dim=1), frame_logits, equal)
+        if clips.shape[1] == 1:  # a still is a clip in which nothing moves, as in training
+            described = described.expand(-1, self.frames, -1)
         self.lstm.flatten_parameters()  # DataParallel's replicas have scattered weights
         in_order, _ = self.lstm(described)
         attended, weights = self.attention(in_order, in_order, in_order)
         seen = self.norm(in_order + attended)
         spread = (seen.var(dim=1, correction=0) + 1e-5).sqrt()
         logit = self.head(torch.cat([seen.mean(dim=1), spread], dim=1)).squeeze(-1)
-        return DetectorOutput(logit + frame_logits.mean(1), frame_logits, weights.mean(dim=1))
+        attention = weights.mean(dim=1)[:, : clips.shape[1]]
+        return DetectorOutput(logit + frame_logits.mean(1), frame_logits, attention)
 
     def average_views(self, clips: torch.Tensor) -> DetectorOutput:
         """The mean over K interleaved clips; frame outputs stay in the order of the frames."""
@@ -224,7 +227,7 @@ def local_weights(path: Path, backbone: nn.Module) -> dict[str, torch.Tensor]:
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except DAMAGE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} cannot be read as a dictionary of tensors: {reason}") from error
     saved = saved if isinstance(saved, dict) else {}
@@ -250,7 +253,7 @@ def local_weights(path: Path, backbone: nn.Module) -> dict[str, torch.Tensor]:
 def imagenet_weights(backbone: nn.Module, name: str) -> tuple[dict[str, torch.Tensor], str]:
     """Weights from the cache, an attached dataset or the internet, and their origin.
 
-    Raises OSError within seconds if there are none.
+    Raises OSError within seconds if there are none, or what a broken download raises.
     """
     weights = torchvision.models.get_model_weights(name).DEFAULT
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
@@ -276,7 +279,7 @@ def load_backbone_weights(backbone: nn.Module, name: str, pretrained: bool, path
     else:
         try:
             weights, origin = imagenet_weights(backbone, name)
-        except OSError as error:
+        except (*DAMAGE, HTTPException) as error:  # nothing, a part, or a portal's page arrives
             reason = f"the ImageNet weights of {name} could not be downloaded ({error})"
             warnings.warn(
                 f"Training starts from random weights: {reason}. Accuracy will be far lower. Turn "

@@ -10,15 +10,12 @@ import copy
 import dataclasses
 import gc
 import hashlib
-import math
 import os
 import shutil
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -28,7 +25,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from cell_01_imports_and_setup import IN_NOTEBOOK, attached_files, replacing, show_figure, styled
-from cell_02_global_config import CONFIG, Config
+from cell_02_global_config import CONFIG, DAMAGE, Config
 from cell_05_model_definition import DetectorOutput
 
 
@@ -61,31 +58,13 @@ class FocalLoss(nn.Module):
 
 
 # %%
-@dataclasses.dataclass
-class EarlyStopping:
-    """Tells which epoch is the best so far, and when `patience` epochs in a row were not better."""
+def best_epoch(history: list[dict]) -> int:
+    """The epoch with the highest AUC, and of these the lowest loss; 0 before the first.
 
-    patience: int
-    best: tuple[float, float] = (-math.inf, -math.inf)
-    best_epoch: int = 0
-    waited: int = 0
-
-    def update(self, epoch: int, auc: float, loss: float) -> bool:
-        """Record an epoch; True if it is the best so far."""
-        self.waited += 1
-        if is_best := (auc, -loss) > self.best:
-            self.best, self.best_epoch, self.waited = (auc, -loss), epoch, 0
-        return is_best
-
-    @property
-    def should_stop(self) -> bool:
-        return self.waited >= self.patience
-
-    def state_dict(self) -> dict:
-        return dataclasses.asdict(self)
-
-    def load_state_dict(self, state: dict) -> None:
-        vars(self).update({**state, "patience": self.patience})
+    PATIENCE epochs after it, training stops.
+    """
+    best = max(history, key=lambda row: (row["val_auc"], -row["val_loss"]), default={"epoch": 0})
+    return best["epoch"]
 
 
 # %% [markdown]
@@ -155,7 +134,6 @@ def free_memory() -> None:
 # stranger cannot run code. Their zip archive holds a checksum of each record, which tells damage.
 
 # %%
-DAMAGE = (OSError, EOFError, RuntimeError, ValueError, BadZipFile, UnpicklingError, zlib.error)
 FORMAT = 4  # of last_checkpoint.pth; a run saved in another format cannot be resumed
 RESUMABLE_CHANGES = {  # parameters that may change when a run is resumed
     *("DATA_DIR", "WORK_DIR", "CACHE_DIR", "PREDICT_DIR", "RESUME", "NUM_WORKERS"),
@@ -256,16 +234,11 @@ class RunState:
 
 
 # %%
-def data_fingerprint(videos: pd.DataFrame) -> str:
-    """The same for the same videos in the same splits, wherever they are mounted."""
+def run_settings(config: Config, videos: pd.DataFrame) -> dict:
+    """What must be the same for a run to resume: parameters and videos, wherever they are."""
     rows = sorted(f"{Path(row.path).name} {row.method} {row.split}" for row in videos.itertuples())
     digest = hashlib.sha256("\n".join(rows).encode()).hexdigest()
-    return f"{len(rows)} videos, {digest[:12]}"
-
-
-def run_settings(config: Config, videos: pd.DataFrame) -> dict:
-    """What must be the same for a run to resume: parameters and data."""
-    return {**dataclasses.asdict(config), "DATA": data_fingerprint(videos)}
+    return {**dataclasses.asdict(config), "DATA": f"{len(rows)} videos, {digest[:12]}"}
 
 
 def why_not_resumable(checkpoint: Path, settings: dict) -> str:

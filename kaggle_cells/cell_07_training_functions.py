@@ -31,7 +31,6 @@ from tqdm.auto import tqdm
 
 from cell_01_imports_and_setup import (
     IN_NOTEBOOK,
-    NO_BARS,
     RANK,
     WORLD_SIZE,
     native_precision,
@@ -378,20 +377,13 @@ def scores_of(parts: list[BatchScores], started: float, title: str, skipped: int
 
 
 # %%
-def progress(title: str, *loaders: DataLoader) -> tqdm:
-    """A bar for all batches of these loaders, to be used in `with`."""
-    total: Any = sum(map(len, loaders))
-    return tqdm(total=total, desc=title, unit="batch", leave=False, disable=NO_BARS)
-
-
-# %%
 class EpochMeter:
     """Collects the results of an epoch's steps, watches for non-finite ones, and moves the bar."""
 
     def __init__(self, trainer: Trainer, dataset: Any, epoch: int, bar: tqdm) -> None:
         self.trainer, self.dataset, self.epoch, self.bar = trainer, dataset, epoch, bar
         self.started, self.steps, self.skipped = time.perf_counter(), 0, 0
-        self.waiting: list[tuple[Any, BatchScores, torch.Tensor]] = []  # nobody has read them
+        self.waiting: list[tuple[Any, BatchScores, torch.Tensor]] = []  # still on the device
         self.finite: list[BatchScores] = []
 
     def update(
@@ -414,7 +406,7 @@ class EpochMeter:
                 self.finite.append(scores)
         self.waiting.clear()
         if self.finite and not self.bar.disable:
-            self.bar.set_postfix(bar_figures(self))
+            self.bar.set_postfix(bar_figures(self), refresh=False)
 
     def check(self, rows: Any, blend: Any, loss: float, norm: float) -> None:
         trainer, scale = self.trainer, self.trainer.scaler.get_scale()

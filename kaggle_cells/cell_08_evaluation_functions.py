@@ -16,7 +16,9 @@ import hashlib
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -38,14 +40,13 @@ from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from cell_01_imports_and_setup import (
     FAKE_COLOUR,
     IN_NOTEBOOK,
-    NO_BARS,
     REAL_COLOUR,
     WIDTH,
+    progress_bar,
     replacing,
     save_csv,
     show_row,
@@ -56,6 +57,7 @@ from cell_03_data_processing import (
     VideoError,
     Window,
     content_size,
+    evenly,
     face_windows,
     file_identity,
     file_problem,
@@ -382,10 +384,10 @@ def measure_robustness(
     are those of `loader`.
     """
     table = table.sort_values(["label", "method"], kind="stable")
-    picked = np.linspace(0, len(table) - 1, min(videos, len(table))).round().astype(int)
-    table, device, rows = table.iloc[picked], next(model.parameters()).device, []
+    table = table.iloc[evenly(len(table), videos)]
+    device, rows = next(model.parameters()).device, []
     dataset: Any = loader.dataset
-    size = len(next(iter(loader.batch_sampler or ())))
+    size = max(map(len, loader.batch_sampler or ()))
 
     def add_row(name: str, strength: float | None, logits: np.ndarray) -> None:
         probs = probabilities(logits, 1.0)
@@ -393,7 +395,7 @@ def measure_robustness(
         rows.append({"degradation": name, "strength": strength, **auc, "videos": len(table)})
 
     add_row("none", None, table.logit.to_numpy())
-    for name, change, strength in tqdm(CHANGES, "robustness", leave=False, disable=NO_BARS):
+    for name, change, strength in progress_bar(CHANGES, "robustness"):
         change_clip = partial(change_frames, change, strength)
         changed = ClipDataset(table, dataset.workers, change_clip, dataset.frames)
         samples = batches_of_one_length(changed, [*map(Sample, range(len(table)))], size, size)
@@ -419,7 +421,7 @@ def measure_robustness(
 def heat_maps(model: DeepfakeDetector, clips: torch.Tensor) -> tuple[torch.Tensor, DetectorOutput]:
     """LayerCAM of normalised clips (B, T, 3, S, S): heat (B, T, S, S), at least 0, and the output.
 
-    The heat of one model's clips is comparable. Raises ValueError if there are no feature maps.
+    The heat of one model's clips is comparable, and 0 if the backbone has no feature maps.
     """
     maps: list[torch.Tensor] = []
 
@@ -434,16 +436,24 @@ def heat_maps(model: DeepfakeDetector, clips: torch.Tensor) -> tuple[torch.Tenso
         # cuDNN's LSTM has no gradient in eval mode.
         with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
             output = model(clips)
-            if not maps:
-                raise ValueError("this backbone has no feature maps to draw heat maps from")
-            (gradient,) = torch.autograd.grad(output.logit.sum(), maps[0])
+            gradients = torch.autograd.grad(output.logit.sum(), maps) if maps else ()
     finally:
         for hook in hooks:
             hook.remove()
+    output = DetectorOutput(*(part.detach() for part in output))
+    if not gradients:
+        return torch.zeros_like(clips[:, :, 0]), output
+    (gradient,) = gradients
     heat = (gradient.clamp(min=0) * maps[0]).sum(dim=1, keepdim=True).clamp(min=0).detach().float()
     heat = nn.functional.interpolate(heat, clips.shape[-2:], mode="bilinear", align_corners=False)
-    heat = heat.view(*clips.shape[:2], *clips.shape[-2:])
-    return heat, DetectorOutput(*(part.detach() for part in output))
+    return heat.view(*clips.shape[:2], *clips.shape[-2:]), output
+
+
+def explain(model: DeepfakeDetector, clip: np.ndarray) -> tuple[np.ndarray, DetectorOutput]:
+    """The heat (T, S, S) of a clip (T, S, S, 3) uint8, and the output for it."""
+    batch = torch.from_numpy(clip[None].copy()).to(next(model.parameters()).device)
+    heat, output = heat_maps(model, normalize(to_float(batch)))
+    return heat[0].cpu().numpy(), output
 
 
 def overlay_heat(frame: np.ndarray, heat: np.ndarray) -> np.ndarray:
@@ -472,8 +482,7 @@ def plot_samples(table: pd.DataFrame, per_clip: int = 5) -> Figure:
     figure, axes = plt.subplots(len(firsts), squeeze=False, figsize=(WIDTH, 1.15 * len(firsts)))
     for ax, sample in zip(axes.flat, firsts.itertuples(), strict=True):
         frames, _ = load_clip(sample.clip_file)
-        picked = np.linspace(0, len(frames) - 1, per_clip).round().astype(int)
-        show_row(ax, sample.method, frames[picked])
+        show_row(ax, sample.method, frames[evenly(len(frames), per_clip)])
     return figure
 
 
@@ -661,7 +670,7 @@ def draw_explanation(
     part: SubFigure, clip: np.ndarray, heat: np.ndarray, scores: np.ndarray, attention: np.ndarray
 ) -> None:
     """Up to 6 frames of a clip (T, S, S, 3), their heat (T, S, S), and the T frame scores below."""
-    shown = np.linspace(0, len(clip) - 1, min(6, len(clip))).round().astype(int)
+    shown = evenly(len(clip), 6)
     grid = part.add_gridspec(3, 1, height_ratios=[1, 1, 1.15])
     top, middle, ax = (part.add_subplot(grid[row, 0]) for row in range(3))
     show_row(top, "", clip[shown], [str(t + 1) for t in shown])
@@ -685,10 +694,9 @@ def plot_explanations(
     for _, row in examples.iterrows():
         frames, _ = load_clip(row.clip_file)
         # Where order matters, the first of the interleaved clips, else all frames.
-        clip = frames[:: max(1, len(frames) // model.frames) if model.reads_order else 1].copy()
-        batch = torch.from_numpy(clip)[None].to(next(model.parameters()).device)
-        heat, output = heat_maps(model, normalize(to_float(batch)))
-        found.append((row, clip, *(part[0].cpu().numpy() for part in (heat, *output[1:]))))
+        clip = frames[:: max(1, len(frames) // model.frames) if model.reads_order else 1]
+        heat, output = explain(model, clip)
+        found.append((row, clip, heat, *(part[0].cpu().numpy() for part in output[1:])))
     hottest = max(heat.max() for _, _, heat, *_ in found) or 1.0
     figure: Any = plt.figure(figsize=(WIDTH, 4.3 * len(examples)))
     parts = np.atleast_1d(figure.subfigures(len(examples), 1))
@@ -751,7 +759,7 @@ def score_clips(model: DeepfakeDetector, clips: np.ndarray) -> DetectorOutput:
         return model(normalize(to_float(part.to(device))))
 
     with torch.inference_mode():
-        parts, _ = in_parts(score, [torch.from_numpy(clips)], None)
+        parts, _ = in_parts(score, [torch.from_numpy(clips)], 8)  # of a crowd, 8 faces at once
     return DetectorOutput(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -759,10 +767,10 @@ def describe_model(file: Path, saved: dict) -> str:
     """A model and how good it is known to be: the first words of the card beside it, if any."""
     name = f"{file.name}, {saved['config']['BACKBONE']}. "
     card = file.with_name("README.md")
-    title, *paragraphs = card.read_text(encoding="utf-8").split("\n\n") if card.exists() else [""]
-    if title == f"# Model card: {file.name}":
-        return name + " ".join(paragraphs[0].replace("**", "").split())
-    trained_on = ", ".join(saved["trained_on"]) or "self-blended faces alone"
+    text = card.read_text("utf-8", "replace") if card.exists() else ""
+    if text.startswith(f"# Model card: {file.name}\n\n"):
+        return name + " ".join(text.split("\n\n")[1].replace("**", "").split())
+    trained_on = ", ".join(saved.get("trained_on", ["unknown"])) or "self-blended faces alone"
     name += f"Trained on {trained_on}; AUC {saved['val_auc']:.3f} on its validation set, "
     return f"{name}from which the best epoch was chosen. On other videos it is worse."
 
@@ -850,7 +858,7 @@ class Predictor:
 
     def show(self, path: str | Path) -> None:
         """Judge a video and show its card in the notebook."""
-        with tqdm(total=100, desc=Path(path).name, leave=False, disable=NO_BARS) as bar:
+        with progress_bar(title=Path(path).name, total=100) as bar:
             judgement = self.judge(path, progress=partial(move_bar, bar, 0, 100))
         display(HTML(inline_html(judgement, self)))
 
@@ -859,7 +867,7 @@ class Predictor:
 # **From windows to a verdict.** A video is as suspicious as its most suspicious face is in its
 # most suspicious stretch. The highest of many scores is often a mistake, so a stretch is two
 # windows in a row, and its logit their mean: one bad window cannot decide unless it is more certain
-# than both its neighbours are of the opposite. What this costs and gains: docs/benchmarks.md.
+# than each neighbour is that it is real. What this costs and gains: docs/benchmarks.md.
 
 
 # %%
@@ -940,8 +948,8 @@ FACES_SHOWN = 3  # the most suspicious ones, with pictures
 Extremes = dict[int, tuple[Window, Window]]  # the most and the least suspicious window of a face
 
 
-def keep_extremes(extremes: Extremes, window: Window, windows: list[Window]) -> None:
-    """Take in one more window; all `windows` so far say which faces are the most suspicious.
+def keep_extremes(extremes: Extremes, window: Window, faces: dict[int, list[Window]]) -> None:
+    """Take in one more window; those of all `faces` so far say which are the most suspicious.
 
     Only the windows kept keep their clips.
     """
@@ -949,8 +957,7 @@ def keep_extremes(extremes: Extremes, window: Window, windows: list[Window]) -> 
     falling = sorted(seen, key=lambda window: window.logit, reverse=True)
     extremes[window.face] = falling[0], falling[-1]
     if len(extremes) > FACES_SHOWN:
-        of = judged_faces(windows)
-        del extremes[min(extremes, key=lambda face: most_suspicious(of[face])[0])]
+        del extremes[min(extremes, key=lambda face: most_suspicious(faces[face])[0])]
 
 
 def as_uri(picture: np.ndarray) -> str:
@@ -961,33 +968,28 @@ def as_uri(picture: np.ndarray) -> str:
 
 def frame_and_heat(
     predictor: Predictor, window: Window, is_most: bool
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """A window's frame (S, S, 3) that scores most, or least, and its heat (S, S), if it has any.
+) -> tuple[np.ndarray, np.ndarray]:
+    """A window's frame (S, S, 3) that scores most, or least, and its heat (S, S).
 
     Of interleaved clips, that with the frame is explained.
     """
     clip, scores, frames = window.clip, window.frame_logits, predictor.model.frames
     t = int(scores.argmax() if is_most else scores.argmin())
     count = len(clip) // frames if len(clip) % frames == 0 else 1
-    batch = torch.from_numpy(clip[None, t % count :: count].copy())
-    batch = batch.to(next(predictor.model.parameters()).device)
-    try:
-        heat, _ = heat_maps(predictor.model, normalize(to_float(batch)))
-    except ValueError:  # a backbone without feature maps
-        return clip[t], None
-    return clip[t], heat[0, t // count].cpu().numpy()
+    heat, _ = explain(predictor.model, clip[t % count :: count])
+    return clip[t], heat[t // count]
 
 
 def draw_pictures(predictor: Predictor, face: int, extremes: tuple[Window, Window]) -> list[dict]:
     """A face at its most and least suspicious moments, with heat on a common scale."""
     windows = extremes[:1] if extremes[0] is extremes[1] else extremes
     found = [frame_and_heat(predictor, window, window is extremes[0]) for window in windows]
-    hottest = max([1e-9, *(heat.max() for _, heat in found if heat is not None)])
+    hottest = max(1e-9, *(heat.max() for _, heat in found))
     pictures: list[dict[str, Any]] = []
     for name, window, (frame, heat) in zip(("most", "least"), windows, found, strict=False):
         facts = dict(face=face, moment=name, start=window.start, end=window.end)
         facts |= dict(probability=window.probability, picture=as_uri(frame))
-        facts |= {} if heat is None else {"heat": as_uri(overlay_heat(frame, heat / hottest))}
+        facts |= {"heat": as_uri(overlay_heat(frame, heat / hottest))} if heat.any() else {}
         pictures.append(facts)
     return pictures
 
@@ -1002,11 +1004,13 @@ def judge_video(
     that can be read in part is its `problem`.
     """
     started, judgement, extremes = time.perf_counter(), Judgement(str(path)), Extremes()
+    faces = defaultdict[int, list[Window]](list)
     try:
         for window in predictor.scan(path, *how):
             judgement.windows.append(dataclasses.replace(window, clip=None, frame_logits=None))
             if not window.reason:
-                keep_extremes(extremes, window, judgement.windows)
+                faces[window.face].append(judgement.windows[-1])
+                keep_extremes(extremes, window, faces)
             progress(window.done)
     except (VideoError, cv2.error) as error:
         if not judgement.windows:
@@ -1158,11 +1162,11 @@ def describe_limits(predictor: Predictor) -> str:
         only = f"one threshold, {predictor.threshold:.2f}"
         return f"This model file has {only}: no video is called uncertain."
     real_to, fake_from = predictor.limits
-    low = f"real up to P(fake) {real_to:.2f}" if real_to >= 0 else "never real"
-    high = f"fake from {fake_from:.2f}" if fake_from <= 1 else "never fake"
+    low = f"called real up to P(fake) {real_to:.2f}" if real_to >= 0 else "never called real"
+    high = f"called fake from {fake_from:.2f} on" if fake_from <= 1 else "never called fake"
     called = " or ".join(["real"] * (real_to >= 0) + ["fake"] * (fake_from <= 1))
-    right = f" Of the calibration videos called {called}, nine in ten were called right."
-    return f"A video is called {low}, {high}, else uncertain.{right if called else ''}"
+    right = f" Of as many real as fake calibration videos, nine in ten called {called} were."
+    return f"A video is {low}, {high}, otherwise uncertain.{right if called else ''}"
 
 
 TEMPLATES = jinja2.Environment(
@@ -1186,7 +1190,7 @@ def inline_html(judgement: Judgement, predictor: Predictor) -> str:
 
 
 # %%
-JUDGEMENT_VERSION = 5  # part of a kept verdict's name: increased when verdicts are made otherwise
+JUDGEMENT_VERSION = 6  # part of a kept verdict's name: increased when verdicts change
 PREDICTION_COLUMNS = ["path", "probability", "verdict", "threshold", "face_share", "seconds"]
 PREDICTION_COLUMNS += ["error", "faces", "seconds_judged", "from", "to"]
 
@@ -1206,7 +1210,7 @@ def judge_or_recall(
     # Kept by the video's path, size and time, the model and how to scan.
     identity = json.dumps([JUDGEMENT_VERSION, *file_identity(path), predictor.fingerprint, *how])
     file = folder / "judged" / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.json"
-    if file.exists():
+    with suppress(FileNotFoundError, json.JSONDecodeError):  # not there, or damaged: judge it
         saved = json.loads(file.read_text(encoding="utf-8"))
         windows = [Window(**window) for window in saved.pop("windows")]
         return Judgement(**saved, windows=windows)
@@ -1225,10 +1229,11 @@ def predictions_table(judgements: list[Judgement], threshold: float) -> pd.DataF
     rows = []
     for judged in judgements:
         row = {"path": judged.path, "threshold": threshold, "error": judged.problem}
+        row["verdict"] = judged.verdict or None
         if judged.verdict:
             with_face = [window for window in judged.windows if window.face]
             share = seconds_in(with_face) / seconds_in(judged.windows)
-            row |= {"verdict": judged.verdict, "probability": judged.probability}
+            row |= {"probability": judged.probability}
             row |= {"face_share": round(share, 3), "faces": len(judged.faces)}
             row |= {"seconds_judged": round(seconds_in(w for w in with_face if not w.reason), 2)}
             row |= {"seconds": round(judged.took, 3)}
@@ -1247,13 +1252,12 @@ def verdict_counts(table: pd.DataFrame) -> str:
 def windows_table(judgements: list[Judgement]) -> pd.DataFrame:
     """One row per face and window."""
     columns = ["path", "face", "from", "to", "probability", "logit", "size", "sharpness", "seen"]
-    columns += ["left", "top", "right", "bottom", "reason"]
-    rows = []
+    rows, sides = [], ["left", "top", "right", "bottom"]
     for judged in judgements:
         for window in judged.windows:
             row = vars(window) | {"path": judged.path, "from": window.start, "to": window.end}
-            rows.append(row | dict(zip(columns[9:13], window.box, strict=False)))
-    return pd.DataFrame(rows, columns=columns).round(4)
+            rows.append(row | dict(zip(sides, window.box, strict=False)))
+    return pd.DataFrame(rows, columns=[*columns, *sides, "reason"]).round(4)
 
 
 def write_results(judgements: list[Judgement], predictor: Predictor, folder: Path) -> pd.DataFrame:
@@ -1287,10 +1291,10 @@ def judge_videos(
     judged: list[Judgement] = []
     written = time.perf_counter()
     form = "{l_bar}{bar}| {elapsed}, {remaining} left{postfix}"
-    with tqdm(total=sum(sizes), desc="your videos", disable=NO_BARS, bar_format=form) as bar:
+    with progress_bar(title="your videos", total=sum(sizes), bar_format=form) as bar:
         try:
             for number, path in enumerate(paths):
-                bar.set_postfix_str(f"{number + 1} of {len(paths)}")
+                bar.set_postfix_str(f"{number + 1} of {len(paths)}", refresh=False)
                 progress = partial(move_bar, bar, bar.n, sizes[number])
                 judged.append(judge_or_recall(predictor, path, folder, how, progress))
                 progress(1.0)

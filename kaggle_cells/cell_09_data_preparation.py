@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import display
 
-from cell_01_imports_and_setup import ENVIRONMENT, RANK, save_csv, save_figure
+from cell_01_imports_and_setup import ENVIRONMENT, RANK, save_csv, show_figure
 from cell_02_global_config import CONFIG
 from cell_03_data_processing import (
     CLASS_NAMES,
@@ -198,4 +198,4 @@ if len(VIDEOS):
 
 # %%
 if len(VIDEOS):
-    save_figure(plot_samples(VIDEOS), CONFIG.work_dir / "results" / "sample_clips.png")
+    show_figure(plot_samples(VIDEOS), CONFIG.work_dir / "results" / "sample_clips.png")

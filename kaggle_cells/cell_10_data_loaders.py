@@ -14,7 +14,7 @@ import torch
 from IPython.display import display
 from torch.utils.data import DataLoader
 
-from cell_01_imports_and_setup import ENVIRONMENT, RANK, WORLD_SIZE, save_figure
+from cell_01_imports_and_setup import ENVIRONMENT, RANK, WORLD_SIZE, show_figure
 from cell_02_global_config import CONFIG
 from cell_03_data_processing import ClipSettings, load_face_detector
 from cell_04_dataset_class import (
@@ -110,9 +110,9 @@ if len(TEST_LOADER):
     display(pd.DataFrame({"batches": lengths}, index=["training", "validation", "test"]))
 
 # %% [markdown]
-# `SELF_BLEND` of the fakes in training are made from real clips as they are loaded, like these:
+# `SELF_BLEND` of the fakes in training are made from real clips, like these:
 
 # %%
 if CONFIG.SELF_BLEND and CONFIG.EPOCHS and RANK == 0:
     blends = plot_self_blends(SPLIT_TABLES["train"], CONFIG.SEED)
-    save_figure(blends, CONFIG.work_dir / "results" / "self_blends.png")
+    show_figure(blends, CONFIG.work_dir / "results" / "self_blends.png")

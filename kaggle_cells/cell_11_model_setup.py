@@ -20,7 +20,7 @@ from cell_05_model_definition import (
     load_fitting_weights,
     shape_table,
 )
-from cell_06_loss_and_utils import EarlyStopping, FocalLoss, ModelEMA, RunState
+from cell_06_loss_and_utils import FocalLoss, ModelEMA, RunState, best_epoch
 from cell_07_training_functions import LossScaler, Trainer, broadcast_object
 from cell_10_data_loaders import (
     BATCH_SIZE_USED,
@@ -76,14 +76,14 @@ CRITERION = FocalLoss(CONFIG.FOCAL_GAMMA, CONFIG.FRAME_LOSS_WEIGHT)
 rate, decay, patience = CONFIG.LEARNING_RATE, CONFIG.WEIGHT_DECAY, CONFIG.LR_PATIENCE
 OPTIMIZER = torch.optim.AdamW(MODEL.parameters(), lr=rate, weight_decay=decay, fused=True)
 SCHEDULER = ReduceLROnPlateau(OPTIMIZER, factor=0.5, patience=patience)
-SCALER, STOPPER = LossScaler(DEVICE, PRECISION), EarlyStopping(CONFIG.PATIENCE)
+SCALER = LossScaler(DEVICE, PRECISION)
 TRAINER = Trainer(PARALLEL_MODEL, CRITERION, OPTIMIZER, SCALER, CONFIG.GRADIENT_CLIP, AVERAGE)
 
 # %% [markdown]
 # The state of the run is what a checkpoint holds, and what is restored if there is one:
 
 # %%
-parts = dict(model=MODEL, optimizer=OPTIMIZER, scheduler=SCHEDULER, scaler=SCALER, stopper=STOPPER)
+parts = dict(model=MODEL, optimizer=OPTIMIZER, scheduler=SCHEDULER, scaler=SCALER)
 RUN_STATE = RunState(
     CONFIG.last_checkpoint,
     parts | ({"average": AVERAGE} if AVERAGE else {}),
@@ -100,6 +100,7 @@ one_frame = torch.zeros(1, 1, 3, CONFIG.IMAGE_SIZE, CONFIG.IMAGE_SIZE, device=DE
 display(shape_table(MODEL, one_frame))
 print(f"Initial weights: {WEIGHTS_ORIGIN}")
 if resume_from:
-    finished = len(HISTORY) >= CONFIG.EPOCHS or STOPPER.should_stop
+    waited = len(HISTORY) - best_epoch(HISTORY)
+    finished = len(HISTORY) >= CONFIG.EPOCHS or waited >= CONFIG.PATIENCE
     what = "Training is finished" if finished else "Resuming"
     print(f"{what} after epoch {len(HISTORY)} of {resume_from}")

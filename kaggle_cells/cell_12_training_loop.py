@@ -14,14 +14,22 @@ import time
 import pandas as pd
 from IPython.display import DisplayHandle
 
-from cell_01_imports_and_setup import RANK, STARTED, WORLD_SIZE, duration, save_csv, save_figure
+from cell_01_imports_and_setup import (
+    RANK,
+    STARTED,
+    WORLD_SIZE,
+    duration,
+    progress_bar,
+    save_csv,
+    show_figure,
+)
 from cell_02_global_config import CONFIG, seed_everything
 from cell_04_dataset_class import PairedGenerator
-from cell_06_loss_and_utils import free_memory, model_file, unwrapped
-from cell_07_training_functions import Scores, broadcast_object, progress, train_one_epoch, validate
+from cell_06_loss_and_utils import best_epoch, free_memory, model_file, unwrapped
+from cell_07_training_functions import Scores, broadcast_object, train_one_epoch, validate
 from cell_08_evaluation_functions import CHANGES, calibrate, plot_history
 from cell_10_data_loaders import DEVICE, SPLIT_TABLES, TEST_LOADER, TRAIN_LOADER, VAL_LOADER
-from cell_11_model_setup import HISTORY, RUN_STATE, SCHEDULER, STOPPER, TRAINED_ON, TRAINER
+from cell_11_model_setup import HISTORY, RUN_STATE, SCHEDULER, TRAINED_ON, TRAINER
 
 BEST_MODEL = RUN_STATE.best_file
 
@@ -44,7 +52,7 @@ def show_history(shown: DisplayHandle | None = None) -> DisplayHandle | None:
     """Write the history as a table and as curves, which take the place of those shown before."""
     table, file = pd.DataFrame(HISTORY), CONFIG.work_dir / "results" / "training_history.csv"
     save_csv(table, file)
-    return save_figure(plot_history(table), file.with_suffix(".png"), shown)
+    return show_figure(plot_history(table), file.with_suffix(".png"), shown)
 
 
 def print_epoch(row: dict) -> None:
@@ -81,9 +89,9 @@ if TRAINER.interrupted:  # its weights are those of no epoch
 trained_model = unwrapped(TRAINER.model) if WORLD_SIZE > 1 else TRAINER.model
 scored_model = TRAINER.average or trained_model
 curves = show_history() if HISTORY and RANK == 0 else None  # of earlier sessions
-slowest_epoch, test_seconds = HISTORY[-1]["seconds"] if HISTORY else 0.0, 0.0
+slowest_epoch, test_seconds = max((row["seconds"] for row in HISTORY), default=0.0), 0.0
 
-while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
+while len(HISTORY) < CONFIG.EPOCHS and len(HISTORY) - best_epoch(HISTORY) < CONFIG.PATIENCE:
     if is_out_of_time(slowest_epoch, test_seconds):
         print(
             f"Stopped after {len(HISTORY)} of {CONFIG.EPOCHS} epochs: one more, of "
@@ -97,14 +105,15 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
     same = 0.5 if CONFIG.AUGMENTATION == "robust" else 1.0
     draws = PairedGenerator(DEVICE, [CONFIG.SEED, epoch], RANK, WORLD_SIZE, same)
     TRAIN_LOADER.batch_sampler.set_epoch(epoch)
-    with progress(f"epoch {epoch}", TRAIN_LOADER, VAL_LOADER) as bar:
+    batches = len(TRAIN_LOADER) + len(VAL_LOADER)
+    with progress_bar(title=f"epoch {epoch}", total=batches, unit="batch") as bar:
         trained = train_one_epoch(TRAINER, TRAIN_LOADER, DEVICE, draws, epoch, CONFIG, bar)
         validated = validate(scored_model, VAL_LOADER, TRAINER.criterion, DEVICE, bar=bar)
     row = history_row(epoch, trained, validated)
     SCHEDULER.step(validated.loss)
-    is_best = STOPPER.update(epoch, validated.auc, validated.loss)
-    HISTORY.append(row | {"seconds": time.time() - epoch_started, "best": is_best})
-    if is_best:
+    HISTORY.append(row | {"seconds": time.time() - epoch_started})
+    HISTORY[-1]["best"] = best_epoch(HISTORY) == epoch
+    if HISTORY[-1]["best"]:
         calibration = calibrate(validated.logits, validated.labels)
         network = unwrapped(scored_model)
         RUN_STATE.best |= model_file(network, CONFIG, calibration, TRAINED_ON, row)
@@ -118,7 +127,7 @@ while len(HISTORY) < CONFIG.EPOCHS and not STOPPER.should_stop:
 
 # %%
 free_memory()
-if STOPPER.should_stop:
-    print(f"Stopped: {STOPPER.patience} epochs in a row were not better than {STOPPER.best_epoch}.")
+if (best := best_epoch(HISTORY)) <= len(HISTORY) - CONFIG.PATIENCE:
+    print(f"Stopped: {CONFIG.PATIENCE} epochs in a row were not better than {best}.")
 if WORLD_SIZE > 1:
     print("Evaluate with the same variables set: python kaggle_cells/cell_14_results_summary.py")

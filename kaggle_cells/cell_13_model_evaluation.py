@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from cell_01_imports_and_setup import duration, save_csv, save_figure
+from cell_01_imports_and_setup import duration, progress_bar, save_csv, show_figure
 from cell_02_global_config import CONFIG
 from cell_03_data_processing import media_below
-from cell_07_training_functions import progress, validate
+from cell_07_training_functions import validate
 from cell_08_evaluation_functions import (
     VERDICT_METRICS,
     Predictor,
@@ -57,7 +57,7 @@ SCORE_TABLE, VERDICT_TABLE, BY_METHOD, BY_DATASET, ROBUSTNESS_TABLE = 5 * [pd.Da
 
 # %%
 if len(PREDICTIONS):
-    with progress("test", TEST_LOADER) as bar:
+    with progress_bar(title="test", total=len(TEST_LOADER), unit="batch") as bar:
         test_scores = validate(DETECTOR, TEST_LOADER, CRITERION, DEVICE, title="test", bar=bar)
     PREDICTIONS["logit"] = test_scores.logits
     PREDICTIONS["probability"] = probabilities(test_scores.logits, TEMPERATURE)
@@ -103,18 +103,18 @@ if len(PREDICTIONS):
 
 # %%
 if len(PREDICTIONS):
-    save_figure(plot_scores(PREDICTIONS, BY_METHOD, THRESHOLD), FIGURES / "score_distribution.png")
+    show_figure(plot_scores(PREDICTIONS, BY_METHOD, THRESHOLD), FIGURES / "score_distribution.png")
     auc_interval = INTERVALS["at_fitted_threshold"]["auc_roc"]
-    save_figure(plot_curves(PREDICTIONS, THRESHOLD, auc_interval), FIGURES / "roc_pr_curves.png")
+    show_figure(plot_curves(PREDICTIONS, THRESHOLD, auc_interval), FIGURES / "roc_pr_curves.png")
 
 # %% [markdown]
-# What the verdicts got right, and whether P(fake) can be taken at its word:
+# What the verdicts got right, and whether P(fake) is calibrated:
 
 # %%
 if len(PREDICTIONS):
     confusion = plot_confusion(test_labels, test_probs, THRESHOLD)
-    save_figure(confusion, FIGURES / "confusion_matrix.png")
-    save_figure(plot_calibration(test_labels, test_probs), FIGURES / "calibration.png")
+    show_figure(confusion, FIGURES / "confusion_matrix.png")
+    show_figure(plot_calibration(test_labels, test_probs), FIGURES / "calibration.png")
 
 # %% [markdown]
 # How much of this survives what happens to videos on the internet?
@@ -122,7 +122,7 @@ if len(PREDICTIONS):
 # %%
 if len(PREDICTIONS) and CONFIG.ROBUSTNESS:
     ROBUSTNESS_TABLE = measure_robustness(DETECTOR, PREDICTIONS, TEST_LOADER, CONFIG.ROBUSTNESS)
-    save_figure(plot_robustness(ROBUSTNESS_TABLE), FIGURES / "robustness.png")
+    show_figure(plot_robustness(ROBUSTNESS_TABLE), FIGURES / "robustness.png")
 
 # %% [markdown]
 # What do the verdicts rest on? The most confident right and wrong ones: frames in order, where the
@@ -131,8 +131,8 @@ if len(PREDICTIONS) and CONFIG.ROBUSTNESS:
 # %%
 if len(PREDICTIONS):
     examples = pick_examples(PREDICTIONS, THRESHOLD)
-    save_figure(plot_explanations(examples, DETECTOR, TEMPERATURE), FIGURES / "explanations.png")
-    save_figure(plot_mistakes(PREDICTIONS, THRESHOLD), FIGURES / "mistakes.png")
+    show_figure(plot_explanations(examples, DETECTOR, TEMPERATURE), FIGURES / "explanations.png")
+    show_figure(plot_mistakes(PREDICTIONS, THRESHOLD), FIGURES / "mistakes.png")
 EVALUATION_SECONDS = time.perf_counter() - evaluation_started
 
 # %% [markdown]

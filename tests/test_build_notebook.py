@@ -178,7 +178,7 @@ def test_score_says_of_videos_and_folders_whether_they_are_fake(finished_run, de
     assert "error" in broken and "broken.mp4 (no frames can be decoded" in broken
     assert "1 not readable" in summary and (tmp_path / "out" / "report.html").exists()
     pretrained = processes.run([*words[:2], video, *into], tmp_path)
-    assert "It is weak" in pretrained and "else uncertain" in pretrained
+    assert "It is weak" in pretrained and "otherwise uncertain" in pretrained
     missing = processes.run([*words, "nowhere.mp4"], tmp_path, expect=1)
     assert "nowhere.mp4 does not exist" in missing
     no_model = processes.run([*words[:2], video, "--model", "none.pth"], tmp_path, expect=1)
@@ -188,7 +188,7 @@ def test_score_says_of_videos_and_folders_whether_they_are_fake(finished_run, de
 def test_score_needs_something_to_score_and_a_model(tmp_path):
     with pytest.raises(builder.Failure, match="no videos or pictures in"):
         builder.videos_in([tmp_path])
-    (tmp_path / "notes.pth").write_text("no model")
+    (tmp_path / "notes.pth").write_text("hello world")
     save_checkpoint(tmp_path / "last_checkpoint.pth", {"model": {}, "epoch": 1})
     for name in ("notes.pth", "last_checkpoint.pth"):
         with pytest.raises(builder.Failure, match=f"{name} is not a model file"):

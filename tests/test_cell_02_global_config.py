@@ -153,3 +153,17 @@ def test_float32_is_float32_on_every_gpu():
 )
 def test_processes_with_enough_clips_keep_their_own_batch_statistics(choice, clips, synchronised):
     assert changed(SYNC_BATCH_NORM=choice).syncs_batch_norm(clips) == synchronised
+
+
+def test_what_is_no_model_file_is_a_clear_error_and_a_missing_one_is_missing(tmp_path):
+    (tmp_path / "text.pth").write_text("hello world")
+    for path in (tmp_path, tmp_path / "text.pth"):
+        with pytest.raises(ValueError, match="is not a model file"):
+            cell.read_model_file(path)
+    with pytest.raises(FileNotFoundError):
+        cell.read_model_file(tmp_path / "none.pth")
+
+
+def test_a_variable_that_is_no_yaml_is_named():
+    with pytest.raises(ValueError, match="DEEPFAKE_METHODS: '.FaceSwap' is not a YAML value"):
+        cell.parameters_from_environment({"DEEPFAKE_METHODS": "[FaceSwap"})

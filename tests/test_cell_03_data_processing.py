@@ -3,6 +3,7 @@ import dataclasses
 import gc
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -298,6 +299,13 @@ def test_a_metadata_file_of_another_kind_is_no_dfdc_and_a_damaged_one_is_told(tm
     (tmp_path / "b" / "metadata.json").write_text('{"y.mp4": {"label": "FA')
     with pytest.warns(UserWarning, match=r"metadata in .*/b is not used"):
         assert len(find_videos(tmp_path)) == 2
+
+
+def test_a_list_of_faces_without_any_is_no_dataset(tmp_path):
+    film(tmp_path, "real/x.mp4", "fake/x.mp4")
+    (tmp_path / "more" / "faces").mkdir(parents=True)
+    (tmp_path / "more" / "metadata.csv").write_text("videoname,label,original\n")
+    assert len(find_videos(tmp_path)) == 2
 
 
 def test_celeb_df_takes_labels_from_folders_since_1_means_real_in_its_list(tmp_path):
@@ -682,6 +690,12 @@ def test_a_given_split_is_kept_and_a_missing_one_is_taken_from_training():
 def test_all_can_be_test_videos_though_the_dataset_calls_them_training(splits):
     split = split_videos(pairs(30).assign(split=splits), 0, 1, 1, needed={"test": ()})
     assert (split.split == "test").sum() == splits.count("train")
+
+
+def test_what_a_dataset_assigns_to_no_split_trains_even_if_all_else_is_tested():
+    given_split = pairs(30).assign(split=[""] * 40 + ["val"] * 8 + ["test"] * 12)
+    split = split_videos(given_split, 0, 1, 1, needed={"test": ()})
+    assert split.split.tolist() == ["train"] * 40 + ["val"] * 8 + ["test"] * 12
 
 
 def test_a_dataset_with_all_its_splits_is_left_as_it_is():
@@ -1122,6 +1136,14 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and (
         tmp_path / "file"
     ).read_text() == "old"
+
+
+def test_half_written_files_of_dead_processes_are_removed_but_not_those_of_other_machines(tmp_path):
+    names = [f".partial-{2**30}-1-{node}-clip.npz" for node in (platform.node(), "other")]
+    for name in names:
+        (tmp_path / name).touch()
+    cell.remove_partial_files(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == names[1:]
 
 
 def test_bad_videos_are_listed_with_reasons_and_the_rest_goes_on(two_videos, tmp_path):

@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import pickle
 import time
+from http.client import IncompleteRead
 
 import pytest
 import torch
@@ -226,6 +227,20 @@ def test_without_internet_training_starts_from_random_weights_with_a_warning_wit
         origin = cell.load_backbone_weights(backbone, "resnet18", True, "")
     assert time.monotonic() - started < 20
     assert origin.startswith("random") and torch.equal(before, backbone.conv1.weight)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("invalid hash value"), IncompleteRead(b"a part")], ids=repr
+)
+def test_so_it_does_after_a_broken_download(monkeypatch, tmp_path, error):
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", broken)
+    backbone, _ = cell.build_backbone("resnet18", 64)
+    with pytest.warns(UserWarning, match="could not be downloaded"):
+        assert cell.load_backbone_weights(backbone, "resnet18", True, "").startswith("random")
 
 
 @pytest.mark.parametrize(

@@ -37,23 +37,14 @@ def test_the_frame_loss_uses_the_clips_label():
     assert loss(output, 1 - labels).item() == pytest.approx(math.log(2) + 9, abs=1e-3)
 
 
-def test_early_stopping_counts_epochs_without_a_better_auc_and_loss_breaks_ties():
-    stopper = cell.EarlyStopping(patience=2)
-    assert stopper.update(1, 0.7, 0.5)
-    assert stopper.update(2, 0.7, 0.4)
-    assert not stopper.update(3, 0.6, 0.1) and not stopper.should_stop
-    assert not stopper.update(4, 0.7, 0.4) and stopper.should_stop
-    assert stopper.best_epoch == 2
-
-
-def test_early_stopping_survives_a_checkpoint(tmp_path):
-    stopper = cell.EarlyStopping(3)
-    stopper.update(1, 0.7, 0.5)
-    stopper.update(2, 0.6, 0.5)
-    cell.save_checkpoint(tmp_path / "c.pth", {"stopper": stopper.state_dict()})
-    again = cell.EarlyStopping(3)
-    again.load_state_dict(torch.load(tmp_path / "c.pth", weights_only=True)["stopper"])
-    assert vars(again) == vars(stopper)
+def test_the_best_epoch_has_the_highest_auc_and_loss_breaks_ties():
+    aucs_and_losses = [(0.7, 0.5), (0.7, 0.4), (0.6, 0.1), (0.7, 0.4)]
+    history = [
+        {"epoch": number, "val_auc": auc, "val_loss": loss}
+        for number, (auc, loss) in enumerate(aucs_and_losses, start=1)
+    ]
+    best = [cell.best_epoch(history[:count]) for count in range(5)]
+    assert best == [0, 1, 2, 2, 2]
 
 
 def test_the_average_is_the_mean_of_few_steps_and_exponential_after_many():
@@ -189,26 +180,26 @@ def test_a_checkpoint_of_an_older_version_is_refused_and_the_message_says_what_t
 
 def test_a_run_is_restored_and_a_loss_scale_only_for_its_precision(tmp_path):
     def run(precision: str, origin: str = "") -> cell.RunState:
-        parts = {"stopper": cell.EarlyStopping(3), "scaler": cell.EarlyStopping(3)}
+        parts = {"model": torch.nn.Linear(1, 1), "scaler": torch.nn.Linear(1, 1)}
         facts = {"settings": {}, "precision": precision, "initial_weights": origin}
         return cell.RunState(tmp_path / "last_checkpoint.pth", parts, **facts)
 
     saved = run("float16", "ImageNet")
     for part in saved.parts.values():
-        part.update(1, 0.7, 0.5)
+        part.bias.data.fill_(7.0)
     for epoch in (1, 2):
         saved.history.append({"epoch": epoch})
         saved.best["epoch"] = 1
         saved.save()
         assert cell.previous_of(saved.file).exists() == (epoch > 1)
-    for precision, epoch in {"float16": 1, "bfloat16": 0}.items():
+    for precision, is_kept in {"float16": True, "bfloat16": False}.items():
         saved.best_file.unlink()
         restored = run(precision)
         restored.load(saved.file, write=True)
         assert restored.history == saved.history and restored.best == {"epoch": 1}
         assert restored.facts["initial_weights"] == "ImageNet" and epoch_in(saved.best_file) == 1
-        assert restored.parts["stopper"].best_epoch == 1
-        assert restored.parts["scaler"].best_epoch == epoch
+        assert restored.parts["model"].bias == 7
+        assert (restored.parts["scaler"].bias == 7) == is_kept
 
 
 def test_only_settings_that_shape_the_result_keep_a_run_from_resuming(tmp_path):
@@ -233,8 +224,9 @@ def test_the_fingerprint_of_the_data_ignores_where_it_is_mounted():
         }
     )
     moved = rows.assign(path=["/b/x.mp4", "/b/y.mp4"], group=["data/g", "data/h"])
-    assert cell.data_fingerprint(rows) == cell.data_fingerprint(moved.iloc[::-1])
-    assert cell.data_fingerprint(rows) != cell.data_fingerprint(rows.assign(split=["train", "val"]))
+    known = cell.run_settings(CONFIG, rows)
+    assert known == cell.run_settings(CONFIG, moved.iloc[::-1])
+    assert known != cell.run_settings(CONFIG, rows.assign(split=["train", "val"]))
 
 
 def test_the_model_file_holds_no_paths_of_this_machine():

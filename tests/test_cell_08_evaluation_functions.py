@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 
 import cell_05_model_definition
 import cell_08_evaluation_functions as cell
-from cell_01_imports_and_setup import save_figure
+from cell_01_imports_and_setup import show_figure
 from cell_03_data_processing import ClipSettings, VideoError
 from cell_04_dataset_class import ClipDataset
-from cell_05_model_definition import DetectorOutput
+from cell_05_model_definition import DeepfakeDetector, DetectorOutput
 from cell_06_loss_and_utils import FocalLoss
 from cell_07_training_functions import validate
 
@@ -210,6 +210,9 @@ def test_a_readme_beside_a_model_is_its_card_only_if_it_says_so(tmp_path):
     assert "Trained on swap" in cell.describe_model(tmp_path / "model.pth", saved)
     (tmp_path / "README.md").write_text("# Model card: model.pth\n\nIt is **weak**.\n")
     assert cell.describe_model(tmp_path / "model.pth", saved).endswith("It is weak.")
+    (tmp_path / "README.md").write_bytes(b"# Model card: model.pth" + b"\n\xe9")
+    oldest = {"config": {"BACKBONE": "resnet18"}, "val_auc": 0.9}
+    assert "Trained on unknown" in cell.describe_model(tmp_path / "model.pth", oldest)
 
 
 def test_probabilities_never_overflow():
@@ -318,7 +321,7 @@ def test_every_figure_is_drawn_and_written(table, clip_table, tmp_path):
         titles["mistakes"] == "No mistakes in 7 videos" and "only one class" in titles["one class"]
     )
     for name, figure in figures.items():
-        save_figure(figure, tmp_path / "deep" / f"{name}.png")
+        show_figure(figure, tmp_path / "deep" / f"{name}.png")
         assert plt.imread(tmp_path / "deep" / f"{name}.png").std() > 0.01
     assert not plt.get_fignums()
 
@@ -386,6 +389,13 @@ def test_heat_is_where_the_evidence_is(reference):
         == heat[0, [0, 1, 3]].max()
         == heat[1].max()
     )
+
+
+def test_a_network_without_feature_maps_has_no_heat_and_still_scores():
+    backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 4))
+    model = DeepfakeDetector(backbone, 4, 4, 0, 2, frames=2).eval()
+    heat, output = cell.explain(model, np.zeros((2, 8, 8, 3), np.uint8))
+    assert heat.shape == (2, 8, 8) and not heat.any() and output.logit.isfinite().all()
 
 
 def test_the_heat_of_a_clip_does_not_change_the_network(network):

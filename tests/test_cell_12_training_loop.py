@@ -78,7 +78,7 @@ def uninterrupted(shared, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("training") / "whole"
     run(SECTION_12, folder, **shared)
     saved = checkpoint(folder)
-    parts = {"model", "average", "optimizer", "scheduler", "scaler", "stopper"}
+    parts = {"model", "average", "optimizer", "scheduler", "scaler"}
     figures = {
         "format",
         "epoch",

@@ -216,3 +216,22 @@ def test_the_codec_of_twins_is_the_same_for_a_share_of_them():
     assert twins < 0.2  # each of several draws must agree
     sizes = draws.numbers(2000, 0, 1)
     assert 0.4 < (sizes[::2] == sizes[1::2]).mean() < 0.6
+
+
+def test_a_video_beside_numbered_pictures_is_found_too(tmp_path):
+    draw(tmp_path, "IMG_0001.jpg", "IMG_0002.jpg")
+    (tmp_path / "VID_0003.mp4").touch()
+    assert cell.media_below(tmp_path) == [tmp_path, tmp_path / "VID_0003.mp4"]
+    assert len(cell.media_below(tmp_path, stills=True)) == 3
+
+
+def test_a_single_face_crop_of_a_class_is_used_whole(tmp_path, face_detector):
+    draw(tmp_path, "real/a.jpg", "fake/a__x.jpg", "fake/a__y.jpg")
+    assert cell.find_face_crops(find_videos(tmp_path), SETTINGS, face_detector).all()
+
+
+def test_a_still_scores_the_same_as_the_clip_it_stands_for_in_training():
+    still, model = torch.rand(2, 1, 3, 8, 8), network(1)
+    output, repeated = model(still), model(still.repeat(1, 3, 1, 1, 1))
+    assert torch.allclose(output.logit, repeated.logit, atol=1e-6)
+    assert output.frame_logits.shape == output.attention.shape == (2, 1)

@@ -12,6 +12,7 @@ ENGLISH = (ROOT / "README.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+CARD = (ROOT / "pretrained" / "README.md").read_text(encoding="utf-8")
 NAME = re.compile(r"`([A-Z][A-Z_]{3,})`")
 
 
@@ -51,10 +52,18 @@ def test_both_have_the_same_figures_numbers_and_names():
     assert set(NAME.findall(ENGLISH)) == set(NAME.findall(CHINESE))
 
 
+def auc_of_the_detector() -> str:
+    """What its card says, as in 0.7 [0.6, 0.8]."""
+    found = re.search(r"\| \*\*all\*\* \| \d+ \| \*\*([\d.]+)\*\* (\[[\d., ]+\])", CARD)
+    assert found
+    return " ".join(found.groups())
+
+
 def test_both_say_early_what_has_not_been_shown():
     for text, gpu in ((ENGLISH, "run on a GPU yet"), (CHINESE, "没有在 GPU 上运行过")):
         beginning = "\n".join(text.splitlines()[:25])
         assert gpu in beginning and "0.43 [0.36, 0.50]" in beginning
+        assert auc_of_the_detector() in " ".join(text.splitlines()[:9])
 
 
 @EVERY_PAGE

@@ -334,7 +334,7 @@ def test_the_faces_with_pictures_are_those_of_the_most_suspicious_stretches():
     for face in range(2, 2 + cell.FACES_SHOWN):
         windows += windows_of([2, 2], face=face)
     for number, window in enumerate(windows, start=1):
-        cell.keep_extremes(extremes, window, windows[:number])
+        cell.keep_extremes(extremes, window, cell.judged_faces(windows[:number]))
     assert sorted(extremes) == [*range(2, 2 + cell.FACES_SHOWN)]
 
 
@@ -384,7 +384,7 @@ def folder(people, tmp_path) -> Path:
 
 
 def test_each_video_gets_a_row_and_each_face_and_window_one(folder, predictor, tmp_path):
-    table = cell.judge_videos(predictor, data.videos_below(folder), tmp_path / "out")
+    table = cell.judge_videos(predictor, data.media_below(folder), tmp_path / "out")
     assert list(table) == cell.PREDICTION_COLUMNS
     assert table.verdict.fillna("none").tolist() == ["real", "real", "real", "fake", "none"]
     assert "not a video" in table.error[4] and table.error[:4].eq("").all()
@@ -395,7 +395,7 @@ def test_each_video_gets_a_row_and_each_face_and_window_one(folder, predictor, t
 
 
 def test_a_stopped_run_goes_on_and_what_changed_is_judged_again(folder, predictor, tmp_path):
-    videos, seen = data.videos_below(folder), []
+    videos, seen = data.media_below(folder), []
 
     def stop(judgement):
         seen.append(judgement.path)
@@ -408,6 +408,10 @@ def test_a_stopped_run_goes_on_and_what_changed_is_judged_again(folder, predicto
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "judged").iterdir()}
     table = cell.judge_videos(predictor, videos, tmp_path / "out")
     assert len(kept) == 2 and len(table) == 5
+    next(iter(kept)).write_text("")  # damaged: judged again
+    repaired = cell.judge_videos(predictor, videos, tmp_path / "out")
+    assert repaired.drop(columns="seconds").equals(table.drop(columns="seconds"))
+    table, kept = repaired, dict([*kept.items()][1:])
     assert all(file.stat().st_mtime_ns == time for file, time in kept.items())
     again = cell.judge_videos(predictor, videos, tmp_path / "out")
     assert again.equals(table)  # seconds and all: nothing was judged twice
@@ -433,7 +437,7 @@ def test_pictures_are_scored_like_videos_and_recalled(people, predictor, tmp_pat
 
 @pytest.fixture
 def page(folder, predictor, tmp_path) -> Path:
-    cell.judge_videos(predictor, data.videos_below(folder), tmp_path / "out")
+    cell.judge_videos(predictor, data.media_below(folder), tmp_path / "out")
     return tmp_path / "out" / "report.html"
 
 

@@ -176,7 +176,7 @@ def main() -> None:
     detector = cell.load_face_detector("cpu")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        sets = {"yours": cell.videos_below(given.folder)} if given.folder else {}
+        sets = {"yours": cell.media_below(given.folder)} if given.folder else {}
         for name, size in {} if given.folder else SIZES.items():
             sets[name] = [folder / f"{name}_{number}.mp4" for number in range(given.videos)]
             for number, file in enumerate(sets[name]):
