@@ -356,6 +356,7 @@ def read_model_file(path: str | Path, **how: Any) -> dict:
     raise ValueError(f"{path} is not a model file, such as models/best_model.pth of a run")
 
 
+# %%
 def saved_config(content: dict) -> dict:
     """The parameters in a model file; older files may lack some and have others."""
     saved = {"CLIPS_PER_VIDEO": 1, "REFERENCE": 0.0, **content["config"]}

@@ -63,6 +63,7 @@ from cell_01_imports_and_setup import (
 )
 from cell_02_global_config import CONFIG, DAMAGE, Config
 
+# %%
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MEDIA_SUFFIXES = VIDEO_SUFFIXES + PICTURE_SUFFIXES

@@ -102,15 +102,16 @@ class DeepfakeDetector(nn.Module):
         attention = weights.mean(dim=1)[:, : clips.shape[1]]
         return DetectorOutput(logit + frame_logits.mean(1), frame_logits, attention)
 
-    def average_views(self, clips: torch.Tensor) -> DetectorOutput:
-        """The mean over K interleaved clips; frame outputs stay in the order of the frames."""
-        count = clips.shape[1] // self.frames if clips.shape[1] % self.frames == 0 else 1
-        parts = self.score_clip(clips.unflatten(1, (-1, count)).transpose(1, 2).flatten(0, 1))
-        logit, frames, attention = (part.unflatten(0, (-1, count)) for part in parts)
-        return DetectorOutput(logit.mean(1), frames.mT.flatten(1), attention.mT.flatten(1) / count)
-
 
 # %%
+def average_views(model: DeepfakeDetector, clips: torch.Tensor) -> DetectorOutput:
+    """The mean over K interleaved clips; frame outputs stay in the order of the frames."""
+    count = clips.shape[1] // model.frames if clips.shape[1] % model.frames == 0 else 1
+    parts = model.score_clip(clips.unflatten(1, (-1, count)).transpose(1, 2).flatten(0, 1))
+    logit, frames, attention = (part.unflatten(0, (-1, count)) for part in parts)
+    return DetectorOutput(logit.mean(1), frames.mT.flatten(1), attention.mT.flatten(1) / count)
+
+
 def relative_scores(model: DeepfakeDetector, clips: torch.Tensor) -> DetectorOutput:
     """The scores of normalised clips, less `offset` and 0.7 of those of a `reference`.
 
@@ -124,9 +125,9 @@ def relative_scores(model: DeepfakeDetector, clips: torch.Tensor) -> DetectorOut
         some = denormalize(clips[:, step - 1 :: step])
         coarse = compress(some, device_constant((model.reference,), clips.device))
         with torch.no_grad():  # heat maps need the gradient of the last pass alone
-            logit, frames, _ = model.average_views(normalize(coarse))
+            logit, frames, _ = average_views(model, normalize(coarse))
         ref = 0.7 * logit, 0.7 * frames.repeat_interleave(step, dim=1)
-    logit, frames, attention = model.average_views(clips)
+    logit, frames, attention = average_views(model, clips)
     return DetectorOutput(logit - ref[0] - model.offset, frames - ref[1] - model.offset, attention)
 
 

@@ -15,29 +15,9 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import display
 
+import cell_03_data_processing as cell_03
 from cell_01_imports_and_setup import ENVIRONMENT, RANK, save_csv, show_figure
 from cell_02_global_config import CONFIG
-from cell_03_data_processing import (
-    CLASS_NAMES,
-    CLIP_COLUMNS,
-    EVERY_CLASS,
-    OWN_TABLES,
-    VIDEO_COLUMNS,
-    ClipSettings,
-    check_files,
-    crossing_groups,
-    find_videos,
-    is_picture,
-    load_face_detector,
-    make_demo_set,
-    remove_partial_files,
-    require_classes,
-    require_known,
-    require_own_tables,
-    require_space,
-    sample_per_class,
-    split_videos,
-)
 from cell_06_loss_and_utils import find_resume_checkpoint, run_settings
 from cell_07_training_functions import broadcast_object, cache_clips_together
 from cell_08_evaluation_functions import plot_samples
@@ -47,9 +27,9 @@ if RANK:
 preparation_started = time.perf_counter()
 if CONFIG.RESUME and CONFIG.EPOCHS:  # refuses a checkpoint of other settings before any work
     find_resume_checkpoint(CONFIG.last_checkpoint, dataclasses.asdict(CONFIG))
-require_own_tables(CONFIG.work_dir / "data")
+cell_03.require_own_tables(CONFIG.work_dir / "data")
 for _name in ("data", "models", "results"):
-    remove_partial_files(CONFIG.work_dir / _name)
+    cell_03.remove_partial_files(CONFIG.work_dir / _name)
 
 
 # %%
@@ -59,35 +39,35 @@ def locate_dataset() -> tuple[str, pd.DataFrame]:
     places = {"auto": ["/kaggle/input", "data"], "demo": [], "none": []}
     for place in places.get(CONFIG.DATA_DIR, [CONFIG.DATA_DIR]):
         try:
-            return place, find_videos(Path(place), methods)
+            return place, cell_03.find_videos(Path(place), methods)
         except FileNotFoundError as error:
             if CONFIG.DATA_DIR != "auto":
                 raise
-            if {path.name for path in Path(place).glob("*")} - {*OWN_TABLES}:
+            if {path.name for path in Path(place).glob("*")} - {*cell_03.OWN_TABLES}:
                 print(f"Not used: {error}")
     only_predicts = CONFIG.DATA_DIR == "auto" and CONFIG.PREDICT_DIR and not CONFIG.EPOCHS
     if CONFIG.DATA_DIR == "none" or only_predicts:
-        return "no dataset", pd.DataFrame(columns=VIDEO_COLUMNS)
+        return "no dataset", pd.DataFrame(columns=cell_03.VIDEO_COLUMNS)
     folder = CONFIG.work_dir / f"demo_videos_{CONFIG.SEED}"
     size = CONFIG.MAX_VIDEOS_PER_CLASS or 120
     print(f"Making a demo set of {size} real and {size} fake videos.", flush=True)
-    make_demo_set(folder, size, CONFIG.SEED, CONFIG.NUM_WORKERS)
-    return "demo set made by this notebook", find_videos(folder, methods)
+    cell_03.make_demo_set(folder, size, CONFIG.SEED, CONFIG.NUM_WORKERS)
+    return "demo set made by this notebook", cell_03.find_videos(folder, methods)
 
 
 def count_videos(videos: pd.DataFrame) -> pd.DataFrame:
     """The number of videos by dataset, class and method, in each split."""
-    classes = videos.label.map(dict(enumerate(CLASS_NAMES))).rename("class")
+    classes = videos.label.map(dict(enumerate(cell_03.CLASS_NAMES))).rename("class")
     splits = videos.split.replace("", "no split given")
     counts = pd.crosstab([videos.dataset, classes, videos.method], splits)
-    counts = counts[sorted(counts, key=[*EVERY_CLASS, "no split given"].index)]
+    counts = counts[sorted(counts, key=[*cell_03.EVERY_CLASS, "no split given"].index)]
     return counts.assign(videos=counts.sum(axis=1))
 
 
 DATA_ORIGIN, found_videos = locate_dataset()
 if CONFIG.EPOCHS:
-    require_known("DATASET_SHARES", CONFIG.dataset_shares, found_videos.dataset)
-usable_videos, SKIPPED = check_files(found_videos, CONFIG.NUM_WORKERS)
+    cell_03.require_known("DATASET_SHARES", CONFIG.dataset_shares, found_videos.dataset)
+usable_videos, SKIPPED = cell_03.check_files(found_videos, CONFIG.NUM_WORKERS)
 save_csv(SKIPPED, CONFIG.work_dir / "data" / "skipped.csv")
 if len(found_videos):
     display(count_videos(found_videos))
@@ -119,7 +99,7 @@ def report_splits() -> None:
         display(names.unstack(fill_value="").head(10))
 
 
-needed_classes = EVERY_CLASS
+needed_classes = cell_03.EVERY_CLASS
 if CONFIG.EPOCHS == 0:
     needed_classes = {"test": ()}
 elif CONFIG.SELF_BLEND == 1:
@@ -127,29 +107,29 @@ elif CONFIG.SELF_BLEND == 1:
 _fractions = min(CONFIG.VAL_FRACTION, 1 - CONFIG.TEST_FRACTION), CONFIG.TEST_FRACTION
 videos_in_splits = usable_videos
 if len(found_videos):
-    videos_in_splits = split_videos(
+    videos_in_splits = cell_03.split_videos(
         usable_videos, *_fractions, CONFIG.SEED, CONFIG.HOLDOUT_METHODS, needed_classes
     )
-LEAKING = crossing_groups(videos_in_splits)
+LEAKING = cell_03.crossing_groups(videos_in_splits)
 report_splits()
 
 # %% [markdown]
 # A video that fails when its clip is made is replaced by another of the same kind.
 
 # %%
-face_detector = load_face_detector(ENVIRONMENT.device) if CONFIG.FACE_CROP else None
+face_detector = cell_03.load_face_detector(ENVIRONMENT.device) if CONFIG.FACE_CROP else None
 
 
 def prepare_clips(skipped: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Sample videos and cache their clips until none fails; these, and all videos skipped."""
-    how = ClipSettings.of(CONFIG), CONFIG.cache_dir, face_detector
+    how = cell_03.ClipSettings.of(CONFIG), CONFIG.cache_dir, face_detector
     while True:
         left = videos_in_splits[~videos_in_splits.path.isin(skipped.path)]
-        sample = sample_per_class(left, CONFIG.MAX_VIDEOS_PER_CLASS, CONFIG.SEED)
-        require_classes(sample, needed_classes)
+        sample = cell_03.sample_per_class(left, CONFIG.MAX_VIDEOS_PER_CLASS, CONFIG.SEED)
+        cell_03.require_classes(sample, needed_classes)
         if CONFIG.EPOCHS == 0:
             sample = sample[sample.split == "test"].reset_index(drop=True)
-        space = require_space(sample, *how)
+        space = cell_03.require_space(sample, *how)
         print(f"{len(sample)} videos taken: {space}", flush=True)
         videos, failed = cache_clips_together(broadcast_object(sample), *how, CONFIG.NUM_WORKERS)
         if failed.empty:
@@ -167,7 +147,7 @@ def report_preparation() -> None:
     display(count_videos(VIDEOS))
     if CONFIG.FACE_CROP and (faceless := sum(VIDEOS.face_share == 0)):
         print(f"No face found in {faceless} of {len(VIDEOS)} videos: their centre is cropped.")
-    stills, wanted = VIDEOS.path.map(is_picture).astype(bool), CONFIG.FRAMES_PER_VIDEO
+    stills, wanted = VIDEOS.path.map(cell_03.is_picture).astype(bool), CONFIG.FRAMES_PER_VIDEO
     if short := VIDEOS.distinct_frames.between(2, wanted - 1).sum():
         print(f"{short} videos repeat frames: they have fewer than {wanted}.")
     if stills.any() and wanted > 1:
@@ -180,10 +160,10 @@ def report_preparation() -> None:
 
 
 # %%
-VIDEOS = videos_in_splits.assign(**dict.fromkeys(CLIP_COLUMNS))
+VIDEOS = videos_in_splits.assign(**dict.fromkeys(cell_03.CLIP_COLUMNS))
 if len(videos_in_splits):
     VIDEOS, SKIPPED = prepare_clips(SKIPPED)
-SPLIT_TABLES = {s: VIDEOS[VIDEOS.split == s].reset_index(drop=True) for s in EVERY_CLASS}
+SPLIT_TABLES = {s: VIDEOS[VIDEOS.split == s].reset_index(drop=True) for s in cell_03.EVERY_CLASS}
 if CONFIG.RESUME and CONFIG.EPOCHS:  # refuses a checkpoint of other videos
     find_resume_checkpoint(CONFIG.last_checkpoint, run_settings(CONFIG, VIDEOS))
 for _name, _table in {**SPLIT_TABLES, "skipped": SKIPPED}.items():
