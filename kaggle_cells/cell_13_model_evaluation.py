@@ -14,31 +14,11 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
+import cell_08_evaluation_functions as cell_08
 from cell_01_imports_and_setup import duration, progress_bar, save_csv, show_figure
 from cell_02_global_config import CONFIG
 from cell_03_data_processing import media_below
 from cell_07_training_functions import validate
-from cell_08_evaluation_functions import (
-    VERDICT_METRICS,
-    Predictor,
-    bootstrap,
-    compute_metrics,
-    format_metrics,
-    judge_videos,
-    measure_robustness,
-    metric_name,
-    metrics_by,
-    pick_examples,
-    plot_calibration,
-    plot_confusion,
-    plot_curves,
-    plot_explanations,
-    plot_mistakes,
-    plot_robustness,
-    plot_scores,
-    probabilities,
-    verdict_counts,
-)
 from cell_09_data_preparation import SPLIT_TABLES
 from cell_10_data_loaders import DEVICE, TEST_LOADER
 from cell_11_model_setup import CRITERION, TRAINED_ON
@@ -48,7 +28,7 @@ evaluation_started = time.perf_counter()
 RESULTS = CONFIG.work_dir / "results"
 FIGURES = RESULTS / "evaluation"
 MODEL_FILE = Path(CONFIG.CHECKPOINT) if CONFIG.EPOCHS == 0 else BEST_MODEL
-PREDICTOR = Predictor.load(MODEL_FILE, DEVICE)
+PREDICTOR = cell_08.Predictor.load(MODEL_FILE, DEVICE)
 DETECTOR, TEMPERATURE, THRESHOLD = PREDICTOR.model, PREDICTOR.temperature, PREDICTOR.threshold
 MODEL_INFO = PREDICTOR.info
 PREDICTIONS = SPLIT_TABLES["test"].drop(columns="split")
@@ -60,9 +40,9 @@ if len(PREDICTIONS):
     with progress_bar(title="test", total=len(TEST_LOADER), unit="batch") as bar:
         test_scores = validate(DETECTOR, TEST_LOADER, CRITERION, DEVICE, title="test", bar=bar)
     PREDICTIONS["logit"] = test_scores.logits
-    PREDICTIONS["probability"] = probabilities(test_scores.logits, TEMPERATURE)
+    PREDICTIONS["probability"] = cell_08.probabilities(test_scores.logits, TEMPERATURE)
     PREDICTIONS["verdict"] = np.where(PREDICTIONS.probability >= THRESHOLD, "fake", "real")
-    frame_probs = probabilities(test_scores.frame_logits, TEMPERATURE)
+    frame_probs = cell_08.probabilities(test_scores.frame_logits, TEMPERATURE)
     PREDICTIONS["frame_scores"] = [
         " ".join(f"{prob:.3f}" for prob in row if prob == prob) for row in frame_probs
     ]
@@ -78,12 +58,16 @@ if len(PREDICTIONS):
     test_labels, test_probs = PREDICTIONS.label.to_numpy(), PREDICTIONS.probability.to_numpy()
     test_groups = PREDICTIONS.group.to_numpy()
     for name, threshold in {"at_fitted_threshold": THRESHOLD, "at_0.5": 0.5}.items():
-        METRICS[name] = compute_metrics(test_labels, test_probs, threshold)
-        INTERVALS[name] = bootstrap(test_labels, test_probs, threshold, test_groups)
-        FORMATTED_METRICS[name] = format_metrics(METRICS[name], INTERVALS[name])
+        METRICS[name] = cell_08.compute_metrics(test_labels, test_probs, threshold)
+        INTERVALS[name] = cell_08.bootstrap(test_labels, test_probs, threshold, test_groups)
+        FORMATTED_METRICS[name] = cell_08.format_metrics(METRICS[name], INTERVALS[name])
     formatted = pd.DataFrame(FORMATTED_METRICS).set_axis([f"at {THRESHOLD:.3f}", "at 0.5"], axis=1)
-    VERDICT_TABLE = formatted.loc[[*VERDICT_METRICS]].rename(index=metric_name)
-    SCORE_TABLE = formatted.iloc[:, :1].drop(index=[*VERDICT_METRICS]).rename(index=metric_name)
+    VERDICT_TABLE = formatted.loc[[*cell_08.VERDICT_METRICS]].rename(index=cell_08.metric_name)
+    SCORE_TABLE = (
+        formatted.iloc[:, :1]
+        .drop(index=[*cell_08.VERDICT_METRICS])
+        .rename(index=cell_08.metric_name)
+    )
     display(SCORE_TABLE.set_axis(["test set"], axis=1), VERDICT_TABLE)
 
 # %% [markdown]
@@ -93,36 +77,42 @@ if len(PREDICTIONS):
 # %%
 if len(PREDICTIONS):
     never_trained_on = {*PREDICTIONS.method} - TRAINED_ON
-    BY_METHOD = metrics_by("method", PREDICTIONS, THRESHOLD, never_trained_on)
+    BY_METHOD = cell_08.metrics_by("method", PREDICTIONS, THRESHOLD, never_trained_on)
     save_csv(BY_METHOD, RESULTS / "metrics_by_method.csv")
     display(BY_METHOD.round(3))
     if PREDICTIONS.dataset.nunique() > 1:
-        BY_DATASET = metrics_by("dataset", PREDICTIONS, THRESHOLD)
+        BY_DATASET = cell_08.metrics_by("dataset", PREDICTIONS, THRESHOLD)
         save_csv(BY_DATASET, RESULTS / "metrics_by_dataset.csv")
         display(BY_DATASET.round(3))
 
 # %%
 if len(PREDICTIONS):
-    show_figure(plot_scores(PREDICTIONS, BY_METHOD, THRESHOLD), FIGURES / "score_distribution.png")
+    show_figure(
+        cell_08.plot_scores(PREDICTIONS, BY_METHOD, THRESHOLD), FIGURES / "score_distribution.png"
+    )
     auc_interval = INTERVALS["at_fitted_threshold"]["auc_roc"]
-    show_figure(plot_curves(PREDICTIONS, THRESHOLD, auc_interval), FIGURES / "roc_pr_curves.png")
+    show_figure(
+        cell_08.plot_curves(PREDICTIONS, THRESHOLD, auc_interval), FIGURES / "roc_pr_curves.png"
+    )
 
 # %% [markdown]
 # What the verdicts got right, and whether P(fake) is calibrated:
 
 # %%
 if len(PREDICTIONS):
-    confusion = plot_confusion(test_labels, test_probs, THRESHOLD)
+    confusion = cell_08.plot_confusion(test_labels, test_probs, THRESHOLD)
     show_figure(confusion, FIGURES / "confusion_matrix.png")
-    show_figure(plot_calibration(test_labels, test_probs), FIGURES / "calibration.png")
+    show_figure(cell_08.plot_calibration(test_labels, test_probs), FIGURES / "calibration.png")
 
 # %% [markdown]
 # How much of this survives what happens to videos on the internet?
 
 # %%
 if len(PREDICTIONS) and CONFIG.ROBUSTNESS:
-    ROBUSTNESS_TABLE = measure_robustness(DETECTOR, PREDICTIONS, TEST_LOADER, CONFIG.ROBUSTNESS)
-    show_figure(plot_robustness(ROBUSTNESS_TABLE), FIGURES / "robustness.png")
+    ROBUSTNESS_TABLE = cell_08.measure_robustness(
+        DETECTOR, PREDICTIONS, TEST_LOADER, CONFIG.ROBUSTNESS
+    )
+    show_figure(cell_08.plot_robustness(ROBUSTNESS_TABLE), FIGURES / "robustness.png")
 
 # %% [markdown]
 # What do the verdicts rest on? The most confident right and wrong ones: frames in order, where the
@@ -130,9 +120,11 @@ if len(PREDICTIONS) and CONFIG.ROBUSTNESS:
 
 # %%
 if len(PREDICTIONS):
-    examples = pick_examples(PREDICTIONS, THRESHOLD)
-    show_figure(plot_explanations(examples, DETECTOR, TEMPERATURE), FIGURES / "explanations.png")
-    show_figure(plot_mistakes(PREDICTIONS, THRESHOLD), FIGURES / "mistakes.png")
+    examples = cell_08.pick_examples(PREDICTIONS, THRESHOLD)
+    show_figure(
+        cell_08.plot_explanations(examples, DETECTOR, TEMPERATURE), FIGURES / "explanations.png"
+    )
+    show_figure(cell_08.plot_mistakes(PREDICTIONS, THRESHOLD), FIGURES / "mistakes.png")
 EVALUATION_SECONDS = time.perf_counter() - evaluation_started
 
 # %% [markdown]
@@ -145,9 +137,9 @@ predict_video, show_video = PREDICTOR.predict_video, PREDICTOR.show
 SCORED = pd.DataFrame(columns=["verdict", "error"])
 if CONFIG.PREDICT_DIR:
     prediction_started, found = time.perf_counter(), media_below(Path(CONFIG.PREDICT_DIR))
-    SCORED = judge_videos(PREDICTOR, found, RESULTS)
+    SCORED = cell_08.judge_videos(PREDICTOR, found, RESULTS)
     seconds = time.perf_counter() - prediction_started
     print(f"{len(SCORED)} videos below {CONFIG.PREDICT_DIR} in {duration(seconds)}:")
-    print(verdict_counts(SCORED))
+    print(cell_08.verdict_counts(SCORED))
     print(f"All are in {RESULTS / 'report.html'}, predictions.csv and windows.csv")
     display(SCORED.sort_values("probability", ascending=False).head(20))
