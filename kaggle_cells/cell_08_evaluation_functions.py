@@ -436,7 +436,7 @@ def heat_maps(model: DeepfakeDetector, clips: torch.Tensor) -> tuple[torch.Tenso
         # cuDNN's LSTM has no gradient in eval mode.
         with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
             output = model(clips)
-            gradients = torch.autograd.grad(output.logit.sum(), maps) if maps else ()
+            gradients = torch.autograd.grad(output.logit.sum(), maps[0]) if maps else ()
     finally:
         for hook in hooks:
             hook.remove()
