@@ -305,7 +305,7 @@ def progress_bar(
 ) -> Any:
     """A tqdm bar or, where nobody is watching, a line every LOG_INTERVAL seconds.
 
-    Saved notebooks and logs would keep a bar as it first appeared, at 0 %.
+    Saved notebooks and logs would keep a bar as it first appeared, at 0 %. `look` is for the bar.
     """
     known: dict[str, Any] = dict(desc=title, total=total)
     known["disable"] = RANK > 0 or "TQDM_DISABLE" in os.environ

@@ -349,7 +349,7 @@ def read_model_file(path: str | Path, **how: Any) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True, **how)
         if isinstance(content, dict) and "config" in content:
             return content
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise
     except DAMAGE:
         pass  # not written by torch.save
