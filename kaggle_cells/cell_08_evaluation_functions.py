@@ -1165,9 +1165,7 @@ def describe_limits(predictor: Predictor) -> str:
     low = f"called real up to P(fake) {real_to:.2f}" if real_to >= 0 else "never called real"
     high = f"called fake from {fake_from:.2f} on" if fake_from <= 1 else "never called fake"
     called = " or ".join(["real"] * (real_to >= 0) + ["fake"] * (fake_from <= 1))
-    right = (
-        f" On calibration videos, half of them fake, nine in ten verdicts of {called} are right."
-    )
+    right = f" With as many real as fake videos, nine in ten verdicts of {called} are right."
     return f"A video is {low}, {high}, otherwise uncertain.{right if called else ''}"
 
 
