@@ -586,15 +586,18 @@ def videos_in(places: list[Path]) -> list[Path]:
 
 
 def print_verdict(judgement: Any) -> None:
-    """A line for a video, above the progress bar."""
+    """A line for a video, above the progress bar if there is one."""
     from tqdm.auto import tqdm
+
+    from cell_01_imports_and_setup import ENVIRONMENT
 
     verdict, stretch = judgement.verdict or "error", ""
     if judgement.face:
         verdict = f"{judgement.probability:.3f}  {verdict}"
         stretch = f", face {judgement.face}, {judgement.start:.0f} to {judgement.end:.0f} s"
     problem = f" ({judgement.problem})" if judgement.problem else ""
-    tqdm.write(f"{verdict:<17}  {judgement.path}{stretch}{problem}")
+    line = f"{verdict:<17}  {judgement.path}{stretch}{problem}"
+    tqdm.write(line) if ENVIRONMENT.interactive else print(line, flush=True)
 
 
 def score(given: argparse.Namespace) -> None:

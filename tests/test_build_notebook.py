@@ -185,6 +185,18 @@ def test_score_says_of_videos_and_folders_whether_they_are_fake(finished_run, de
     assert "none.pth does not exist" in no_model and "run trains one" in no_model
 
 
+def test_verdicts_in_a_log_stand_alone(monkeypatch, capsys):
+    """Writing above a bar draws all bars again: where lines stand for them, more lines."""
+    from cell_01_imports_and_setup import progress_bar
+    from cell_08_evaluation_functions import Judgement
+
+    monkeypatch.delenv("TQDM_DISABLE")
+    with progress_bar(title="your videos", total=10) as bar:
+        bar.update(5)
+        builder.print_verdict(Judgement("a.mp4", "real", 0.1, 1, 0.0, 8.0))
+    assert capsys.readouterr().out == "0.100  real        a.mp4, face 1, 0 to 8 s\n"
+
+
 def test_score_needs_something_to_score_and_a_model(tmp_path):
     with pytest.raises(builder.Failure, match="no videos or pictures in"):
         builder.videos_in([tmp_path])
