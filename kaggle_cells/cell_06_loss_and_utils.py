@@ -59,12 +59,14 @@ class FocalLoss(nn.Module):
 
 # %%
 def best_epoch(history: list[dict]) -> int:
-    """The epoch with the highest AUC, and of these the lowest loss; 0 before the first.
-
-    PATIENCE epochs after it, training stops.
-    """
+    """The epoch with the highest AUC, and of these the lowest loss; 0 before the first."""
     best = max(history, key=lambda row: (row["val_auc"], -row["val_loss"]), default={"epoch": 0})
     return best["epoch"]
+
+
+def should_stop(history: list[dict], patience: int) -> bool:
+    """Whether `patience` epochs in a row were not better than the best."""
+    return len(history) - best_epoch(history) >= patience
 
 
 # %% [markdown]

@@ -1233,10 +1233,9 @@ def predictions_table(judgements: list[Judgement], threshold: float) -> pd.DataF
         if judged.verdict:
             with_face = [window for window in judged.windows if window.face]
             share = seconds_in(with_face) / seconds_in(judged.windows)
-            row |= {"probability": judged.probability}
-            row |= {"face_share": round(share, 3), "faces": len(judged.faces)}
+            row |= {"probability": judged.probability, "face_share": round(share, 3)}
             row |= {"seconds_judged": round(seconds_in(w for w in with_face if not w.reason), 2)}
-            row |= {"seconds": round(judged.took, 3)}
+            row |= {"faces": len(judged.faces), "seconds": round(judged.took, 3)}
             row |= {"from": round(judged.start, 2), "to": round(judged.end, 2)}
         rows.append(row)
     return pd.DataFrame(rows, columns=PREDICTION_COLUMNS)

@@ -20,7 +20,7 @@ from cell_05_model_definition import (
     load_fitting_weights,
     shape_table,
 )
-from cell_06_loss_and_utils import FocalLoss, ModelEMA, RunState, best_epoch
+from cell_06_loss_and_utils import FocalLoss, ModelEMA, RunState, should_stop
 from cell_07_training_functions import LossScaler, Trainer, broadcast_object
 from cell_10_data_loaders import (
     BATCH_SIZE_USED,
@@ -100,7 +100,6 @@ one_frame = torch.zeros(1, 1, 3, CONFIG.IMAGE_SIZE, CONFIG.IMAGE_SIZE, device=DE
 display(shape_table(MODEL, one_frame))
 print(f"Initial weights: {WEIGHTS_ORIGIN}")
 if resume_from:
-    waited = len(HISTORY) - best_epoch(HISTORY)
-    finished = len(HISTORY) >= CONFIG.EPOCHS or waited >= CONFIG.PATIENCE
+    finished = len(HISTORY) >= CONFIG.EPOCHS or should_stop(HISTORY, CONFIG.PATIENCE)
     what = "Training is finished" if finished else "Resuming"
     print(f"{what} after epoch {len(HISTORY)} of {resume_from}")

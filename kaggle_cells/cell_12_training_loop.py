@@ -25,7 +25,7 @@ from cell_01_imports_and_setup import (
 )
 from cell_02_global_config import CONFIG, seed_everything
 from cell_04_dataset_class import PairedGenerator
-from cell_06_loss_and_utils import best_epoch, free_memory, model_file, unwrapped
+from cell_06_loss_and_utils import best_epoch, free_memory, model_file, should_stop, unwrapped
 from cell_07_training_functions import Scores, broadcast_object, train_one_epoch, validate
 from cell_08_evaluation_functions import CHANGES, calibrate, plot_history
 from cell_10_data_loaders import DEVICE, SPLIT_TABLES, TEST_LOADER, TRAIN_LOADER, VAL_LOADER
@@ -91,7 +91,7 @@ scored_model = TRAINER.average or trained_model
 curves = show_history() if HISTORY and RANK == 0 else None  # of earlier sessions
 slowest_epoch, test_seconds = max((row["seconds"] for row in HISTORY), default=0.0), 0.0
 
-while len(HISTORY) < CONFIG.EPOCHS and len(HISTORY) - best_epoch(HISTORY) < CONFIG.PATIENCE:
+while len(HISTORY) < CONFIG.EPOCHS and not should_stop(HISTORY, CONFIG.PATIENCE):
     if is_out_of_time(slowest_epoch, test_seconds):
         print(
             f"Stopped after {len(HISTORY)} of {CONFIG.EPOCHS} epochs: one more, of "
@@ -127,7 +127,7 @@ while len(HISTORY) < CONFIG.EPOCHS and len(HISTORY) - best_epoch(HISTORY) < CONF
 
 # %%
 free_memory()
-if (best := best_epoch(HISTORY)) <= len(HISTORY) - CONFIG.PATIENCE:
-    print(f"Stopped: {CONFIG.PATIENCE} epochs in a row were not better than {best}.")
+if should_stop(HISTORY, CONFIG.PATIENCE):
+    print(f"Stopped: {CONFIG.PATIENCE} epochs in a row were not better than {best_epoch(HISTORY)}.")
 if WORLD_SIZE > 1:
     print("Evaluate with the same variables set: python kaggle_cells/cell_14_results_summary.py")

@@ -45,6 +45,8 @@ def test_the_best_epoch_has_the_highest_auc_and_loss_breaks_ties():
     ]
     best = [cell.best_epoch(history[:count]) for count in range(5)]
     assert best == [0, 1, 2, 2, 2]
+    stopped = [cell.should_stop(history[:count], patience=2) for count in range(5)]
+    assert stopped == [False, False, False, False, True]
 
 
 def test_the_average_is_the_mean_of_few_steps_and_exponential_after_many():
