@@ -348,6 +348,11 @@ def duration(seconds: float) -> str:
     return " ".join(f"{count} {unit}" for unit, count in parts.items() if count) or "0 s"
 
 
+def plural(number: int, name: str) -> str:
+    """A number of things: 1 video, 2 videos."""
+    return f"{number} {name}{'s' * (number != 1)}"
+
+
 def file_size(size: int) -> str:
     """A number of bytes in words: 12 KiB, 44.1 MiB."""
     return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{-(-size // 2**10)} KiB"

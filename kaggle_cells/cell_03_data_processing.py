@@ -55,6 +55,7 @@ from cell_01_imports_and_setup import (
     IN_NOTEBOOK,
     WIDTH,
     ensure_packages,
+    plural,
     progress_bar,
     replacing,
     show_figure,
@@ -594,6 +595,26 @@ def split_shares(videos: pd.DataFrame, val: float, test: float) -> dict[str, dic
     }
 
 
+def known_splits(
+    videos: pd.DataFrame, held: pd.Series, shares: dict[str, dict[str, float]]
+) -> pd.Series:
+    """The split of each video for which none is to be drawn, else "".
+
+    What a dataset gives is kept, except training videos of which some are to become validation or
+    test videos. Groups of `held` fakes alone are test videos. A copy follows the split that another
+    dataset gives it.
+    """
+    complete = videos.dataset.map(lambda name: not (shares[name]["val"] or shares[name]["test"]))
+    fixed = videos.split.isin(["val", "test"]) | ((videos.split == "train") & complete)
+    split = videos.split.where(fixed, "")
+    split[held.groupby(videos.group).transform("all") & ~fixed] = "test"
+    for own_split, allowed in (("", ("test", "train", "val")), ("train", ("train", "val"))):
+        of_group = videos[fixed & videos.split.isin(allowed)].groupby("group").split.min().to_dict()
+        follows = (split == "") & (videos.split == own_split)
+        split[follows] = [of_group.get(group, "") for group in videos.group[follows]]
+    return split
+
+
 def split_videos(
     videos: pd.DataFrame,
     val: float,
@@ -610,15 +631,7 @@ def split_videos(
     """
     require_known("HOLDOUT_METHODS", holdout, videos.method[videos.label == 1])
     held, shares = videos.method.isin(list(holdout)), split_shares(videos, val, test)
-    complete = videos.dataset.map(lambda name: not (shares[name]["val"] or shares[name]["test"]))
-    fixed = videos.split.isin(["val", "test"]) | ((videos.split == "train") & complete)
-    split = videos.split.where(fixed, "")
-    split[held.groupby(videos.group).transform("all") & ~fixed] = "test"
-    # A copy of a video follows the split that another dataset gives it.
-    for own_split, allowed in (("", ("test", "train", "val")), ("train", ("train", "val"))):
-        of_group = videos[fixed & videos.split.isin(allowed)].groupby("group").split.min().to_dict()
-        follows = (split == "") & (videos.split == own_split)
-        split[follows] = [of_group.get(group, "") for group in videos.group[follows]]
+    split = known_splits(videos, held, shares)
     pool = videos[split == ""]
     split[pool.index] = pool.group.map(assign_groups(pool, shares, seed))
     videos = videos.assign(split=split)
@@ -870,7 +883,7 @@ def read_frames(path: Path, count: int, seconds: float) -> Frames:
     if end <= positions[-1]:  # damaged, trimmed, or the container guessed its number of frames
         note = check_length(path, end, time, total, fps)
         if end < 2:
-            raise VideoError(f"holds {end or 'no'} frame{'s' * (end != 1)}")
+            raise VideoError(f"holds {plural(end, 'frame')}")
         positions = frame_positions(end, count, end / time if time else fps, seconds)
         frames, *_ = decode_forward(open_video(path), positions)
     if len({frame.shape for frame in frames.values()}) > 1:
@@ -1229,7 +1242,7 @@ def read_moments(path: Path, settings: ClipSettings, wanted: Collection[int]) ->
             number += 1
         at += 1
     if at < 2:
-        raise VideoError(f"holds {at or 'no'} frame{'s' * (at != 1)}")
+        raise VideoError(f"holds {plural(at, 'frame')}")
     check_length(path, at, time, total, fps)
 
 
@@ -1373,28 +1386,33 @@ def why_not(window: Window, moments: list[Moment], seen: int, settings: ClipSett
 
 
 # %%
-def face_in(moments: list[Moment], face: int, settings: ClipSettings) -> Window:
-    """What a window shows of a face, up to half-way to the moments when it was not found."""
-    seen = [i for i, moment in enumerate(moments) if face in (moment.faces or {})]
-    scene = moments[seen[0]].scene
-    inside = [i for i, moment in enumerate(moments) if moment.scene == scene]
-    missed = [i for i in inside if moments[i].is_looked_at and i not in seen]
-    first = max(((i + seen[0] + 1) // 2 for i in missed if i < seen[0]), default=inside[0])
-    last = min(((i + seen[-1]) // 2 for i in missed if i > seen[-1]), default=inside[-1])
-    faces = [(moments[i].faces or {})[face] for i in seen]
-    boxes, _ = between(np.arange(first, last + 1), seen, faces)
-    count = settings.frames if len(moments) > 1 else 1
-    picked = frame_positions(len(boxes), count, 0, 0)
+def visible_span(moments: list[Moment], found: list[int]) -> tuple[int, int, int]:
+    """The first and last moment of a face `found` in some, and in how many it was looked for.
+
+    It is visible throughout its scene, or half-way to a moment in which it was not found.
+    """
+    scene = [i for i, moment in enumerate(moments) if moment.scene == moments[found[0]].scene]
+    missed = [i for i in scene if moments[i].is_looked_at and i not in found]
+    first = max(((i + found[0] + 1) // 2 for i in missed if i < found[0]), default=scene[0])
+    last = min(((i + found[-1]) // 2 for i in missed if i > found[-1]), default=scene[-1])
+    return first, last, len(found) + len(missed)
+
+
+def face_in(moments: list[Moment], number: int, settings: ClipSettings) -> Window:
+    """What a window shows of the face with this `number`."""
+    faces = {i: m.faces[number] for i, m in enumerate(moments) if m.faces and number in m.faces}
+    first, last, looks = visible_span(moments, [*faces])
+    boxes, _ = between(np.arange(first, last + 1), [*faces], [*faces.values()])
+    picked = frame_positions(len(boxes), settings.frames if len(moments) > 1 else 1, 0, 0)
     frames = [moments[first + i].frame for i in picked]
     height, width = frames[0].shape[:2]
     squares = crop_squares(boxes[picked], height, width, settings.margin)
-    clip, looks = crop_frames(frames, squares, settings.size), len({*seen, *missed})
-    start, end = time_span(moments, first, last)
-    box = tuple(boxes[len(boxes) // 2].round(1).tolist())
-    window = Window(face, start, end, box, done=moments[-1].done)
+    window = Window(number, *time_span(moments, first, last), done=moments[-1].done)
+    window.clip = crop_frames(frames, squares, settings.size)
+    window.box = tuple(boxes[len(boxes) // 2].round(1).tolist())
     window.size = float(np.median((boxes[:, 2:] - boxes[:, :2]).max(axis=1)))
-    window.sharpness, window.seen, window.clip = measure_sharpness(clip), len(seen) / looks, clip
-    window.reason = why_not(window, moments, len(seen), settings)
+    window.sharpness, window.seen = measure_sharpness(window.clip), len(faces) / looks
+    window.reason = why_not(window, moments, len(faces), settings)
     return window
 
 
@@ -1544,7 +1562,7 @@ def cache_clips(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Make the clips of a `share` of videos, in threads: OpenCV decodes outside Python's lock.
 
-    Returns the usable ones with CLIP_COLUMNS, and the others with a `reason`.
+    Returns usable rows with CLIP_COLUMNS, and the others with a `reason`; both keep their index.
     """
     crops = find_face_crops(videos, settings, mtcnn)  # decided by all of them
     videos, how = videos[share], (settings, cache_dir, mtcnn)
@@ -1555,8 +1573,7 @@ def cache_clips(
     table = videos.join(pd.DataFrame(outcomes, rows, [*CLIP_COLUMNS, "reason"]))
     usable = table.reason.isna()
     made = table[usable].drop(columns="reason").astype({"distinct_frames": int})
-    failed = table[~usable].drop(columns=[*CLIP_COLUMNS]).astype({"reason": object})
-    return made.reset_index(drop=True), failed.reset_index(drop=True)
+    return made, table[~usable].drop(columns=[*CLIP_COLUMNS]).astype({"reason": object})
 
 
 # %% [markdown]

@@ -68,7 +68,7 @@ from cell_03_data_processing import (
 from cell_04_dataset_class import ClipDataset, Sample, batches_of_one_length, normalize, to_float
 from cell_05_model_definition import DeepfakeDetector, DetectorOutput, load_detector
 from cell_06_loss_and_utils import FocalLoss
-from cell_07_training_functions import in_parts, validate
+from cell_07_training_functions import auc_by_ranks, in_parts, validate
 
 
 # %%
@@ -142,13 +142,6 @@ def calibrate(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 # %%
-def auc_by_ranks(fake: np.ndarray, probs: np.ndarray) -> float:
-    """P(a fake scores higher than a real video), ties half (Mann-Whitney): fast to resample."""
-    reals, fakes = np.sort(probs[~fake]), probs[fake]
-    above = np.searchsorted(reals, fakes) + np.searchsorted(reals, fakes, side="right")
-    return above.mean() / 2 / len(reals)
-
-
 def found_and_alarms(fake: np.ndarray, probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How many fakes and reals lie at or above each distinct score, from the highest downwards.
 
@@ -928,11 +921,13 @@ def most_suspicious(windows: list[Window]) -> tuple[float, int]:
     logits = np.array([window.logit for window in windows])
     times = np.array([[window.start, window.end] for window in windows])
     lengths, middles = np.maximum(times[:, 1] - times[:, 0], 1e-3), times.mean(axis=1)
-    apart = middles - np.minimum(middles, middles[-1] - lengths.max())[:, None]
-    inside = (apart > -1e-6) & (apart < 1.1 * lengths.max())
-    means = (inside * lengths) @ logits / (inside * lengths).sum(axis=1)
+    longest = lengths.max()
+    begins = np.minimum(middles, middles[-1] - longest)  # a stretch for each window to begin with
+    after = middles - begins[:, None]
+    weights = lengths * ((after > -1e-6) & (after < 1.1 * longest))  # (stretches, windows)
+    means = weights @ logits / weights.sum(axis=1)
     best = int(means.argmax())
-    return float(means[best]), int(np.where(inside[best], logits, -np.inf).argmax())
+    return float(means[best]), int(np.where(weights[best] > 0, logits, -np.inf).argmax())
 
 
 def find_stretch(windows: list[Window], place: int, limit: float) -> tuple[float, float]:

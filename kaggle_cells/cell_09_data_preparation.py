@@ -16,7 +16,7 @@ import pandas as pd
 from IPython.display import display
 
 import cell_03_data_processing as cell_03
-from cell_01_imports_and_setup import ENVIRONMENT, RANK, save_csv, show_figure
+from cell_01_imports_and_setup import ENVIRONMENT, RANK, plural, save_csv, show_figure
 from cell_02_global_config import CONFIG
 from cell_06_loss_and_utils import find_resume_checkpoint, run_settings
 from cell_07_training_functions import broadcast_object, cache_clips_together
@@ -71,8 +71,8 @@ usable_videos, SKIPPED = cell_03.check_files(found_videos, CONFIG.NUM_WORKERS)
 save_csv(SKIPPED, CONFIG.work_dir / "data" / "skipped.csv")
 if len(found_videos):
     display(count_videos(found_videos))
-    _groups = f"{len(found_videos)} videos in {found_videos.group.nunique()} groups"
-    print(f"{_groups}, from {DATA_ORIGIN}; {len(SKIPPED)} cannot be used.")
+    _counts = plural(len(found_videos), "video"), plural(found_videos.group.nunique(), "group")
+    print(f"{' in '.join(_counts)}, from {DATA_ORIGIN}; {len(SKIPPED)} cannot be used.")
 else:
     print("No dataset: only the videos in PREDICT_DIR are scored.")
 
@@ -130,7 +130,7 @@ def prepare_clips(skipped: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         if CONFIG.EPOCHS == 0:
             sample = sample[sample.split == "test"].reset_index(drop=True)
         space = cell_03.require_space(sample, *how)
-        print(f"{len(sample)} videos taken: {space}", flush=True)
+        print(f"{plural(len(sample), 'video')} taken: {space}", flush=True)
         videos, failed = cache_clips_together(broadcast_object(sample), *how, CONFIG.NUM_WORKERS)
         if failed.empty:
             return videos, skipped
@@ -140,7 +140,7 @@ def prepare_clips(skipped: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 def report_preparation() -> None:
     """Show the videos of each split, those skipped, and how many have no face or few frames."""
     if len(SKIPPED):
-        print(f"Skipped: {len(SKIPPED)} videos, listed with the reason in data/skipped.csv.")
+        print(f"Skipped: {plural(len(SKIPPED), 'video')}. data/skipped.csv has the reasons.")
         shown = SKIPPED.assign(video=[path.name for path in SKIPPED.path]).head(10)
         with pd.option_context("display.max_colwidth", 100, "display.width", 160):
             display(shown[["video", "method", "reason"]])
@@ -149,7 +149,7 @@ def report_preparation() -> None:
         print(f"No face found in {faceless} of {len(VIDEOS)} videos: their centre is cropped.")
     stills, wanted = VIDEOS.path.map(cell_03.is_picture).astype(bool), CONFIG.FRAMES_PER_VIDEO
     if short := VIDEOS.distinct_frames.between(2, wanted - 1).sum():
-        print(f"{short} videos repeat frames: they have fewer than {wanted}.")
+        print(f"Frames repeat in {plural(short, 'video')} that have fewer than {wanted}.")
     if stills.any() and wanted > 1:
         print(
             f"{stills.sum()} pictures are shown {wanted} times, as clips in which nothing moves. "

@@ -11,15 +11,9 @@ from IPython.display import display
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+import cell_05_model_definition as cell_05
 from cell_01_imports_and_setup import ENVIRONMENT, RANK, WORLD_SIZE
 from cell_02_global_config import CONFIG, read_model_file, seed_everything
-from cell_05_model_definition import (
-    DeepfakeDetector,
-    build_model,
-    load_backbone_weights,
-    load_fitting_weights,
-    shape_table,
-)
 from cell_06_loss_and_utils import FocalLoss, ModelEMA, RunState, should_stop
 from cell_07_training_functions import LossScaler, Trainer, broadcast_object
 from cell_10_data_loaders import (
@@ -32,14 +26,14 @@ from cell_10_data_loaders import (
 )
 
 
-def load_initial_weights(model: DeepfakeDetector) -> tuple[str, set[str]]:
+def load_initial_weights(model: cell_05.DeepfakeDetector) -> tuple[str, set[str]]:
     """Load what training starts from; returns its origin and the manipulations it has seen."""
     if CONFIG.INITIAL_MODEL:
-        origin, saved = load_fitting_weights(model, CONFIG, CONFIG.INITIAL_MODEL)
+        origin, saved = cell_05.load_fitting_weights(model, CONFIG, CONFIG.INITIAL_MODEL)
         return origin, {*saved.get("trained_on", ())}
     if not CONFIG.CHECKPOINT:
-        backbone, name = model.get_submodule("backbone"), CONFIG.BACKBONE
-        return load_backbone_weights(backbone, name, CONFIG.PRETRAINED, CONFIG.WEIGHTS_PATH), set()
+        wanted = CONFIG.BACKBONE, CONFIG.PRETRAINED, CONFIG.WEIGHTS_PATH
+        return cell_05.load_backbone_weights(model.get_submodule("backbone"), *wanted), set()
     saved = read_model_file(CONFIG.CHECKPOINT)
     model.load_state_dict(saved["model"])
     # The oldest files do not say what they were trained on.
@@ -60,7 +54,7 @@ def parallelise(model: nn.Module) -> nn.Module:
 
 # %%
 seed_everything(CONFIG.SEED)
-MODEL = build_model(CONFIG)
+MODEL = cell_05.build_model(CONFIG)
 TRAINED_ON = {*SPLIT_TABLES["train"].method} - {"real"}  # manipulations
 resume_from, initial_weights = checkpoint_to_resume(), ""
 # The processes of torchrun get initial weights from the first one.
@@ -97,7 +91,7 @@ if resume_from:
 HISTORY, WEIGHTS_ORIGIN = RUN_STATE.history, RUN_STATE.facts["initial_weights"]
 
 one_frame = torch.zeros(1, 1, 3, CONFIG.IMAGE_SIZE, CONFIG.IMAGE_SIZE, device=DEVICE)
-display(shape_table(MODEL, one_frame))
+display(cell_05.shape_table(MODEL, one_frame))
 print(f"Initial weights: {WEIGHTS_ORIGIN}")
 if resume_from:
     finished = len(HISTORY) >= CONFIG.EPOCHS or should_stop(HISTORY, CONFIG.PATIENCE)

@@ -14,15 +14,7 @@ import time
 import pandas as pd
 from IPython.display import DisplayHandle
 
-from cell_01_imports_and_setup import (
-    RANK,
-    STARTED,
-    WORLD_SIZE,
-    duration,
-    progress_bar,
-    save_csv,
-    show_figure,
-)
+import cell_01_imports_and_setup as cell_01
 from cell_02_global_config import CONFIG, seed_everything
 from cell_04_dataset_class import PairedGenerator
 from cell_06_loss_and_utils import best_epoch, free_memory, model_file, should_stop, unwrapped
@@ -51,8 +43,8 @@ def history_row(epoch: int, trained: Scores, validated: Scores) -> dict:
 def show_history(shown: DisplayHandle | None = None) -> DisplayHandle | None:
     """Write the history as a table and as curves, which take the place of those shown before."""
     table, file = pd.DataFrame(HISTORY), CONFIG.work_dir / "results" / "training_history.csv"
-    save_csv(table, file)
-    return show_figure(plot_history(table), file.with_suffix(".png"), shown)
+    cell_01.save_csv(table, file)
+    return cell_01.show_figure(plot_history(table), file.with_suffix(".png"), shown)
 
 
 def print_epoch(row: dict) -> None:
@@ -78,7 +70,7 @@ def is_out_of_time(epoch_seconds: float, test_seconds: float) -> bool:
     """
     degraded = min(1, CONFIG.ROBUSTNESS / max(1, len(SPLIT_TABLES["test"]))) * len(CHANGES)
     needed = 1.1 * epoch_seconds + (2 + degraded) * test_seconds
-    passed = time.time() - STARTED + needed > CONFIG.time_budget
+    passed = time.time() - cell_01.STARTED + needed > CONFIG.time_budget
     return broadcast_object(epoch_seconds > 0 and passed)
 
 
@@ -86,27 +78,27 @@ def is_out_of_time(epoch_seconds: float, test_seconds: float) -> bool:
 if TRAINER.interrupted:  # its weights are those of no epoch
     raise RuntimeError("Training was interrupted within an epoch: run section 11, then this one")
 # No process waits for another in validation.
-trained_model = unwrapped(TRAINER.model) if WORLD_SIZE > 1 else TRAINER.model
+trained_model = unwrapped(TRAINER.model) if cell_01.WORLD_SIZE > 1 else TRAINER.model
 scored_model = TRAINER.average or trained_model
-curves = show_history() if HISTORY and RANK == 0 else None  # of earlier sessions
+curves = show_history() if HISTORY and cell_01.RANK == 0 else None  # of earlier sessions
 slowest_epoch, test_seconds = max((row["seconds"] for row in HISTORY), default=0.0), 0.0
 
 while len(HISTORY) < CONFIG.EPOCHS and not should_stop(HISTORY, CONFIG.PATIENCE):
     if is_out_of_time(slowest_epoch, test_seconds):
+        needed, budget = map(cell_01.duration, (slowest_epoch, CONFIG.time_budget))
         print(
-            f"Stopped after {len(HISTORY)} of {CONFIG.EPOCHS} epochs: one more, of "
-            f"{duration(slowest_epoch)}, passes the time budget of {duration(CONFIG.time_budget)}. "
-            "Run again to resume, with time for at least one epoch."
+            f"Stopped after {len(HISTORY)} of {CONFIG.EPOCHS} epochs: one more, of {needed}, passes"
+            f" the time budget of {budget}. Run again to resume, with time for one epoch or more."
         )
         break
     epoch, epoch_started = len(HISTORY) + 1, time.time()
     # The draws of an epoch depend on its number alone, so that a resumed run repeats them.
-    seed_everything(CONFIG.SEED, epoch, RANK)
+    seed_everything(CONFIG.SEED, epoch, cell_01.RANK)
     same = 0.5 if CONFIG.AUGMENTATION == "robust" else 1.0
-    draws = PairedGenerator(DEVICE, [CONFIG.SEED, epoch], RANK, WORLD_SIZE, same)
+    draws = PairedGenerator(DEVICE, [CONFIG.SEED, epoch], cell_01.RANK, cell_01.WORLD_SIZE, same)
     TRAIN_LOADER.batch_sampler.set_epoch(epoch)
     batches = len(TRAIN_LOADER) + len(VAL_LOADER)
-    with progress_bar(title=f"epoch {epoch}", total=batches, unit="batch") as bar:
+    with cell_01.progress_bar(title=f"epoch {epoch}", total=batches, unit="batch") as bar:
         trained = train_one_epoch(TRAINER, TRAIN_LOADER, DEVICE, draws, epoch, CONFIG, bar)
         validated = validate(scored_model, VAL_LOADER, TRAINER.criterion, DEVICE, bar=bar)
     row = history_row(epoch, trained, validated)
@@ -117,7 +109,7 @@ while len(HISTORY) < CONFIG.EPOCHS and not should_stop(HISTORY, CONFIG.PATIENCE)
         calibration = calibrate(validated.logits, validated.labels)
         network = unwrapped(scored_model)
         RUN_STATE.best |= model_file(network, CONFIG, calibration, TRAINED_ON, row)
-    if RANK == 0:
+    if cell_01.RANK == 0:
         RUN_STATE.save()
         curves = show_history(curves)
     TRAINER.interrupted = False
@@ -129,5 +121,5 @@ while len(HISTORY) < CONFIG.EPOCHS and not should_stop(HISTORY, CONFIG.PATIENCE)
 free_memory()
 if should_stop(HISTORY, CONFIG.PATIENCE):
     print(f"Stopped: {CONFIG.PATIENCE} epochs in a row were not better than {best_epoch(HISTORY)}.")
-if WORLD_SIZE > 1:
+if cell_01.WORLD_SIZE > 1:
     print("Evaluate with the same variables set: python kaggle_cells/cell_14_results_summary.py")

@@ -15,7 +15,7 @@ import pandas as pd
 from IPython.display import display
 
 import cell_08_evaluation_functions as cell_08
-from cell_01_imports_and_setup import duration, progress_bar, save_csv, show_figure
+from cell_01_imports_and_setup import duration, plural, progress_bar, save_csv, show_figure
 from cell_02_global_config import CONFIG
 from cell_03_data_processing import media_below
 from cell_07_training_functions import validate
@@ -62,12 +62,9 @@ if len(PREDICTIONS):
         INTERVALS[name] = cell_08.bootstrap(test_labels, test_probs, threshold, test_groups)
         FORMATTED_METRICS[name] = cell_08.format_metrics(METRICS[name], INTERVALS[name])
     formatted = pd.DataFrame(FORMATTED_METRICS).set_axis([f"at {THRESHOLD:.3f}", "at 0.5"], axis=1)
-    VERDICT_TABLE = formatted.loc[[*cell_08.VERDICT_METRICS]].rename(index=cell_08.metric_name)
-    SCORE_TABLE = (
-        formatted.iloc[:, :1]
-        .drop(index=[*cell_08.VERDICT_METRICS])
-        .rename(index=cell_08.metric_name)
-    )
+    of_verdicts = formatted.index.isin([*cell_08.VERDICT_METRICS])
+    formatted = formatted.rename(index=cell_08.metric_name)
+    SCORE_TABLE, VERDICT_TABLE = formatted[~of_verdicts].iloc[:, :1], formatted[of_verdicts]
     display(SCORE_TABLE.set_axis(["test set"], axis=1), VERDICT_TABLE)
 
 # %% [markdown]
@@ -139,7 +136,7 @@ if CONFIG.PREDICT_DIR:
     prediction_started, found = time.perf_counter(), media_below(Path(CONFIG.PREDICT_DIR))
     SCORED = cell_08.judge_videos(PREDICTOR, found, RESULTS)
     seconds = time.perf_counter() - prediction_started
-    print(f"{len(SCORED)} videos below {CONFIG.PREDICT_DIR} in {duration(seconds)}:")
+    print(f"{plural(len(SCORED), 'video')} below {CONFIG.PREDICT_DIR} in {duration(seconds)}:")
     print(cell_08.verdict_counts(SCORED))
     print(f"All are in {RESULTS / 'report.html'}, predictions.csv and windows.csv")
     display(SCORED.sort_values("probability", ascending=False).head(20))

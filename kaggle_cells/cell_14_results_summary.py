@@ -15,14 +15,7 @@ from typing import Any
 import pandas as pd
 from IPython.display import Markdown, display
 
-from cell_01_imports_and_setup import (
-    ENVIRONMENT,
-    IN_NOTEBOOK,
-    STARTED,
-    duration,
-    file_size,
-    replacing,
-)
+import cell_01_imports_and_setup as cell_01
 from cell_02_global_config import CONFIG
 from cell_08_evaluation_functions import TOO_FEW, format_metric, verdict_counts
 from cell_09_data_preparation import DATA_ORIGIN, LEAKING, PREPARATION_SECONDS, SKIPPED, VIDEOS
@@ -59,7 +52,7 @@ predictions = {"videos": len(SCORED), "errors": int(SCORED.verdict.isna().sum())
 results: dict[str, Any] = {
     "format": 2,  # counts changes of the keys
     "config": dataclasses.asdict(CONFIG),
-    "environment": dataclasses.asdict(ENVIRONMENT),
+    "environment": dataclasses.asdict(cell_01.ENVIRONMENT),
     "data": {
         "origin": DATA_ORIGIN,
         "datasets": VIDEOS.dataset.value_counts().to_dict(),
@@ -93,7 +86,7 @@ results: dict[str, Any] = {
         "preparation": PREPARATION_SECONDS,
         "training": sum(epoch["seconds"] for epoch in HISTORY),
         "evaluation": EVALUATION_SECONDS,
-        "this_session": time.time() - STARTED,
+        "this_session": time.time() - cell_01.STARTED,
     },
     "metrics": METRICS,
     "intervals": INTERVALS,
@@ -102,7 +95,7 @@ results: dict[str, Any] = {
     "robustness": json_rows(ROBUSTNESS_TABLE),
     "predictions": predictions if len(SCORED) else None,
 }
-with replacing(RESULTS / "experiment_results.json") as partial_file:
+with cell_01.replacing(RESULTS / "experiment_results.json") as partial_file:
     partial_file.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 print("results/experiment_results.json has", ", ".join(results))
 
@@ -111,13 +104,9 @@ print("results/experiment_results.json has", ", ".join(results))
 
 
 # %%
-def plural(number: int, name: str) -> str:
-    return f"{number} {name}{'s' * (number != 1)}"
-
-
 SPLIT_SIZES = results["data"]["videos"]
-TESTED_VIDEOS = f"{plural(SPLIT_SIZES['test']['real'], 'real video')} and "
-TESTED_VIDEOS += plural(SPLIT_SIZES["test"]["fake"], "fake")
+TESTED_VIDEOS = f"{cell_01.plural(SPLIT_SIZES['test']['real'], 'real video')} and "
+TESTED_VIDEOS += cell_01.plural(SPLIT_SIZES["test"]["fake"], "fake")
 
 
 def caveats() -> Iterator[str]:
@@ -142,11 +131,13 @@ def caveats() -> Iterator[str]:
 # %%
 def setup_text() -> str:
     """Data, method and training, as the report says it."""
-    methods, seconds = ", ".join(sorted(TRAINED_ON)) or "real videos alone", results["seconds"]
-    trained = f"{plural(len(HISTORY), 'epoch')}; it has seen {methods}"
+    methods = ", ".join(sorted(TRAINED_ON)) or "real videos alone"
+    trained = f"{cell_01.plural(len(HISTORY), 'epoch')}; it has seen {methods}"
+    groups = cell_01.plural(VIDEOS.group.nunique(), "group")
+    times = {name: cell_01.duration(seconds) for name, seconds in results["seconds"].items()}
     return f"""\
 Data
-  {DATA_ORIGIN}: {plural(len(VIDEOS), "video")}, {plural(VIDEOS.group.nunique(), "group")}
+  {DATA_ORIGIN}: {cell_01.plural(len(VIDEOS), "video")}, {groups}
   {len(SKIPPED)} skipped; of each split:
 {pd.DataFrame(SPLIT_SIZES).T.to_string()}
 
@@ -158,9 +149,9 @@ Method
   training   {trained if HISTORY else "in another run, perhaps on some of these recordings"}
              best epoch {MODEL_INFO["epoch"]}, validation AUC {MODEL_INFO["val_auc"]:.3f}
   decision   temperature {TEMPERATURE:.2f}, threshold {THRESHOLD:.3f}, fitted on validation
-  time       preparation {duration(PREPARATION_SECONDS)}, training {duration(seconds["training"])}
-             evaluation {duration(EVALUATION_SECONDS)}
-  machine    {", ".join(ENVIRONMENT.gpus) or "the CPU"}
+  time       preparation {times["preparation"]}, training {times["training"]}
+             evaluation {times["evaluation"]}
+  machine    {", ".join(cell_01.ENVIRONMENT.gpus) or "the CPU"}
 """
 
 
@@ -213,7 +204,7 @@ sections = ["VIDEO DEEPFAKE DETECTION: EXPERIMENT REPORT\n", setup_text()]
 sections += [metrics_text()] if METRICS else []
 sections += [auc_text(title, table) for title, table in AUC_TABLES.items() if len(table)]
 report = "\n".join([*sections, use_text()])
-with replacing(RESULTS / "experiment_report.txt") as partial_file:
+with cell_01.replacing(RESULTS / "experiment_report.txt") as partial_file:
     partial_file.write_text(report, encoding="utf-8")
 print(report)
 
@@ -260,7 +251,7 @@ def ideas() -> Iterator[str]:
 summary = "\n".join(f"- {line}" for line in achievements())
 if next_steps := "\n".join(f"- {idea}" for idea in ideas()):
     summary += f"\n\nTo try next:\n\n{next_steps}"
-display(Markdown(summary)) if IN_NOTEBOOK else print(summary)
+display(Markdown(summary)) if cell_01.IN_NOTEBOOK else print(summary)
 
 # %%
 WHAT_FILES_ARE = {
@@ -280,7 +271,7 @@ for name, meaning in WHAT_FILES_ARE.items():
     parts = [CONFIG.work_dir / name, *(CONFIG.work_dir / name).rglob("*")]
     if parts[0].exists():
         size = sum(part.stat().st_size for part in parts if part.is_file())
-        files[name] = {"size": file_size(size), "": meaning}
+        files[name] = {"size": cell_01.file_size(size), "": meaning}
 with pd.option_context("display.max_colwidth", None, "display.width", 120):
     display(pd.DataFrame([*files.values()], index=[*files]))
 print("Everything is below", CONFIG.work_dir.resolve())

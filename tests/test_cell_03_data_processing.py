@@ -1153,7 +1153,7 @@ def test_bad_videos_are_listed_with_reasons_and_the_rest_goes_on(two_videos, tmp
     table = pd.concat([two_videos, pd.DataFrame({"path": bad, "label": 1})], ignore_index=True)
     usable, skipped = cache(table, tmp_path / "cache", PLAIN)
     assert len(usable) == 2 and skipped.path.tolist() == bad
-    assert "not a video" in skipped.reason[0] and "No such file" in skipped.reason[1]
+    assert "not a video" in skipped.reason[2] and "No such file" in skipped.reason[3]
 
 
 @pytest.mark.parametrize(

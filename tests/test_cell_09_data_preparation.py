@@ -97,7 +97,7 @@ def test_the_notebook_shows_what_was_found_and_what_was_skipped(prepared, videos
     assert (
         "25 videos in 13 groups" in text
         and "; 0 cannot be used" in text
-        and "Skipped: 1 videos" in text
+        and "Skipped: 1 video. " in text
     )
     assert "broken.mp4" in text and "no frames can be decoded" in text
     assert all(f"{method}  " in text for method in ("blend", "jitter", "lowres", "real"))

@@ -87,7 +87,7 @@ def cache_corpus(folder: Path, settings: ClipSettings, workers: int) -> pd.DataF
     )
     for row in skipped.itertuples():
         print(f"skipped: {row.path.name}: {row.reason}")
-    return usable
+    return usable.reset_index(drop=True)
 
 
 def score(
