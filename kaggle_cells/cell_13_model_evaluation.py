@@ -84,13 +84,11 @@ if len(PREDICTIONS):
 
 # %%
 if len(PREDICTIONS):
-    show_figure(
-        cell_08.plot_scores(PREDICTIONS, BY_METHOD, THRESHOLD), FIGURES / "score_distribution.png"
-    )
+    scores = cell_08.plot_scores(PREDICTIONS, BY_METHOD, THRESHOLD)
+    show_figure(scores, FIGURES / "score_distribution.png")
     auc_interval = INTERVALS["at_fitted_threshold"]["auc_roc"]
-    show_figure(
-        cell_08.plot_curves(PREDICTIONS, THRESHOLD, auc_interval), FIGURES / "roc_pr_curves.png"
-    )
+    ranking = cell_08.plot_curves(PREDICTIONS, THRESHOLD, auc_interval)
+    show_figure(ranking, FIGURES / "roc_pr_curves.png")
 
 # %% [markdown]
 # What the verdicts got right, and whether P(fake) is calibrated:
@@ -118,9 +116,8 @@ if len(PREDICTIONS) and CONFIG.ROBUSTNESS:
 # %%
 if len(PREDICTIONS):
     examples = cell_08.pick_examples(PREDICTIONS, THRESHOLD)
-    show_figure(
-        cell_08.plot_explanations(examples, DETECTOR, TEMPERATURE), FIGURES / "explanations.png"
-    )
+    explanations = cell_08.plot_explanations(examples, DETECTOR, TEMPERATURE)
+    show_figure(explanations, FIGURES / "explanations.png")
     show_figure(cell_08.plot_mistakes(PREDICTIONS, THRESHOLD), FIGURES / "mistakes.png")
 EVALUATION_SECONDS = time.perf_counter() - evaluation_started
 
