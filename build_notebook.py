@@ -602,13 +602,13 @@ def print_verdict(judgement: Any) -> None:
 
 def score(given: argparse.Namespace) -> None:
     """Judge videos into a folder. Raises Failure if there is no model or no video."""
-    videos, how = videos_in(given.places), (given.stride, given.max_windows)
+    videos, options = videos_in(given.places), (given.stride, given.max_windows)
     predictor = load_predictor(given.model)
     from cell_08_evaluation_functions import judge_videos, verdict_counts
 
     print("P(fake), verdict, video, its most suspicious face and stretch")
     try:
-        table = judge_videos(predictor, videos, given.output, how, print_verdict)
+        table = judge_videos(predictor, videos, given.output, options, print_verdict)
     except KeyboardInterrupt as error:
         done = f"What is done is in {given.output / 'report.html'}"
         raise Stopped(f"\nStopped. {done}; the same command goes on.") from error

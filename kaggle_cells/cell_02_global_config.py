@@ -343,10 +343,10 @@ DAMAGE = (
 )
 
 
-def read_model_file(path: str | Path, **how: Any) -> dict:
+def read_model_file(path: str | Path, **options: Any) -> dict:
     """What a best_model.pth holds. Raises ValueError for any other file."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, **how)
+        content = torch.load(path, map_location="cpu", weights_only=True, **options)
         if isinstance(content, dict) and "config" in content:
             return content
     except (FileNotFoundError, PermissionError):

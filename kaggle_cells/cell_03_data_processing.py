@@ -1565,10 +1565,10 @@ def cache_clips(
     Returns usable rows with CLIP_COLUMNS, and the others with a `reason`; both keep their index.
     """
     crops = find_face_crops(videos, settings, mtcnn)  # decided by all of them
-    videos, how = videos[share], (settings, cache_dir, mtcnn)
+    videos, options = videos[share], (settings, cache_dir, mtcnn)
     rows, chunk = videos.index, 1 + len(videos) // 1000  # a task costs as much as a picture
     with ThreadPool(workers, torch.set_num_threads, (1,)) as pool:
-        clips = pool.imap(lambda i: cached_clip(videos.path[i], *how, crops[i]), rows, chunk)
+        clips = pool.imap(lambda i: cached_clip(videos.path[i], *options, crops[i]), rows, chunk)
         outcomes = [*progress_bar(clips, "making clips", len(videos))]
     table = videos.join(pd.DataFrame(outcomes, rows, [*CLIP_COLUMNS, "reason"]))
     usable = table.reason.isna()

@@ -498,8 +498,8 @@ def change_resolutions(clips: torch.Tensor, random: PairedGenerator) -> torch.Te
     enlarge = random.numbers(len(clips), 0, 2).astype(int)
     for clip, side, down, up in zip(clips, sides, filters, enlarge, strict=True):
         if side < size:
-            how: dict[str, Any] = dict(mode=REDUCE[down], antialias=True if down else None)
-            small = F.interpolate(clip, size=max(4, int(side)), **how)
+            options: dict[str, Any] = dict(mode=REDUCE[down], antialias=True if down else None)
+            small = F.interpolate(clip, size=max(4, int(side)), **options)
             clip = F.interpolate(small, size=size, mode=REDUCE[1 + up])
         changed.append(clip)
     return torch.stack(changed).clamp(0, 1)

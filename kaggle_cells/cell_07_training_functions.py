@@ -578,18 +578,17 @@ def broadcast_object(value: Any) -> Any:
     return all_gather_object(value)[0]
 
 
-def cache_clips_together(videos: pd.DataFrame, *how: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+def cache_clips_together(videos: pd.DataFrame, *options: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
     """`cache_clips` of videos that all processes know: each makes a share, all get the result."""
-    parts = all_gather_object(cache_clips(videos, *how, share=slice(RANK, None, WORLD_SIZE)))
-    tables = (pd.concat(part) for part in zip(*parts, strict=True))
-    made, failed = (table.sort_index(ignore_index=True) for table in tables)
-    return made, failed
+    parts = all_gather_object(cache_clips(videos, *options, share=slice(RANK, None, WORLD_SIZE)))
+    made, failed = map(pd.concat, zip(*parts, strict=True))
+    return made.sort_index(ignore_index=True), failed.sort_index(ignore_index=True)
 
 
-def help_to_prepare(*how: Any) -> dict[str, pd.DataFrame]:
+def help_to_prepare(*options: Any) -> dict[str, pd.DataFrame]:
     """Make shares of the videos that the first process sends, until it sends the splits' tables."""
     while not isinstance(sent := broadcast_object(None), dict):
-        cache_clips_together(sent, *how)
+        cache_clips_together(sent, *options)
     return sent
 
 

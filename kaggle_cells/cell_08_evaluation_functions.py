@@ -826,8 +826,8 @@ class Predictor:
         all). What cannot be judged has a `reason` and no probability. Raises VideoError as
         `face_windows` does.
         """
-        how = self.settings, self.face_detector, stride, max_windows
-        for windows in face_windows(Path(path), *how):
+        options = self.settings, self.face_detector, stride, max_windows
+        for windows in face_windows(Path(path), *options):
             judged = [window for window in windows if not window.reason]
             if judged:
                 output = score_clips(self.model, np.stack([window.clip for window in judged]))
@@ -991,7 +991,7 @@ def draw_pictures(predictor: Predictor, face: int, extremes: tuple[Window, Windo
 
 # %%
 def judge_video(
-    predictor: Predictor, path: Path, how: tuple[float, int], progress: Callable[[float], object]
+    predictor: Predictor, path: Path, options: tuple[float, int], progress: Callable
 ) -> Judgement:
     """Scan a video and sum it up; `progress` is told the share that is done.
 
@@ -1001,7 +1001,7 @@ def judge_video(
     started, judgement, extremes = time.perf_counter(), Judgement(str(path)), Extremes()
     faces = defaultdict[int, list[Window]](list)
     try:
-        for window in predictor.scan(path, *how):
+        for window in predictor.scan(path, *options):
             judgement.windows.append(dataclasses.replace(window, clip=None, frame_logits=None))
             if not window.reason:
                 faces[window.face].append(judgement.windows[-1])
@@ -1197,20 +1197,20 @@ def move_bar(bar: Any, before: float, size: float, share: float) -> None:
 
 # %%
 def judge_or_recall(
-    predictor: Predictor, path: Path, folder: Path, how: tuple[float, int], progress: Callable
+    predictor: Predictor, path: Path, folder: Path, options: tuple[float, int], progress: Callable
 ) -> Judgement:
     """The verdict on a video, kept in `folder`; one without a verdict if it is unreadable."""
     if problem := file_problem(path):
         return Judgement(str(path), problem=problem)
     # Kept by the video's path, size and time, the model and how to scan.
-    identity = json.dumps([JUDGEMENT_VERSION, *file_identity(path), predictor.fingerprint, *how])
-    file = folder / "judged" / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.json"
+    known = [JUDGEMENT_VERSION, *file_identity(path), predictor.fingerprint, *options]
+    file = folder / "judged" / f"{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:24]}.json"
     with suppress(FileNotFoundError, json.JSONDecodeError):  # not there, or damaged: judge it
         saved = json.loads(file.read_text(encoding="utf-8"))
         windows = [Window(**window) for window in saved.pop("windows")]
         return Judgement(**saved, windows=windows)
     try:
-        judgement = predictor.judge(path, *how, progress=progress)
+        judgement = predictor.judge(path, *options, progress=progress)
     except VideoError as error:
         return Judgement(str(path), problem=str(error).removeprefix(f"{path}: "))
     with replacing(file) as partial_file:
@@ -1273,10 +1273,10 @@ def judge_videos(
     predictor: Predictor,
     paths: list[Path],
     folder: Path,
-    how: tuple[float, int] = (0, 0),
+    options: tuple[float, int] = (0, 0),
     tell: Callable[[Judgement], object] = lambda judgement: None,
 ) -> pd.DataFrame:
-    """Judge videos and `tell` of each; `how` is stride and max_windows, as in `Predictor.scan`.
+    """Judge videos and `tell` of each; `options` are stride and max_windows of `Predictor.scan`.
 
     Returns predictions.csv, which is left in `folder` with windows.csv and report.html. What is
     done is written every 20 s, and when this is interrupted.
@@ -1290,7 +1290,7 @@ def judge_videos(
             for number, path in enumerate(paths):
                 bar.set_postfix_str(f"{number + 1} of {len(paths)}", refresh=False)
                 progress = partial(move_bar, bar, bar.n, sizes[number])
-                judged.append(judge_or_recall(predictor, path, folder, how, progress))
+                judged.append(judge_or_recall(predictor, path, folder, options, progress))
                 progress(1.0)
                 tell(judged[-1])
                 if time.perf_counter() - written > 20:

@@ -122,16 +122,17 @@ face_detector = cell_03.load_face_detector(ENVIRONMENT.device) if CONFIG.FACE_CR
 
 def prepare_clips(skipped: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Sample videos and cache their clips until none fails; these, and all videos skipped."""
-    how = cell_03.ClipSettings.of(CONFIG), CONFIG.cache_dir, face_detector
+    options = cell_03.ClipSettings.of(CONFIG), CONFIG.cache_dir, face_detector
+    workers = CONFIG.NUM_WORKERS
     while True:
         left = videos_in_splits[~videos_in_splits.path.isin(skipped.path)]
         sample = cell_03.sample_per_class(left, CONFIG.MAX_VIDEOS_PER_CLASS, CONFIG.SEED)
         cell_03.require_classes(sample, needed_classes)
         if CONFIG.EPOCHS == 0:
             sample = sample[sample.split == "test"].reset_index(drop=True)
-        space = cell_03.require_space(sample, *how)
+        space = cell_03.require_space(sample, *options)
         print(f"{plural(len(sample), 'video')} taken: {space}", flush=True)
-        videos, failed = cache_clips_together(broadcast_object(sample), *how, CONFIG.NUM_WORKERS)
+        videos, failed = cache_clips_together(broadcast_object(sample), *options, workers)
         if failed.empty:
             return videos, skipped
         skipped = pd.concat([skipped, failed], ignore_index=True)

@@ -30,8 +30,8 @@ if RANK == 0:
     cell_07.broadcast_object(SPLIT_TABLES)
 else:
     mtcnn = load_face_detector(ENVIRONMENT.device) if CONFIG.FACE_CROP else None
-    how = ClipSettings.of(CONFIG), CONFIG.cache_dir, mtcnn, CONFIG.NUM_WORKERS
-    SPLIT_TABLES = cell_07.help_to_prepare(*how)
+    options = ClipSettings.of(CONFIG), CONFIG.cache_dir, mtcnn, CONFIG.NUM_WORKERS
+    SPLIT_TABLES = cell_07.help_to_prepare(*options)
 RUN_SETTINGS = cell_06.run_settings(CONFIG, pd.concat(SPLIT_TABLES.values()))
 
 
