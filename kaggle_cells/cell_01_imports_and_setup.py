@@ -6,12 +6,12 @@
 # **clips** of face crops; a network looks at every frame, reads the frames in order, and answers:
 #
 # ```
-# 16 frames ─▶ crops ─▶ ResNet50 ─┐
-#     ┌───────────────────────────┤
-#     ▼                           ▼
-# BiLSTM, attention,     a score for
-# mean and spread         each frame
-#     └────────▶ P(fake) ◀────────┘
+# frames ─▶ crops ─▶ ResNet50
+#    ┌───────────────────┤
+#    ▼                   ▼
+# BiLSTM, attention,  score of
+# mean and spread   each frame
+#    └────▶ P(fake) ◀────┘
 # ```
 #
 # **How to run it.** On Kaggle, choose *Settings ▸ Accelerator ▸ GPU T4 x2*, attach a dataset with
