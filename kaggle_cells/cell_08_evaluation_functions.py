@@ -991,7 +991,7 @@ def draw_pictures(predictor: Predictor, face: int, extremes: tuple[Window, Windo
 
 # %%
 def judge_video(
-    predictor: Predictor, path: Path, options: tuple[float, int], progress: Callable
+    predictor: Predictor, path: Path, options: tuple[float, int], progress: Callable[[float], Any]
 ) -> Judgement:
     """Scan a video and sum it up; `progress` is told the share that is done.
 

@@ -123,7 +123,6 @@ face_detector = cell_03.load_face_detector(ENVIRONMENT.device) if CONFIG.FACE_CR
 def prepare_clips(skipped: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Sample videos and cache their clips until none fails; these, and all videos skipped."""
     options = cell_03.ClipSettings.of(CONFIG), CONFIG.cache_dir, face_detector
-    workers = CONFIG.NUM_WORKERS
     while True:
         left = videos_in_splits[~videos_in_splits.path.isin(skipped.path)]
         sample = cell_03.sample_per_class(left, CONFIG.MAX_VIDEOS_PER_CLASS, CONFIG.SEED)
@@ -132,9 +131,9 @@ def prepare_clips(skipped: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
             sample = sample[sample.split == "test"].reset_index(drop=True)
         space = cell_03.require_space(sample, *options)
         print(f"{plural(len(sample), 'video')} taken: {space}", flush=True)
-        videos, failed = cache_clips_together(broadcast_object(sample), *options, workers)
+        made, failed = cache_clips_together(broadcast_object(sample), *options, CONFIG.NUM_WORKERS)
         if failed.empty:
-            return videos, skipped
+            return made, skipped
         skipped = pd.concat([skipped, failed], ignore_index=True)
 
 
@@ -150,7 +149,7 @@ def report_preparation() -> None:
         print(f"No face found in {faceless} of {len(VIDEOS)} videos: their centre is cropped.")
     stills, wanted = VIDEOS.path.map(cell_03.is_picture).astype(bool), CONFIG.FRAMES_PER_VIDEO
     if short := VIDEOS.distinct_frames.between(2, wanted - 1).sum():
-        print(f"Frames repeat in {plural(short, 'video')} that have fewer than {wanted}.")
+        print(f"Frames repeat in {plural(short, 'video')} of fewer than {wanted}.")
     if stills.any() and wanted > 1:
         print(
             f"{stills.sum()} pictures are shown {wanted} times, as clips in which nothing moves. "

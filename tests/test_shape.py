@@ -37,7 +37,7 @@ def test_functions_and_classes_are_short_and_lines_fit_on_a_notebook_page(file):
 
 def test_the_notebook_does_not_grow():
     """Its aim is 3,400 lines: lower this bound whenever it comes nearer."""
-    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in FILES) <= 6843
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in FILES) <= 6842
     lengths = [len(source.splitlines()) for file in FILES for source in code_cells(file)]
     assert statistics.median(lengths) <= 30
 

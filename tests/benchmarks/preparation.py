@@ -139,7 +139,7 @@ def in_threads(files: list[Path], settings: cell.ClipSettings, detector, folder:
         took[workers] = seconds_of(cell.cache_clips, table, settings, cache, detector, workers)
         again = seconds_of(cell.cache_clips, table, settings, cache, detector, workers)
         print(
-            f"{workers} thread{'s' * (workers > 1)}: {len(files)} videos in {took[workers]:.1f} s, "
+            f"{cell.plural(workers, 'thread')}: {len(files)} videos in {took[workers]:.1f} s, "
             f"floor {base:.1f} s, "
             f"ratio {took[workers] / base:.2f}; again from the cache {again:.3f} s, "
             f"{100 * again / took[workers]:.2f} %"
