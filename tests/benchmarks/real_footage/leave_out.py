@@ -165,7 +165,9 @@ def train(given: argparse.Namespace, videos: pd.DataFrame, fold: str) -> None:
     words = [word for name, value in parameters.items() for word in ("-p", name, value)]
     command = [sys.executable, ROOT / "build_notebook.py", "run", "finetune", *words]
     command += ["--output", place / "run"]
-    subprocess.run([str(word) for word in command], check=True, env=os.environ)
+    threads = max(1, (os.cpu_count() or 1) // given.jobs)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    subprocess.run([str(word) for word in command], check=True, env=environment)
 
 
 def model_of(given: argparse.Namespace, fold: str) -> Path:
@@ -205,7 +207,9 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.0, metavar="SHARE")
     parser.add_argument("--output", type=Path, default=Path("runs/leave_out"))
     parser.add_argument("--final", type=Path)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, with a thread each")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at once, each with its share of the cores"
+    )
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     given = parser.parse_args()
     given.output, given.corpus = given.output.resolve(), given.corpus.resolve()
